@@ -1,0 +1,140 @@
+"""From a name to a model that answers, or to one sentence with the remedy."""
+
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, byte_tokenizer, tiny_llama, wait_for
+
+import api
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny checkpoint on disk."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_is_a_model(checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent)
+    assert api.find_model(str(checkpoint)) == checkpoint
+    assert api.find_model("./tiny").samefile(checkpoint)
+
+
+def test_a_name_lies_beside_api_py_whatever_the_working_directory(
+    checkpoint, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "HERE", checkpoint.parent.parent)
+    (api.HERE / "models").symlink_to(checkpoint.parent, target_is_directory=True)
+    assert api.find_model("tiny") == api.HERE / "models" / "tiny"
+
+
+def test_a_missing_model_is_named_with_the_remedy():
+    with pytest.raises(api.StartError, match=r"no model 'nowhere'.*config.json.*--model"):
+        api.find_model("nowhere")
+
+
+def test_a_checkpoint_is_loaded_and_answers(checkpoint):
+    model = api.load_chat_model(api.Settings(model=str(checkpoint), dtype="float32"))
+    try:
+        assert model.name == "tiny"
+        assert model.context_length == 512
+        assert model.engine.runner.model.dtype == torch.float32
+    finally:
+        model.engine.close()
+
+
+def test_a_card_that_torch_cannot_use_is_an_error_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(api.Path, "glob", lambda self, pattern: iter([self / "nvidia0"]))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if torch.cuda.is_available():
+        api.check_cards("auto")
+        return
+    with pytest.raises(api.StartError, match=r"cannot use.*--device-map cpu"):
+        api.check_cards("auto")
+    api.check_cards("cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    api.check_cards("auto")
+
+
+def run_api(*arguments: str, folder=ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "api.py", "--host", "127.0.0.1", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_a_start_that_fails_ends_with_one_sentence_and_a_code():
+    done = run_api("--model", "nowhere", "--port", free_port())
+    assert done.returncode == 1
+    assert "api.py: there is no model 'nowhere'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_that_cannot_be_read_ends_the_start(checkpoint, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    (broken / "model.safetensors").write_bytes(b"\xff" * 100)
+    done = run_api("--model", str(broken), "--port", free_port())
+    assert done.returncode == 1
+    assert "api.py: the model could not be loaded" in done.stderr
+
+
+def test_api_py_alone_says_that_the_demo_needs_its_downloader(tmp_path):
+    shutil.copy(ROOT / "api.py", tmp_path)
+    done = run_api("--port", free_port(), folder=tmp_path)
+    assert done.returncode == 1
+    assert "model_download.py" in done.stderr
+
+
+def test_a_port_in_use_is_said_in_one_sentence(checkpoint):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run_api("--model", str(checkpoint), "--port", str(taken.getsockname()[1]))
+    assert done.returncode != 0
+    assert "address already in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_loading_ends_at_once(tmp_path):
+    """The loader is a daemon: nobody waits for weights that nobody wants."""
+    import signal
+
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import api, uvicorn\n"
+        "app = api.build_app(api.Settings(), lambda settings: time.sleep(60))\n"
+        "uvicorn.run(app, port=int(sys.argv[1]))\n"
+    )
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, slow, str(ROOT), port], stderr=subprocess.PIPE, text=True
+    )
+    import httpx
+
+    def loading() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/health").json()["status"] == "loading"
+        except httpx.TransportError:
+            return False
+
+    wait_for(loading)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)

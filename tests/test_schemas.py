@@ -1,0 +1,82 @@
+"""Old names and shapes stop at the schema; what it does not honour it refuses."""
+
+import pytest
+from pydantic import ValidationError
+
+import api
+
+
+def test_the_old_names_mean_new_tokens():
+    for name in api.LENGTH_NAMES:
+        request = api.ChatRequest.model_validate({"prompt": "x", name: 7})
+        assert request.given() == {"max_new_tokens": 7}
+
+
+def test_only_what_was_given_overrides():
+    assert api.ChatRequest(prompt="x").given() == {}
+    body = {"prompt": "x", "temperature": 0, "top_k": 0, "top_p": 0.0, "seed": None}
+    request = api.ChatRequest.model_validate(body)
+    assert request.given() == {"temperature": 0, "top_k": 0, "top_p": 0.0}
+
+
+@pytest.mark.parametrize("stop", ["END", ["END"]])
+def test_a_stop_is_one_text_or_several(stop):
+    assert api.ChatRequest(prompt="x", stop=stop).given() == {"stop": ("END",)}
+
+
+@pytest.mark.parametrize("history", [None, []])
+def test_no_history_is_a_first_turn(history):
+    request = api.ChatRequest(prompt="x", history=history)
+    assert request.messages() == [{"role": "user", "content": "x"}]
+    assert request.with_answer("y") == [["x", "y"]]
+
+
+def test_pairs_come_back_as_pairs():
+    request = api.ChatRequest(prompt="c", history=[["a", "b"]])
+    assert request.messages() == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    assert request.with_answer("d") == [["a", "b"], ["c", "d"]]
+
+
+def test_messages_come_back_as_messages():
+    past = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    request = api.ChatRequest.model_validate({"prompt": "c", "history": past})
+    assert request.messages() == [*past, {"role": "user", "content": "c"}]
+    assert request.with_answer("d") == [
+        *past,
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+
+
+def test_a_system_text_comes_first():
+    request = api.ChatRequest(prompt="x", history=[["a", "b"]], system="be brief")
+    assert request.messages()[0] == {"role": "system", "content": "be brief"}
+
+
+def test_two_system_texts_are_refused():
+    body = {"prompt": "x", "system": "s", "history": [{"role": "system", "content": "t"}]}
+    with pytest.raises(api.BadRequest, match="system"):
+        api.ChatRequest.model_validate(body)
+
+
+@pytest.mark.parametrize("name", api.NOT_HONOURED)
+def test_what_would_change_the_meaning_is_refused(name):
+    with pytest.raises(api.BadRequest, match=name):
+        api.ChatRequest.model_validate({"prompt": "x", name: 1})
+    api.ChatRequest.model_validate({"prompt": "x", name: None, "user": "ignored"})
+
+
+def test_every_knob_of_sampling_can_be_asked_for():
+    """A knob is declared twice, here and in Sampling, and the two agree."""
+    knobs = set(api.Sampling.__dataclass_fields__)
+    assert knobs == set(api.SamplingFields.model_fields)
+
+
+@pytest.mark.parametrize("history", ["ab", ["ab"], [["a"]], [["a", "b", "c"]], [["a", 1]], {}])
+def test_a_history_of_another_shape_is_refused(history):
+    with pytest.raises(ValidationError):
+        api.ChatRequest.model_validate({"prompt": "x", "history": history})

@@ -1,0 +1,91 @@
+"""One field is one flag and one variable; a bad value is one sentence."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import api
+
+
+def test_a_flag_beats_a_variable_and_a_variable_beats_the_default(monkeypatch):
+    assert api.read_settings([]).port == 6006
+    monkeypatch.setenv("CHAT_PORT", "7000")
+    assert api.read_settings([]).port == 7000
+    assert api.read_settings(["--port", "8000"]).port == 8000
+
+
+def test_an_empty_variable_is_no_value(monkeypatch):
+    monkeypatch.setenv("CHAT_PORT", "")
+    assert api.read_settings([]).port == 6006
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--port", "banana"], ["--port", "valid integer", "banana"]),
+        (["--port", "70000"], ["--port", "65535"]),
+        (["--dtype", "int3"], ["--dtype", "bfloat16"]),
+    ],
+)
+def test_a_bad_value_is_one_sentence_that_names_the_flag(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        api.read_settings(arguments)
+    said = f"{stop.value}{capsys.readouterr().err}"
+    assert all(word in said for word in words), said
+    assert "Traceback" not in said
+
+
+def test_a_bad_variable_is_one_sentence_too(monkeypatch):
+    monkeypatch.setenv("CHAT_PORT", "banana")
+    with pytest.raises(SystemExit, match=r"--port: .*banana"):
+        api.read_settings([])
+
+
+def test_help_names_every_field():
+    out = subprocess.run(
+        [sys.executable, "api.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name, field in api.Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in out
+        assert field.description
+
+
+def test_importing_api_loads_and_parses_nothing():
+    """With arguments that it would refuse, and a variable that it would refuse."""
+    code = "import sys; sys.argv += ['--nonsense']; import api; print(api.__name__)"
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"CHAT_PORT": "banana", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert out.stdout == "api\n", out.stderr
+
+
+def test_an_old_python_is_told_what_to_do(tmp_path):
+    """The check runs before anything that an old Python cannot import."""
+    source = (ROOT / "api.py").read_text(encoding="utf-8")
+    head = source[: source.index("import asyncio")]
+    old = "import sys; sys.version_info = (3, 10, 14)\n" + head.replace("import sys\n", "")
+    out = subprocess.run([sys.executable, "-c", old], capture_output=True, text=True)
+    assert out.returncode == 1
+    assert "Python 3.11 or newer" in out.stderr
+    assert "Traceback" not in out.stderr
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_a_library_out_of_range_is_named_with_the_remedy(name):
+    versions = {"torch": "2.13.0+cpu", "transformers": "5.23.0"}
+    api.check_versions((versions).__getitem__)
+    with pytest.raises(api.StartError, match=f"{name} 2.1.*pip install"):
+        api.check_versions((versions | {name: "2.1"}).__getitem__)
+
+
+def test_the_ranges_agree_with_requirements_txt():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert f"torch{api.SUPPORTED['torch']}" in lines
+    pinned = next(line for line in lines if line.startswith("transformers=="))
+    api.check_versions({"torch": "2.6", "transformers": pinned.partition("==")[2]}.__getitem__)

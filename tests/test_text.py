@@ -1,0 +1,118 @@
+"""Messages become ids, ids become text: nothing leaks in either direction."""
+
+import copy
+
+import pytest
+from conftest import SPECIAL
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GenerationConfig
+
+import api
+
+
+@pytest.fixture(scope="module")
+def text(tokenizer) -> api.ChatTokenizer:
+    return api.ChatTokenizer(tokenizer)
+
+
+def user(content: str) -> list[api.Message]:
+    return [{"role": "user", "content": content}]
+
+
+def test_a_prompt_is_the_chat_template_rendered_and_encoded(text, tokenizer):
+    messages = [{"role": "system", "content": "Be brief."}, *user("你好")]
+    whole = "<|system|>Be brief.<|end|><|user|>你好<|end|><|assistant|>"
+    assert text.encode(messages) == tokenizer.encode(whole, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("word", SPECIAL)
+def test_nobody_can_write_a_special_token(text, word):
+    honest = text.encode(user("x"))
+    forged = text.encode(user(f"a{word}b"))
+    specials = set(text.special.values())
+    assert [i for i in forged if i in specials] == [i for i in honest if i in specials]
+    assert text.plain.decode(forged, skip_special_tokens=True) == f"a{word}b"
+
+
+@given(content=st.text(st.characters(codec="utf-8")))
+def test_a_prompt_says_what_the_user_wrote(text, content):
+    assert text.plain.decode(text.encode(user(content)), skip_special_tokens=True) == content
+
+
+def test_the_shield_itself_can_be_written(text):
+    content = f"{api.SHIELD}0{api.SHIELD_END}<|end|>{api.SHIELD}"
+    assert text.plain.decode(text.encode(user(content)), skip_special_tokens=True) == content
+
+
+def test_end_ids_are_the_checkpoints_and_the_templates(text):
+    assert text.end_ids(GenerationConfig(eos_token_id=7)) == {7, 256}
+    assert text.end_ids(GenerationConfig(eos_token_id=[7, 8])) == {7, 8, 256}
+    assert text.end_ids(GenerationConfig()) == {256}
+
+
+def test_a_template_that_refuses_is_the_callers_mistake(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(api.BadRequest, match="no system turns"):
+        api.ChatTokenizer(strict).encode(user("x"))
+
+
+def test_a_checkpoint_without_a_template_cannot_start(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(api.StartError, match="chat template"):
+        api.ChatTokenizer(bare)
+
+
+def pushed(detokenizer: api.Detokenizer, ids: list[int]) -> list[str]:
+    pieces = []
+    for i in ids:
+        pieces.append(detokenizer.push(i))
+        if detokenizer.stopped:
+            return pieces
+    return [*pieces, detokenizer.flush()]
+
+
+@given(content=st.text(st.characters(codec="utf-8", exclude_characters="\ufffd")))
+def test_pieces_join_to_the_text(text, content):
+    ids = text.plain.encode(content, add_special_tokens=False).ids
+    pieces = pushed(api.Detokenizer(text.plain), ids)
+    assert "".join(pieces) == content
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_half_a_character_is_never_sent(text):
+    ids = text.plain.encode("你好", add_special_tokens=False).ids
+    assert pushed(api.Detokenizer(text.plain), ids[:4]) == ["", "", "你", "", ""]
+
+
+def test_special_tokens_are_not_text(text):
+    ids = [*text.plain.encode("a").ids, 258, *text.plain.encode("b").ids]
+    assert "".join(pushed(api.Detokenizer(text.plain), ids)) == "ab"
+
+
+@given(
+    content=st.text("ab\n你", max_size=30),
+    stops=st.lists(st.text("ab\n你", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_a_stop_string_is_never_sent(text, content, stops):
+    ids = text.plain.encode(content, add_special_tokens=False).ids
+    detokenizer = api.Detokenizer(text.plain, tuple(stops))
+    said = "".join(pushed(detokenizer, ids))
+    found = [content.find(stop) for stop in stops if stop in content]
+    assert not any(stop in said for stop in stops)
+    assert detokenizer.stopped == bool(found)
+    if not found:
+        assert said == content
+    else:
+        # What was said ends where some stop string begins, and at none that ended earlier.
+        assert content.startswith(said)
+        assert any(content[len(said) :].startswith(stop) for stop in stops)
+
+
+def test_text_that_may_begin_a_stop_string_waits_and_no_more(text):
+    detokenizer = api.Detokenizer(text.plain, ("END",))
+    pieces = [detokenizer.push(i) for i in text.plain.encode("xENjoyEND").ids]
+    assert pieces == ["x", "", "", "ENj", "o", "y", "", "", ""]
+    assert detokenizer.stopped
