@@ -25,10 +25,12 @@ import json
 import logging
 import os
 import queue
+import random
 import re
 import threading
 import time
-from bisect import bisect_left
+from bisect import bisect_left, insort
+from collections import Counter, abc, deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -37,16 +39,21 @@ from collections.abc import (
     Iterator,
     MutableMapping,
 )
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import aclosing, asynccontextmanager, suppress
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 try:
+    import psutil
     import torch
+    import torch.nn.functional as F
     import uvicorn
+    from accelerate.utils import convert_file_size_to_int
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -71,17 +78,17 @@ try:
     from tokenizers import Tokenizer
     from tokenizers.decoders import DecodeStream
     from transformers import (
+        AttentionInterface,
+        AutoConfig,
         AutoModelForCausalLM,
-        DynamicCache,
         GenerationConfig,
-        LogitsProcessorList,
-        MinPLogitsWarper,
+        LlamaConfig,
+        LlamaForCausalLM,
         PreTrainedTokenizerFast,
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
     )
+    from transformers.cache_utils import Cache, CacheLayerMixin
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 except ImportError as missing:
     sys.exit(f"api.py cannot start ({missing}); run `pip install -r requirements.txt`.")
 
@@ -124,6 +131,12 @@ class NotServing(ChatError):
     status, code = 503, "not_serving"
 
 
+class TimedOut(ChatError):
+    """The request took longer than the server lets any."""
+
+    status, code = 504, "timed_out"
+
+
 class StepFailed(ChatError):
     """The model failed while it computed this request."""
 
@@ -136,6 +149,12 @@ class StartError(Exception):
 
 # ---- Settings ---------------------------------------------------------------
 # One field is one flag (`--device-map`) and one variable (`CHAT_DEVICE_MAP`).
+
+
+def check_memory(value: str) -> str:
+    if value == "auto" or re.fullmatch(r"0?\.\d+|\d+(\.\d+)? ?[KMG]i?B", value):
+        return value
+    raise ValueError("must be auto, a fraction such as 0.5, or a size such as 4GiB")
 
 
 class Settings(BaseSettings):
@@ -157,6 +176,12 @@ class Settings(BaseSettings):
         "auto", description="the type of the weights; auto is what the checkpoint was saved in"
     )
     device_map: str = Field("auto", description="auto, or a device such as cpu or cuda:0")
+    cache_memory: Annotated[str, AfterValidator(check_memory)] = Field(
+        "auto", description="for keys and values: a size such as 4GiB, or a fraction of free memory"
+    )
+    max_batch: int = Field(64, ge=1, le=1024, description="most requests that are computed at once")
+    prefill_chunk: int = Field(512, ge=16, description="most prompt tokens that a step computes")
+    request_timeout: float = Field(600, gt=0, description="seconds after which a request is ended")
 
 
 def read_settings(arguments: list[str]) -> Settings:
@@ -306,135 +331,522 @@ class Detokenizer:
         return ready
 
 
-# ---- Engine -----------------------------------------------------------------
-# One thread owns the model. A request is a Sequence; the thread admits it,
-# steps it token by token and retires it, and its text goes to its own queue.
+# ---- Batches ----------------------------------------------------------------
+# One thread owns the model. Every step is one forward pass over packed tokens:
+# the next token of each sequence that is answering, and a chunk of each prompt
+# that is not through yet. Keys and values lie in one pool a layer, in which a
+# sequence owns a span of rows; its attention reads that span and no other.
 
 FinishReason = Literal["stop", "length"]
 
 # After so many seconds without text a stream yields an empty Delta, as a sign of life.
 HEARTBEAT = 15.0
-
-
-@dataclass(frozen=True)
-class Usage:
-    """How many tokens went in and came out; an end token counts, as it was computed."""
-
-    prompt_tokens: int
-    completion_tokens: int
-
-    def body(self) -> dict[str, int]:
-        return asdict(self) | {"total_tokens": self.prompt_tokens + self.completion_tokens}
+# An answer of no stated length reserves room for so many tokens at a time.
+GROWTH = 1024
+# So many smaller requests may pass one that waits for room; then they wait behind it.
+MAX_PASSES = 16
+# So many candidates are ranked first; few requests ever need more.
+FEW = 128
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of an answer; the last one says why it ended and what it cost."""
+    """A piece of an answer; the last one says why it ended and how many tokens it took."""
 
     text: str
     finish_reason: FinishReason | None = None
-    usage: Usage | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
 
 @dataclass(eq=False)
-class Sequence:
+class Span:
+    """Tokens, and the rows of the pool that are theirs: start to start + room.
+
+    The keys and values of the first num_cached tokens are written there.
+    """
+
+    tokens: list[int]
+    start: int = 0
+    room: int = 0
+    num_cached: int = 0
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are not computed yet: the prompt's at first, and then one at a time."""
+        return len(self.tokens) - self.num_cached
+
+
+@dataclass(eq=False, kw_only=True)
+class Sequence(Span):
     """One request inside the engine: its tokens, its state, and where its text goes."""
 
-    prompt: list[int]
     sampling: Sampling
     detokenizer: Detokenizer
     loop: asyncio.AbstractEventLoop
+    open_ended: bool = False
     outbox: "asyncio.Queue[Delta | ChatError]" = field(default_factory=asyncio.Queue)
-    completion: list[int] = field(default_factory=list)
     done: bool = False
+    finish_reason: FinishReason | None = None
+    passed: int = 0
     arrived: float = field(default_factory=time.monotonic)
     first_token: float = 0.0
-    # What only the runner looks at.
-    cache: Any = None
-    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+        self.most = self.num_prompt + self.sampling.max_new_tokens
+        self.random = random.Random(self.sampling.seed)
 
     @property
-    def usage(self) -> Usage:
-        return Usage(len(self.prompt), len(self.completion))
+    def wanted_room(self) -> int:
+        """Rows for all that it may still say, or for the next stretch of it."""
+        return min(self.most, len(self.tokens) + GROWTH) if self.open_ended else self.most
+
+    @property
+    def num_completion(self) -> int:
+        """An end token counts, as it was computed."""
+        return len(self.tokens) - self.num_prompt
 
     def append(self, token: int, end_ids: set[int]) -> Delta:
         """Take the next token; return what it adds to the answer."""
         self.first_token = self.first_token or time.monotonic()
-        self.completion.append(token)
+        self.tokens.append(token)
         text = "" if token in end_ids else self.detokenizer.push(token)
         if token in end_ids or self.detokenizer.stopped:
             return self._finish(text, "stop")
-        if len(self.completion) == self.sampling.max_new_tokens:
+        if len(self.tokens) == self.most:
             return self._finish(text, "length")
         return Delta(text)
 
+    def log(self) -> None:
+        now = time.monotonic()
+        first = (self.first_token or now) - self.arrived
+        later = (now - self.first_token) / max(1, self.num_completion - 1)
+        counts = self.num_prompt, self.num_completion, self.finish_reason or "left"
+        log.info(
+            "%d tokens in, %d out, %s; first after %.3f s, then %.3f s each", *counts, first, later
+        )
+
     def _finish(self, text: str, reason: FinishReason) -> Delta:
-        self.done = True
-        return Delta(text + self.detokenizer.flush(), reason, self.usage)
+        self.done, self.finish_reason = True, reason
+        text += self.detokenizer.flush()
+        return Delta(text, reason, self.num_prompt, self.num_completion)
+
+
+# A step's work: the spans in it, and how many of each one's pending tokens are computed.
+Work = abc.Sequence[tuple[Span, int]]
+
+
+class Allocator:
+    """Hands out spans of the pool's rows; free neighbours are joined again."""
+
+    def __init__(self, rows: int):
+        self.free = [(0, rows)]  # (first row, size), in order
+
+    def take(self, size: int) -> int | None:
+        """The first row of a span of that size, cut from the tightest gap that holds it."""
+        gaps = [(gap, start) for start, gap in self.free if gap >= size]
+        if not gaps:
+            return None
+        gap, start = min(gaps)
+        self.free.remove((start, gap))
+        if gap > size:
+            insort(self.free, (start + size, gap - size))
+        return start
+
+    def give(self, start: int, size: int) -> None:
+        """Take a span back."""
+        at = bisect_left(self.free, (start, 0))
+        if at < len(self.free) and self.free[at][0] == start + size:
+            size += self.free.pop(at)[1]
+        if at > 0 and sum(self.free[at - 1]) == start:
+            before = self.free.pop(at - 1)
+            at, start, size = at - 1, before[0], before[1] + size
+        self.free.insert(at, (start, size))
+
+
+class Group(NamedTuple):
+    """A part of a step that is one call of attention: single tokens, padded, or one chunk."""
+
+    batch: int
+    tokens: slice  # of the step's packed tokens
+    rows: slice  # of the rows that the step reads
+    mask: torch.Tensor | None  # bool, [batch, 1, 1, longest] or [new, total]
+
+
+def attended_as(item: tuple[Span, int]) -> tuple[bool, int]:
+    """Neighbours that agree in this are one group.
+
+    Single tokens are, if their lengths agree within a factor of two; a chunk is always alone.
+    """
+    span, new = item
+    return new > 1, id(span) if new > 1 else (span.num_cached + 1).bit_length()
+
+
+class Step:
+    """What one forward pass works on; a plain object, which accelerate's hooks leave alone."""
+
+    def __init__(self, work: Work):
+        self.ids = [i for span, n in work for i in span.tokens[span.num_cached :][:n]]
+        ends = [(span.num_cached, span.num_cached + new) for span, new in work]
+        self.positions = torch.cat([torch.arange(*both) for both in ends])
+        news = torch.tensor([new for _, new in work])
+        starts = torch.tensor([span.start for span, _ in work])
+        # The pool's row of each packed token, and the packed token that ends each sequence.
+        self.write = self.positions + starts.repeat_interleave(news)
+        self.last = (news.cumsum(0) - 1).tolist()
+        self.groups: list[Group] = []
+        self.read = torch.cat([self._group(list(part)) for _, part in groupby(work, attended_as)])
+        self.attended = 0
+        self._copies: dict[torch.device, Step] = {}
+
+    def _group(self, work: Work) -> torch.Tensor:
+        """Add the group of these spans; return the rows that it reads, [batch * longest]."""
+        token, row = (part.stop for part in self.groups[-1][1:3]) if self.groups else (0, 0)
+        new = work[0][1]
+        totals = torch.tensor([[span.num_cached + new] for span, _ in work])
+        longest = torch.arange(int(totals.max()))
+        # Where a span is shorter than the longest, its last row is read again, and masked.
+        rows = torch.tensor([[span.start] for span, _ in work]) + longest.minimum(totals - 1)
+        mask = None
+        if new > 1:
+            mask = longest <= longest[-new:, None]
+        elif len(work) > 1:
+            mask = (longest < totals)[:, None, None]
+        tokens = slice(token, token + len(work) * new)
+        self.groups.append(Group(len(work), tokens, slice(row, row + rows.numel()), mask))
+        return rows.flatten()
+
+    def on(self, device: torch.device) -> "Step":
+        """The step with its tensors on a device; copied there once, for all its layers."""
+        if device not in self._copies:
+            there = self._copies[device] = copy(self)
+            there.write, there.read = self.write.to(device), self.read.to(device)
+            there.groups = [
+                group if group.mask is None else group._replace(mask=group.mask.to(device))
+                for group in self.groups
+            ]
+        return self._copies[device]
+
+
+class SpanLayer(CacheLayerMixin):
+    """One layer's keys and values, [rows, heads, width] each, wherever the layer lives."""
+
+    def __init__(self, pool: "Pool"):
+        super().__init__()
+        self.pool = pool
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        shapes = [(self.pool.rows, x.shape[1], x.shape[3]) for x in (key_states, value_states)]
+        # Not zeroed: no row is read before it is written, and an untouched page costs nothing.
+        self.keys, self.values = map(key_states.new_empty, shapes)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the step's rows; return the rows that it reads, [1, heads, rows, width]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        step = self.pool.step.on(key_states.device)
+        self.keys.index_copy_(0, step.write, key_states[0].transpose(0, 1))
+        self.values.index_copy_(0, step.write, value_states[0].transpose(0, 1))
+        keys, values = (x.index_select(0, step.read) for x in (self.keys, self.values))
+        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+
+    def row_bytes(self) -> int:
+        return sum(x[0].numel() * x.element_size() for x in (self.keys, self.values))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.pool.rows
+
+
+class Pool(Cache):
+    """The keys and values of every sequence: each layer's rows, created on first use."""
+
+    step: Step
+
+    def __init__(self, num_layers: int, rows: int):
+        self.rows = rows
+        super().__init__(layers=[SpanLayer(self) for _ in range(num_layers)])
+
+    def move(self, source: int, target: int, count: int) -> None:
+        """Copy a span's rows to where another span begins."""
+        for layer in self.layers:
+            for x in (layer.keys, layer.values):
+                x[target : target + count] = x[source : source + count]
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    step: Step,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of each group's tokens to its own rows: [1, heads, tokens, width] and back.
+
+    Returns [1, tokens, heads, width]. Raises StartError for what it does not honour.
+    """
+    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise StartError(f"the model's attention uses {name}, which this server does not do")
+    step.attended += 1
+    states = query[0].transpose(0, 1), key[0], value[0]
+    parts = [attend(group, *states, scaling) for group in step.on(key.device).groups]
+    return torch.cat(parts)[None], None
+
+
+def attend(
+    group: Group, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """One group's attention: query [tokens, heads, width], keys [kv heads, rows, width]."""
+    query = query[group.tokens]
+    key, value = (
+        x[:, group.rows].reshape(len(x), group.batch, -1, x.shape[-1]).transpose(0, 1)
+        for x in (key, value)
+    )
+    # Now keys are [batch, kv heads, longest, width].
+    if len(query) > group.batch:
+        shared = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(
+            query.transpose(0, 1)[None], key, value, group.mask, scale=scaling, enable_gqa=shared
+        )
+        return out[0].transpose(0, 1)
+    # The query heads that share a key head become the query's length.
+    grouped = query.reshape(group.batch, key.shape[1], -1, query.shape[-1])
+    out = F.scaled_dot_product_attention(grouped, key, value, group.mask, scale=scaling)
+    return out.reshape(*query.shape[:2], -1)
+
+
+AttentionInterface.register("packed", packed_attention)
 
 
 class Runner:
-    """Computes the next token of a sequence with the model, and nothing else."""
+    """Computes logits with the model, over the spans of its pool; knows nothing of requests."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, cache_memory: str = "auto", max_rows: int = 2**31 - 1):
         self.model = model
         self.device = model.get_input_embeddings().weight.device
+        self.split = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+        self.num_layers = model.config.get_text_config().num_hidden_layers
+        model.set_attn_implementation("packed")
+        self._make_room(8)
+        self.vocabulary = self.forward([(Span([0]), 1)]).shape[-1]
+        self._make_room(min(max_rows, self._affordable(cache_memory)))
+
+    def _make_room(self, rows: int) -> None:
+        self.pool = Pool(self.num_layers, rows)
+        # The token id in each row, for penalties.
+        self.ids = torch.zeros(rows, dtype=torch.long, device=self.device)
+
+    @property
+    def rows(self) -> int:
+        """How many tokens the pool holds."""
+        return self.pool.rows
 
     @torch.inference_mode()
-    def next_token(self, seq: Sequence) -> int:
-        fresh = seq.cache is None
-        if fresh:
-            seq.cache = DynamicCache(config=self.model.config)
-            seq.generator = torch.Generator()
-            if seq.sampling.seed is not None:
-                seq.generator.manual_seed(seq.sampling.seed)
-            else:
-                seq.generator.seed()
-        ids = torch.tensor([seq.prompt if fresh else seq.completion[-1:]], device=self.device)
-        out = self.model(input_ids=ids, past_key_values=seq.cache, use_cache=True, logits_to_keep=1)
-        return self._pick(seq, out.logits[:, -1].float().cpu())
+    def forward(self, work: Work) -> torch.Tensor:
+        """Compute the work; return float32 logits [sequences, vocabulary] of the last tokens."""
+        step = self.pool.step = Step(work)
+        ids = torch.tensor(step.ids, device=self.device)
+        self.ids[step.on(self.device).write] = ids
+        # On a split model the root hook would move a tensor to the first device, but not ints.
+        last = step.last if self.split else torch.tensor(step.last, device=self.device)
+        out = self.model(
+            input_ids=ids[None],
+            position_ids=step.positions[None].to(self.device),
+            past_key_values=self.pool,
+            use_cache=True,
+            step=step,
+            logits_to_keep=last,
+        )
+        if step.attended != self.num_layers:
+            raise StartError("the model's attention cannot be reached")
+        return out.logits[0].float()
 
-    def _pick(self, seq: Sequence, logits: torch.Tensor) -> int:
-        """Choose from logits of shape [1, vocabulary]."""
-        how = seq.sampling
-        chain = LogitsProcessorList()
-        if how.repetition_penalty != 1:
-            chain.append(RepetitionPenaltyLogitsProcessor(how.repetition_penalty))
-        if how.temperature > 0:
-            chain.append(TemperatureLogitsWarper(how.temperature))
-            if how.top_k > 0:
-                chain.append(TopKLogitsWarper(how.top_k))
-            chain.append(TopPLogitsWarper(how.top_p))
-            chain.append(MinPLogitsWarper(how.min_p))
-        scores = chain(torch.tensor([seq.prompt + seq.completion]), logits)
-        if how.temperature == 0:
-            return int(scores.argmax())
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=seq.generator))
+    def check_device(self) -> None:
+        """Raise if the device does not compute any more, as after some CUDA errors."""
+        torch.zeros(1, device=self.device).item()
+
+    @torch.inference_mode()
+    def move(self, span: Span, start: int) -> None:
+        """Copy what is cached of a span to where it shall start."""
+        self.pool.move(span.start, start, span.num_cached)
+        self.ids[start : start + span.num_cached] = torch.tensor(span.tokens[: span.num_cached])
+
+    def _affordable(self, cache_memory: str) -> int:
+        """Rows that the budget holds on the device where it holds the fewest."""
+        costs: Counter[torch.device] = Counter()
+        for layer in self.pool.layers:
+            costs[layer.keys.device] += layer.row_bytes()
+        return min(cache_budget(cache_memory, device) // cost for device, cost in costs.items())
+
+
+def cache_budget(setting: str, device: torch.device) -> int:
+    """Bytes for keys and values on a device: auto, a fraction of what is free, or a size."""
+    on_card = device.type == "cuda"
+    if setting == "auto":
+        setting = "0.85" if on_card else "2GiB"
+    try:
+        fraction = float(setting)
+    except ValueError:
+        return int(convert_file_size_to_int(setting))
+    free = torch.cuda.mem_get_info(device)[0] if on_card else psutil.virtual_memory().available
+    return int(free * fraction)
+
+
+# ---- Sampling ---------------------------------------------------------------
+# From a step's logits to each sequence's next token, for the whole batch at once.
+
+
+def column(seqs: list[Sequence], knob: str, like: torch.Tensor) -> torch.Tensor:
+    """One knob of every sequence, [sequences, 1]."""
+    return torch.tensor([[getattr(seq.sampling, knob)] for seq in seqs], device=like.device)
+
+
+def pick(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> list[int]:
+    """The next token of every sequence, by transformers' rules and in its order.
+
+    Takes float32 logits [sequences, vocabulary], which it changes, and the token id in each of
+    the pool's rows.
+    """
+    if any(seq.sampling.repetition_penalty != 1 for seq in seqs):
+        penalise(seqs, logits, pool_ids)
+    tokens: list[int] = logits.argmax(-1).tolist()
+    warm = [row for row, seq in enumerate(seqs) if seq.sampling.temperature > 0]
+    free = [row for row in warm if not seqs[row].sampling.top_k and seqs[row].sampling.top_p >= 1]
+    for rows, draw in ((sorted({*warm} - {*free}), draw_ranked), (free, draw_any)):
+        if rows:
+            some = [seqs[row] for row in rows]
+            draws = torch.tensor([[seq.random.random()] for seq in some], device=logits.device)
+            theirs = logits if len(rows) == len(seqs) else logits[rows]
+            for row, token in zip(rows, draw(some, theirs, draws), strict=True):
+                tokens[row] = token
+    return tokens
+
+
+def penalise(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> None:
+    """Make the tokens that a sequence holds less likely; all of them are in its span by now."""
+    starts, ends = torch.tensor(
+        [(seq.start, seq.start + len(seq.tokens) - 1) for seq in seqs], device=logits.device
+    ).T[:, :, None]
+    longest = torch.arange(int((ends - starts).max()) + 1, device=logits.device)
+    seen = pool_ids[(starts + longest).minimum(ends)]
+    penalty = column(seqs, "repetition_penalty", logits)
+    scores = logits.gather(1, seen)
+    logits.scatter_(1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
+
+
+def draw_any(seqs: list[Sequence], logits: torch.Tensor, draws: torch.Tensor) -> list[int]:
+    """Sample where neither top-k nor top-p cuts anything off, so that nothing is ranked."""
+    scores = (logits - logits.amax(-1, True)) / column(seqs, "temperature", logits)
+    mass = scores.exp()
+    mass *= mass >= column(seqs, "min_p", logits)
+    return place_in(mass, draws)[:, 0].tolist()
+
+
+def place_in(mass: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Where draws [sequences, 1] from [0, 1) fall in mass [sequences, tokens] of any sum."""
+    reached = mass.cumsum(-1, dtype=torch.float64)
+    place = torch.searchsorted(reached, draws * reached[:, -1:], right=True)
+    return place.clamp(max=mass.shape[1] - 1)
+
+
+def draw_ranked(
+    seqs: list[Sequence], logits: torch.Tensor, draws: torch.Tensor, depth: int = FEW
+) -> list[int]:
+    """Sample from logits [sequences, vocabulary] with draws [sequences, 1] from [0, 1).
+
+    Only the likeliest `depth` tokens are ranked, as a sort of the vocabulary takes longer than
+    all else; a sequence whose top-p reaches deeper is drawn again, among more.
+    """
+    temperature, top_k, top_p, min_p = (
+        column(seqs, knob, logits) for knob in ("temperature", "top_k", "top_p", "min_p")
+    )
+    width = logits.shape[1]
+    depth = min(width, max(depth, int(top_k.max())))
+    ranked, ids = logits.topk(depth)
+    top = ranked[:, :1]
+    # At most zero, so that no temperature can overflow it.
+    ranked = (ranked - top) / temperature
+    lowest = ranked.gather(1, top_k.clamp(1, depth) - 1)
+    ranked = ranked.masked_fill((top_k > 0) & (ranked < lowest), -torch.inf)
+    rivals = ranked.logsumexp(-1, True)
+    if not top_k.all():
+        everyone = ((logits - top) / temperature).logsumexp(-1, True)
+        rivals = torch.where(top_k > 0, rivals, everyone)
+    mass = (ranked - rivals).exp()
+    before = mass.cumsum(-1, dtype=torch.float64) - mass
+    keep = ((before < top_p) | (top_p >= 1)) & (mass >= min_p * mass[:, :1])
+    keep[:, 0] = True
+    tokens: list[int] = ids.gather(1, place_in(mass * keep, draws))[:, 0].tolist()
+    deeper = (keep[:, -1] & (top_k[:, 0] == 0)).nonzero()[:, 0].tolist() if depth < width else []
+    if deeper:
+        some = [seqs[row] for row in deeper]
+        again = draw_ranked(some, logits[deeper], draws[deeper], 8 * depth)
+        for row, token in zip(deeper, again, strict=True):
+            tokens[row] = token
+    return tokens
+
+
+# ---- Engine -----------------------------------------------------------------
+# One thread owns the model; a request is a Sequence in it, until it is done.
 
 
 class Engine:
     """Generates for every request; `stream` is how to ask."""
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer, end_ids: set[int]):
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        end_ids: set[int],
+        *,
+        max_batch: int = 64,
+        chunk: int = 512,
+        timeout: float = 600.0,
+    ):
         self.runner, self.tokenizer, self.end_ids = runner, tokenizer, end_ids
+        self.max_batch, self.chunk, self.timeout = max_batch, chunk, timeout
         self.running: list[Sequence] = []
-        self.waiting: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
+        self.waiting: deque[Sequence] = deque()
         self.failure: BaseException | None = None
+        self.allocator = Allocator(runner.rows)
+        self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     # What the routes call, on the event loop.
 
-    async def stream(self, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Delta]:
+    async def stream(
+        self, prompt: list[int], sampling: Sampling, open_ended: bool = False
+    ) -> AsyncGenerator[Delta]:
         """Yield an answer piece by piece; leaving the loop early cancels it.
 
-        Raises NotServing if the engine is dead, StepFailed if the model fails.
+        Raises NotServing if the engine is dead, StepFailed if the model fails, TimedOut.
         """
+        seq = Sequence(
+            list(prompt),
+            sampling=sampling,
+            detokenizer=Detokenizer(self.tokenizer, sampling.stop),
+            loop=asyncio.get_running_loop(),
+            open_ended=open_ended,
+        )
+        if seq.most > self.runner.rows:
+            raise ContextTooLong(f"{seq.most} tokens do not fit in a cache of {self.runner.rows}")
+        self._inbox.put(seq)
         if self.failure:
             raise self._dead()
-        detokenizer = Detokenizer(self.tokenizer, sampling.stop)
-        seq = Sequence(prompt, sampling, detokenizer, asyncio.get_running_loop())
-        self.waiting.put(seq)
         try:
             while True:
                 try:
@@ -450,58 +862,164 @@ class Engine:
         finally:
             seq.done = True
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + self._inbox.qsize()
+
     def close(self) -> None:
         """End the thread once its present step is done."""
-        self.waiting.put(None)
+        self._inbox.put(None)
         self._thread.join()
 
     # What the thread does.
 
     def _run(self) -> None:
         try:
-            while self._admit():
+            while self._take_in():
+                self._admit()
                 self._step()
                 self._retire()
         except BaseException as failure:
             log.exception("the engine died")
             self.failure = failure
-            while not self.waiting.empty():
-                if seq := self.waiting.get():
-                    self.running.append(seq)
-            self._deliver([(seq, self._dead()) for seq in self.running])
+        while not self._inbox.empty():
+            if seq := self._inbox.get():
+                self.waiting.append(seq)
+        self._deliver([(seq, self._dead()) for seq in [*self.running, *self.waiting]])
 
-    def _admit(self) -> bool:
-        """Take in all that wait, and wait for one where nothing runs; False at the end."""
-        while not self.running or not self.waiting.empty():
-            seq = self.waiting.get()
+    def _take_in(self) -> bool:
+        """Let the inbox in, and wait for it where there is nothing to do; False at the end."""
+        idle = not (self.running or self.waiting)
+        while idle or not self._inbox.empty():
+            seq = self._inbox.get()
             if seq is None:
                 return False
-            self.running.append(seq)
+            self.waiting.append(seq)
+            idle = False
         return True
 
-    def _step(self) -> None:
-        for seq in self.running:
-            if seq.done:
+    def _admit(self) -> None:
+        """Give room to those who wait, in the order of arrival; see MAX_PASSES."""
+        first_left = None
+        for seq in list(self.waiting):
+            full = len(self.running) == self.max_batch
+            if full or (first_left and first_left.passed >= MAX_PASSES):
+                return
+            start = self.allocator.take(seq.wanted_room)
+            if start is None:
+                first_left = first_left or seq
                 continue
+            if first_left:
+                first_left.passed += 1
+            seq.start, seq.room = start, seq.wanted_room
+            self.waiting.remove(seq)
+            self.running.append(seq)
+
+    def _step(self) -> None:
+        """Compute one step, and send what it adds to each answer."""
+        for seq in [seq for seq in self.running if len(seq.tokens) > seq.room]:
+            self._grow(seq)
+        items: list[tuple[Sequence, Delta | ChatError]] = []
+        for seq, token in self._compute(self._plan()):
             try:
-                item: Delta | ChatError = seq.append(self.runner.next_token(seq), self.end_ids)
-            except Exception:
-                log.exception("a step failed")
-                seq.done = True
-                item = StepFailed("the model failed while it computed this answer; try again")
-            if not isinstance(item, Delta) or item.text or item.finish_reason:
-                self._deliver([(seq, item)])
+                item = token if isinstance(token, ChatError) else seq.append(token, self.end_ids)
+            except Exception as error:  # from the detokenizer: it is this request's alone
+                item = self._failed(seq, error)
+            items.append((seq, item))
+        self._deliver(items)
+
+    def _grow(self, seq: Sequence) -> None:
+        """Move a sequence to a larger span; where there is none, it waits with its tokens."""
+        start = self.allocator.take(seq.wanted_room)
+        if start is None:
+            self._release(seq)
+            self.running.remove(seq)
+            self.waiting.appendleft(seq)
+            return
+        self.runner.move(seq, start)
+        self.allocator.give(seq.start, seq.room)
+        seq.start, seq.room = start, seq.wanted_room
+
+    def _plan(self) -> list[tuple[Sequence, int]]:
+        """The next step's work: every answer's next token, and chunks of prompts in order."""
+        left = self.chunk
+        work = []
+        for seq in self.running:
+            count = min(seq.pending, max(left, 0)) if seq.pending > 1 else 1
+            left -= count if seq.pending > 1 else 0
+            if count and not seq.done:
+                work.append((seq, count))
+        # Equals side by side, because neighbours share a call of attention.
+        return sorted(work, key=lambda item: (item[1] > 1, item[0].num_cached))
+
+    def _compute(self, work: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int | ChatError]]:
+        """The next token of each sequence whose tokens are all computed.
+
+        If a step fails, its halves are tried, so that only those fail who fail alone.
+        """
+        if not work:
+            return []
+        try:
+            logits = self.runner.forward(work)
+            through = [row for row, (seq, new) in enumerate(work) if seq.pending == new]
+            seqs = [work[row][0] for row in through]
+            tokens = pick(seqs, logits[through], self.runner.ids) if seqs else []
+        except Exception as error:
+            if len(work) == 1:
+                self.runner.check_device()
+                return [(work[0][0], self._failed(work[0][0], error))]
+            log.warning("a step of %d requests failed; its halves are tried", len(work))
+        else:
+            for seq, new in work:
+                seq.num_cached += new
+            return list(zip(seqs, tokens, strict=True))
+        half = len(work) // 2
+        return self._compute(work[:half]) + self._compute(work[half:])
+
+    def _failed(self, seq: Sequence, error: Exception) -> StepFailed:
+        log.error("a request of %d tokens failed", len(seq.tokens), exc_info=error)
+        seq.done = True
+        return StepFailed("the model failed on this request; try again")
 
     def _retire(self) -> None:
+        """Take back the room of those who are done, have left, or took too long."""
+        oldest = time.monotonic() - self.timeout
+        late = [seq for seq in [*self.running, *self.waiting] if seq.arrived < oldest]
+        for seq in late:
+            seq.done = True
+        self._deliver([(seq, TimedOut("the answer took too long")) for seq in late])
+        for seq in self.running:
+            if seq.done:
+                self._release(seq)
+                seq.log()
         self.running = [seq for seq in self.running if not seq.done]
+        self.waiting = deque(seq for seq in self.waiting if not seq.done)
+
+    def _release(self, seq: Sequence) -> None:
+        self.allocator.give(seq.start, seq.room)
+        seq.room = seq.num_cached = 0
 
     def _deliver(self, items: list[tuple[Sequence, Delta | ChatError]]) -> None:
-        for seq, item in items:
-            if not seq.loop.is_closed():
-                seq.loop.call_soon_threadsafe(seq.outbox.put_nowait, item)
+        """Put each item into its request's outbox, with one call a step for all of them."""
+        for loop, group in groupby(items, key=lambda item: item[0].loop):
+            said = [(seq, item) for seq, item in group if item != Delta("")]
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(put_all, said)
 
     def _dead(self) -> NotServing:
+        if self.failure is None:
+            return NotServing("the server is stopping")
         return NotServing(f"the engine died ({self.failure!r}); restart the server")
+
+
+def put_all(items: list[tuple[Sequence, Delta | ChatError]]) -> None:
+    for seq, item in items:
+        seq.outbox.put_nowait(item)
+
+
+# ---- Model ------------------------------------------------------------------
+# Text above, engine below: a model that answers, and the way to it from a name.
+# Nothing that a checkpoint brings is run.
 
 
 @dataclass(frozen=True)
@@ -510,6 +1028,7 @@ class Prompt:
 
     ids: list[int]
     sampling: Sampling
+    open_ended: bool
     dropped_turns: int = 0
 
 
@@ -522,6 +1041,9 @@ class ChatModel:
     engine: Engine
     defaults: Sampling
     context_length: int
+
+    def answer(self, prompt: Prompt) -> AsyncGenerator[Delta]:
+        return self.engine.stream(prompt.ids, prompt.sampling, prompt.open_ended)
 
     def prepare(self, messages: list[Message], given: dict[str, Any], truncate: bool) -> Prompt:
         """Tokenize and check the lengths; takes a while, so not on the event loop.
@@ -542,7 +1064,7 @@ class ChatModel:
                 param="prompt" if room < 1 else "max_length",
             )
         sampling = replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
-        return Prompt(ids, sampling, dropped)
+        return Prompt(ids, sampling, "max_new_tokens" not in given, dropped)
 
     def _turns_to_drop(self, messages: list[Message], answer: int) -> int:
         """The fewest of the oldest turns to leave out, so that the answer has its room."""
@@ -560,9 +1082,6 @@ def without_turns(messages: list[Message], count: int) -> list[Message]:
     starts = [i for i, m in enumerate(messages) if m["role"] == "user"]
     return messages[: starts[0]] + messages[starts[count] :]
 
-
-# ---- Loading ----------------------------------------------------------------
-# From a name to a model that answers. Nothing that a checkpoint brings is run.
 
 HERE = Path(__file__).resolve().parent
 SUPPORTED = {"torch": ">=2.6,<2.14", "transformers": ">=5.17,<6"}
@@ -626,6 +1145,62 @@ def fetch_demo() -> Path:
         raise StartError(str(error)) from error
 
 
+class UngroupQKV(ConversionOps):
+    """Splits InternLM2's one matrix for queries, keys and values.
+
+    A key head's rows stand together: those of its query heads, its own, its value's.
+    """
+
+    def convert(
+        self, input_dict: Any, source_patterns: Any, target_patterns: Any, config: Any, **_: Any
+    ) -> dict[str, torch.Tensor]:
+        ((matrix,),) = input_dict.values()
+        queries = config.num_attention_heads // config.num_key_value_heads
+        groups = matrix.unflatten(0, (config.num_key_value_heads, queries + 2, config.head_dim))
+        parts = groups.split([queries, 1, 1], dim=1)
+        named = zip(target_patterns, parts, strict=True)
+        return {name: part.flatten(0, 2).contiguous() for name, part in named}
+
+
+class NormalizeRows(ConversionOps):
+    """Index's output head has rows of length one; making them so once, at load, is the same."""
+
+    def convert(
+        self, input_dict: Any, source_patterns: Any, target_patterns: Any, config: Any, **_: Any
+    ) -> dict[str, torch.Tensor]:
+        ((matrix,),) = input_dict.values()
+        return {target_patterns[0]: F.normalize(matrix, dim=-1) if config.norm_head else matrix}
+
+
+# Models that are Llama but for their names: model_type, and how the checkpoint's tensors differ.
+LLAMA_LIKE = {
+    "xverse": [],
+    "index": [WeightConverter("lm_head.weight", "lm_head.weight", [NormalizeRows()])],
+    "internlm2": [
+        WeightRenaming("tok_embeddings", "embed_tokens"),
+        WeightRenaming(r"^output\.", "lm_head."),
+        WeightRenaming("attention_norm", "input_layernorm"),
+        WeightRenaming("ffn_norm", "post_attention_layernorm"),
+        WeightRenaming("attention.wo", "self_attn.o_proj"),
+        WeightRenaming("feed_forward.w1", "mlp.gate_proj"),
+        WeightRenaming("feed_forward.w3", "mlp.up_proj"),
+        WeightRenaming("feed_forward.w2", "mlp.down_proj"),
+        WeightConverter(
+            "attention.wqkv",
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            [UngroupQKV()],
+        ),
+    ],
+}
+for name, mapping in LLAMA_LIKE.items():
+    # Once registered, transformers' own code is used and a checkpoint's `auto_map` is not.
+    config_class = type(f"{name}Config", (LlamaConfig,), {"model_type": name})
+    model_class = type(f"{name}ForCausalLM", (LlamaForCausalLM,), {"config_class": config_class})
+    AutoConfig.register(name, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+
+
 def load_model(folder: Path, dtype: str = "auto", device_map: str = "auto") -> Any:
     """The checkpoint's model, a plain transformers one, placed and ready for inference."""
     return AutoModelForCausalLM.from_pretrained(
@@ -638,6 +1213,65 @@ def load_model(folder: Path, dtype: str = "auto", device_map: str = "auto") -> A
     ).eval()
 
 
+def context_length(config: Any) -> int:
+    """Most tokens of prompt and answer together.
+
+    Rope of these two kinds depends on the longest sequence of a batch once that is longer
+    than what the model was first trained on; up to there, the frequencies do not move.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        return int(rope.get("original_max_position_embeddings", config.max_position_embeddings))
+    return int(getattr(config, "max_position_embeddings", 2048))
+
+
+def probes(model: Any) -> tuple[list[int], list[int]]:
+    """Two short sequences of ordinary tokens: rare ones give logits that are mostly rounding."""
+    middle = model.config.get_text_config().vocab_size // 3
+    return list(range(middle, middle + 12)), list(range(middle + 12, middle + 19))
+
+
+@torch.inference_mode()
+def plain_logits(model: Any, ids: list[int]) -> torch.Tensor:
+    """What the model says of one sequence alone, [tokens, vocabulary]."""
+    device = model.get_input_embeddings().weight.device
+    return model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+
+
+def self_check(runner: Runner, alone: list[torch.Tensor]) -> float:
+    """How far packed and chunked steps are from the probes' plain logits, by their size.
+
+    Raises StartError where that is too far: such a model would read its neighbours' tokens.
+    """
+    spans = [Span(ids, start) for ids, start in zip(probes(runner.model), (0, 13), strict=True)]
+    worst = 0.0
+    for news in ((4, 5), (7, 1), (1, 1)):
+        logits = runner.forward(list(zip(spans, news, strict=True)))
+        for span, new, row, plain in zip(spans, news, logits, alone, strict=True):
+            span.num_cached += new
+            wanted = plain[span.num_cached - 1].to(row)
+            worst = max(worst, float((row - wanted).norm() / wanted.norm()))
+    # In half precision two right answers differ by a few percent; a wrong one is far off.
+    if not worst < (1e-3 if runner.model.dtype == torch.float32 else 0.1):
+        raise StartError(f"this model does not batch: its logits come out {worst:.0%} off")
+    return worst
+
+
+def start_runner(model: Any, settings: Settings) -> Runner:
+    """A runner that was shown to compute what the model does. Raises StartError if none can."""
+    alone = [plain_logits(model, ids) for ids in probes(model)]
+    try:
+        most = settings.max_batch * context_length(model.config)
+        runner = Runner(model, settings.cache_memory, most)
+    except (TypeError, ValueError) as error:
+        raise StartError(f"{type(model).__name__} cannot be batched: {error}") from error
+    difference = self_check(runner, alone)
+    kind = type(model).__name__
+    log.info("%s in %s on %s; packed differs by %.1e", kind, model.dtype, runner.device, difference)
+    log.info("the cache holds %s tokens of context", f"{runner.rows:,}")
+    return runner
+
+
 def load_chat_model(settings: Settings) -> ChatModel:
     """Everything between a name and an answer; takes from seconds to minutes.
 
@@ -648,15 +1282,21 @@ def load_chat_model(settings: Settings) -> ChatModel:
     folder = find_model(settings.model)
     tokenizer = ChatTokenizer(PreTrainedTokenizerFast.from_pretrained(folder))
     model = load_model(folder, settings.dtype, settings.device_map)
-    runner = Runner(model)
-    log.info("%s: %s in %s on %s", folder.name, type(model).__name__, model.dtype, runner.device)
-    ends = tokenizer.end_ids(model.generation_config)
+    runner = start_runner(model, settings)
+    context = min(context_length(model.config), runner.rows)
     return ChatModel(
         name=folder.name,
         tokenizer=tokenizer,
-        engine=Engine(runner, tokenizer.plain, ends),
+        engine=Engine(
+            runner,
+            tokenizer.plain,
+            tokenizer.end_ids(model.generation_config),
+            max_batch=settings.max_batch,
+            chunk=settings.prefill_chunk,
+            timeout=settings.request_timeout,
+        ),
         defaults=checkpoint_defaults(model.generation_config),
-        context_length=model.config.max_position_embeddings,
+        context_length=context,
     )
 
 
@@ -838,13 +1478,13 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>chat-api</title>
 See <a href="docs">the fields of every call</a> and <a href="health">its health</a>."""
 
 
-def now() -> str:
+def local_time() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def error_body(error: ChatError) -> dict[str, Any]:
     detail = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
-    return {"error": detail, "status": error.status, "time": now()}
+    return {"error": detail, "status": error.status, "time": local_time()}
 
 
 def error_response(error: ChatError) -> JSONResponse:
@@ -932,6 +1572,11 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
         task.cancel()
 
 
+def usage_of(last: Delta) -> dict[str, int]:
+    counts = {"prompt_tokens": last.prompt_tokens, "completion_tokens": last.completion_tokens}
+    return counts | {"total_tokens": sum(counts.values())}
+
+
 async def collect(deltas: AsyncGenerator[Delta]) -> tuple[str, Delta]:
     """A whole answer is a streamed one, joined: there is no second path."""
     async with aclosing(deltas):
@@ -994,7 +1639,7 @@ class Serving:
     def health(self) -> dict[str, Any]:
         engine = self._model and self._model.engine
         status = "loading" if not engine else "dead" if engine.failure else "ready"
-        running, waiting = (len(engine.running), engine.waiting.qsize()) if engine else (0, 0)
+        running, waiting = (len(engine.running), engine.num_waiting) if engine else (0, 0)
         return {"status": status, "running": running, "waiting": waiting}
 
     def model(self) -> ChatModel:
@@ -1084,9 +1729,9 @@ def build_app(
                 "response": text,
                 "history": body.with_answer(text),
                 "status": 200,
-                "time": now(),
+                "time": local_time(),
                 "finish_reason": last.finish_reason,
-                "usage": last.usage and last.usage.body(),
+                "usage": usage_of(last),
                 **({"dropped_turns": prompt.dropped_turns} if body.truncate else {}),
             }
 
@@ -1101,7 +1746,7 @@ def build_app(
                         yield None
             yield answer(text, delta)
 
-        deltas = model.engine.stream(prompt.ids, prompt.sampling)
+        deltas = model.answer(prompt)
         if body.stream:
             return await event_stream(request, events())
         return JSONResponse(answer(*await while_connected(request, collect(deltas))))

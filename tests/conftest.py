@@ -78,15 +78,23 @@ class ScriptedRunner:
     """Says a given text instead of what a model would, as slowly as asked.
 
     `say` is what every answer will be. After `hold`, a step needs a `permits.release()`.
+    `poison` is a prompt whose presence in a step makes the step fail with `failure`; None
+    stands for every prompt.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, say: str = "hello"):
-        self.tokenizer, self.say, self.pause = tokenizer, say, 0.0
+    vocabulary = 260
+    device = torch.device("cpu")
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, say: str = "hello", rows: int = 10_000):
+        self.tokenizer, self.say, self.pause, self.rows = tokenizer, say, 0.0, rows
+        self.ids = torch.zeros(rows, dtype=torch.long)
         self.free()
         self.prompts: list[list[int]] = []
         self.samplings: list[api.Sampling] = []
-        self.steps = 0
+        self.steps: list[list[int]] = []
+        self.moved = 0
         self.failure: BaseException | None = None
+        self.poison: list[int] | None = None
 
     def hold(self) -> None:
         self.permits = threading.Semaphore(0)
@@ -97,25 +105,36 @@ class ScriptedRunner:
         if held:
             held.release(10**6)
 
-    def next_token(self, seq: api.Sequence) -> int:
+    def forward(self, work: list[tuple[api.Sequence, int]]) -> torch.Tensor:
         self.permits.acquire(timeout=20)
         time.sleep(self.pause)
-        self.steps += 1
-        if self.failure:
+        self.steps.append([new for _, new in work])
+        hit = [seq for seq, _ in work if self.poison in (None, seq.tokens[: seq.num_prompt])]
+        if self.failure and hit:
             raise self.failure
-        if not seq.completion:
-            self.prompts.append(seq.prompt)
-            self.samplings.append(seq.sampling)
+        logits = torch.full((len(work), self.vocabulary), -50.0)
         ids = [*self.tokenizer.encode(self.say, add_special_tokens=False), 256]
-        return ids[len(seq.completion)] if len(seq.completion) < len(ids) else 256
+        for row, (seq, new) in zip(logits, work, strict=True):
+            said = len(seq.tokens) - seq.num_prompt
+            if not said and new == seq.pending:
+                self.prompts.append(list(seq.tokens))
+                self.samplings.append(seq.sampling)
+            row[ids[min(said, len(ids) - 1)]] = 50.0
+        return logits
+
+    def move(self, span: api.Span, start: int) -> None:
+        self.moved += 1
+
+    def check_device(self) -> None:
+        pass
 
 
 def chat_model(
-    runner: object, tokenizer: PreTrainedTokenizerFast, context_length: int = 512
+    runner: object, tokenizer: PreTrainedTokenizerFast, context_length: int = 512, **options: float
 ) -> api.ChatModel:
     """A model that answers by way of the runner."""
     text = api.ChatTokenizer(tokenizer)
-    engine = api.Engine(runner, text.plain, {256})
+    engine = api.Engine(runner, text.plain, {256}, **options)
     return api.ChatModel("test", text, engine, api.Sampling(), context_length)
 
 

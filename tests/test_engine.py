@@ -1,13 +1,33 @@
 """The engine: what each request gets, whoever else is there."""
 
 import asyncio
+import random
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
-from conftest import ScriptedRunner, chat_model, wait_for
+from conftest import ROOT, ScriptedRunner, chat_model, tiny_llama, wait_for
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    MistralConfig,
+    MistralForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import api
+
+FIXTURES = ROOT / "tests" / "fixtures"
+FAMILIES = ["deepseek_v2", "index", "internlm2", "internlm2_ntk", "llama", "xverse"]
 
 
 @pytest.fixture
@@ -27,47 +47,398 @@ def make(tokenizer):
 GREEDY = api.Sampling(max_new_tokens=12, temperature=0)
 
 
-async def reply(model: api.ChatModel, prompt: list[int], sampling: api.Sampling = GREEDY):
-    deltas = [delta async for delta in model.engine.stream(prompt, sampling)]
+async def reply(
+    model: api.ChatModel, prompt: list[int], sampling: api.Sampling = GREEDY, **options: bool
+):
+    deltas = [delta async for delta in model.engine.stream(prompt, sampling, **options)]
     return "".join(delta.text for delta in deltas), deltas[-1]
 
 
-def generate(model, prompt: list[int], count: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
-    )
-    return out[0, len(prompt) :].tolist()
+# ---- A batch says what each would say alone
 
 
-def test_each_answer_is_what_generate_says(make, tiny_model):
-    model = make(api.Runner(tiny_model))
-    prompts = [[1, 2, 3], list(range(60)), [9] * 20]
+class Alone:
+    """A family's tiny model: what `generate` says of a prompt by itself, and a runner."""
 
-    async def all_at_once():
-        return await asyncio.gather(*(reply(model, prompt) for prompt in prompts))
+    def __init__(self, name: str):
+        model = api.load_model(FIXTURES / name, "float32")
+        self.context = min(api.context_length(model.config), 200)
+        self.plain = [api.plain_logits(model, ids) for ids in api.probes(model)]
+        generator = torch.Generator().manual_seed(1)
+        lengths = [n for n in (1, 2, 3, 9, 17, 31, 64, 130) if n + 3 < self.context]
+        self.prompts = [torch.randint(5, 290, (n,), generator=generator).tolist() for n in lengths]
+        self.answers = [self._generate(model, prompt) for prompt in self.prompts]
+        self.runner = api.Runner(model, "1GiB", max_rows=600)
 
-    for prompt, (text, last) in zip(prompts, asyncio.run(all_at_once()), strict=True):
-        ids = generate(tiny_model, prompt, 12)
-        expected = api.Detokenizer(model.engine.tokenizer)
-        assert text == "".join(map(expected.push, ids)) + expected.flush()
-        assert last.usage == api.Usage(len(prompt), len(ids))
-        assert last.finish_reason == "length"
+    def _generate(self, model, prompt: list[int]) -> list[int]:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(24, self.context - len(prompt)),
+            do_sample=False,
+            repetition_penalty=1.0,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return out[0, len(prompt) :].tolist()
 
 
-def test_a_seed_gives_the_same_answer_again(make, tiny_model):
-    model = make(api.Runner(tiny_model))
-    once, again, other = (
-        asyncio.run(reply(model, [1, 2, 3], api.Sampling(20, temperature=2.0, top_p=1, seed=seed)))
-        for seed in (5, 5, 6)
-    )
-    assert once[0] == again[0] != other[0]
+ALONE: dict[str, Alone] = {}
+
+
+def alone(name: str) -> Alone:
+    if name not in ALONE:
+        ALONE[name] = Alone(name)
+    return ALONE[name]
+
+
+class Told(api.Detokenizer):
+    """Text that is the ids themselves, so that tests compare tokens."""
+
+    def push(self, token: int) -> str:
+        return f"{token} "
+
+    def flush(self) -> str:
+        return ""
+
+
+async def tokens(engine: api.Engine, prompt: list[int], count: int, **options) -> list[int]:
+    sampling = api.Sampling(count, temperature=0)
+    text = [d.text async for d in engine.stream(prompt, sampling, **options)]
+    return [int(token) for token in "".join(text).split()]
+
+
+asks = st.lists(
+    st.tuples(
+        st.integers(0, 100),  # which prompt
+        st.integers(1, 24),  # how many tokens
+        st.integers(0, 3),  # event-loop turns before the next one arrives
+        st.booleans(),  # whether its length is open
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(asks=asks, chunk=st.integers(1, 40), rows=st.integers(160, 600), batch=st.integers(1, 6))
+def test_a_batch_says_what_each_would_say_alone(monkeypatch, name, asks, chunk, rows, batch):
+    """Staggered arrivals, mixed lengths, chunked prompts, tiny budgets, spans that move."""
+    monkeypatch.setattr(api, "Detokenizer", Told)
+    monkeypatch.setattr(api, "GROWTH", 5)
+    family = alone(name)
+    family.runner.pool.rows, whole = rows, family.runner.pool.rows
+    engine = api.Engine(family.runner, None, set(), max_batch=batch, chunk=chunk)
+    family.runner.pool.rows = whole
+
+    async def ask_all():
+        tasks, expected = [], []
+        for which, count, pause, open_ended in asks:
+            prompt = family.prompts[which % len(family.prompts)]
+            answer = family.answers[which % len(family.prompts)][:count]
+            expected.append(answer)
+            ask = tokens(engine, prompt, len(answer), open_ended=open_ended)
+            tasks.append(asyncio.create_task(ask))
+            for _ in range(pause):
+                await asyncio.sleep(0.002)
+        return await asyncio.gather(*tasks), expected
+
+    try:
+        answers, expected = asyncio.run(ask_all())
+        assert answers == expected
+        wait_for(lambda: not engine.running)
+        assert engine.allocator.free == [(0, rows)]
+    finally:
+        engine.close()
+
+
+def test_packing_the_wrong_span_is_noticed():
+    """The property above would fail if a sequence read its neighbour's rows."""
+    family = alone("llama")
+    one, other = api.Span(family.prompts[4], start=0), api.Span(family.prompts[5], start=100)
+    right = family.runner.forward([(one, 17), (other, 31)])
+    one.num_cached = other.num_cached = 10
+    one.start = 100
+    assert not torch.allclose(family.runner.forward([(one, 7)])[0], right[0], atol=1e-2)
+
+
+# ---- Sampling
+
+
+def reference(seq: api.Sequence, logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities by transformers' own processors, in its order."""
+    how = seq.sampling
+    chain = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(how.repetition_penalty)])
+    chain.append(TemperatureLogitsWarper(how.temperature))
+    if how.top_k:
+        chain.append(TopKLogitsWarper(how.top_k))
+    chain.append(TopPLogitsWarper(how.top_p))
+    chain.append(MinPLogitsWarper(how.min_p))
+    return chain(torch.tensor([seq.tokens]), logits[None].clone())[0].softmax(-1)
+
+
+class Draws(random.Random):
+    """Hands out evenly spaced draws, so that counting picks measures probabilities."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.left = [(i + 0.5) / count for i in range(count)]
+
+    def random(self) -> float:
+        return self.left.pop()
+
+
+def sequence(prompt: list[int], **how: float) -> api.Sequence:
+    return api.Sequence(prompt, sampling=api.Sampling(**how), detokenizer=None, loop=None)
+
+
+def picked(seqs: list[api.Sequence], logits: torch.Tensor) -> list[int]:
+    """Pick as the engine does, with the sequences' tokens in a pool of their own."""
+    pool, at = [], 0
+    for seq in seqs:
+        seq.start = at
+        pool += seq.tokens
+        at = len(pool)
+    return api.pick(seqs, logits.clone(), torch.tensor(pool))
+
+
+hows = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.3, 0.8, 1.0, 2.0]),
+        "top_k": st.sampled_from([0, 1, 5, 50, 150, 299, 300, 1000]),
+        "top_p": st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.99, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+        "repetition_penalty": st.sampled_from([1.0, 1.1, 2.0, 0.5]),
+    }
+)
+
+
+@pytest.mark.parametrize("few", [4, 100, 1000])
+@settings(max_examples=30, deadline=None)
+@given(hows=st.lists(hows, min_size=1, max_size=4), seed=st.integers(0, 2**32))
+def test_sampling_equals_transformers_processors(few, hows, seed):
+    """In a batch of mixed settings, each row's picks have the reference's probabilities."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary, count = 300, 400
+    logits = torch.randn(len(hows), vocabulary, generator=generator) * 3
+    seqs = [sequence([1, 2, 3, 5, 8, 1][: 3 + i], **how) for i, how in enumerate(hows)]
+    wanted = [reference(seq, row) for seq, row in zip(seqs, logits, strict=True)]
+    picks = torch.zeros(len(hows), vocabulary)
+    for seq in seqs:
+        seq.random = Draws(count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api.draw_ranked, "__defaults__", (few,))
+        for _ in range(count):
+            for row, token in enumerate(picked(seqs, logits)):
+                picks[row, token] += 1
+    for row, probabilities in zip(picks, wanted, strict=True):
+        assert not row[probabilities == 0].any(), "a token that the reference cuts off"
+        assert torch.allclose(row / count, probabilities, atol=1.5 / count)
+
+
+def test_temperature_zero_takes_the_likeliest_after_the_penalty():
+    logits = torch.tensor([[1.0, 3.0, 2.9], [1.0, 3.0, 2.9]])
+    seqs = [sequence([1], temperature=0, repetition_penalty=p) for p in (1.0, 1.5)]
+    assert picked(seqs, logits) == [1, 2]
+
+
+def test_no_temperature_overflows():
+    seqs = [sequence([1], temperature=1e-30, top_k=k, top_p=1) for k in (0, 50)]
+    assert picked(seqs, torch.linspace(-1e4, 1e4, 50).repeat(2, 1)) == [49, 49]
+
+
+def test_a_seed_gives_the_same_answer_whoever_else_is_there(make):
+    family = alone("llama")
+    model = make(family.runner)
+    how = api.Sampling(20, temperature=1.5, top_k=0, top_p=0.95, seed=5)
+
+    async def crowd(others: int):
+        jobs = [reply(model, p, api.Sampling(24, 2.0)) for p in family.prompts[:others]]
+        return (await asyncio.gather(reply(model, [9, 8, 7], how), *jobs))[0][0]
+
+    once, again = asyncio.run(crowd(0)), asyncio.run(crowd(6))
+    assert once == again
+    assert asyncio.run(reply(model, [9, 8, 7], api.Sampling(20, 1.5, 0, 0.95, seed=6)))[0] != once
+
+
+# ---- Room
+
+
+def test_no_room_is_lost_in_ten_thousand_operations():
+    """Take, give and move at random; the free list is always whole, joined and in order."""
+    chance, allocator, held = random.Random(0), api.Allocator(1000), []
+    for _ in range(10_000):
+        if held and chance.random() < 0.5:
+            allocator.give(*held.pop(chance.randrange(len(held))))
+        else:
+            size = chance.randint(1, 120)
+            start = allocator.take(size)
+            if start is None:
+                assert all(gap < size for _, gap in allocator.free)
+            else:
+                held.append((start, size))
+        pieces = sorted(held + allocator.free)
+        assert sum(size for _, size in pieces) == 1000
+        assert all(a + n <= b for (a, n), (b, _) in pairwise(pieces))
+        assert all(a + n < b for (a, n), (b, _) in pairwise(allocator.free))
+    for span in held:
+        allocator.give(*span)
+    assert allocator.free == [(0, 1000)]
+
+
+def test_no_room_is_lost_whatever_becomes_of_requests(tokenizer, monkeypatch):
+    """Add, step, cancel, finish, move and fail at random, 10,000 operations in all."""
+    monkeypatch.setattr(api, "GROWTH", 3)
+    chance = random.Random(1)
+    runner = ScriptedRunner(tokenizer, "x" * 30, rows=300)
+    text = api.ChatTokenizer(tokenizer)
+    monkeypatch.setattr(api.threading.Thread, "start", lambda self: None)
+    engine = api.Engine(runner, text.plain, {256}, max_batch=6, chunk=16)
+    loop = asyncio.new_event_loop()
+    live: list[api.Sequence] = []
+    for _ in range(10_000):
+        chosen = chance.random()
+        if chosen < 0.3 and engine.num_waiting < 10:
+            prompt = [chance.randint(1, 200) for _ in range(chance.randint(1, 60))]
+            sampling = api.Sampling(chance.randint(1, 40))
+            seq = api.Sequence(
+                prompt,
+                sampling=sampling,
+                detokenizer=api.Detokenizer(text.plain),
+                loop=loop,
+                open_ended=chance.random() < 0.5,
+            )
+            live.append(seq)
+            engine._inbox.put(seq)
+        elif chosen < 0.4 and live:
+            live.pop(chance.randrange(len(live))).done = True
+        else:
+            runner.failure = RuntimeError("a fault") if chosen > 0.97 else None
+            runner.poison = chance.choice(live).tokens[:60] if live and chosen > 0.98 else None
+            if engine._inbox.qsize() or engine.running or engine.waiting:
+                engine._take_in()
+                engine._admit()
+                engine._step()
+                engine._retire()
+        held = sum(seq.room for seq in engine.running)
+        assert held + sum(size for _, size in engine.allocator.free) == 300
+    assert runner.moved > 100
+    for seq in live:
+        seq.done = True
+    engine._inbox.put(live[-1])
+    engine._take_in()
+    engine._retire()
+    assert engine.allocator.free == [(0, 300)]
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
+def test_the_budget_is_a_size_or_a_fraction():
+    cpu = torch.device("cpu")
+    assert api.cache_budget("4GiB", cpu) == 4 * 2**30
+    assert api.cache_budget("500MB", cpu) == 500 * 10**6
+    free = api.psutil.virtual_memory().available
+    assert 0.4 * free < api.cache_budget("0.5", cpu) < 0.6 * free
+
+
+def test_the_budget_buys_rows(tiny_model):
+    runner = api.Runner(tiny_llama(), "1MiB")
+    # Two layers of keys and values, two heads of eight float32 each.
+    assert runner.rows == 2**20 // (2 * 2 * 2 * 8 * 4)
+
+
+# ---- Who goes when
+
+
+def test_answers_keep_flowing_while_a_long_prompt_is_read(make, tokenizer):
+    runner = ScriptedRunner(tokenizer, "x" * 50)
+    model = make(runner, chunk=16)
+
+    async def both():
+        first = asyncio.create_task(reply(model, [1], api.Sampling(50)))
+        await asyncio.to_thread(wait_for, lambda: len(runner.steps) > 3)
+        return await asyncio.gather(first, reply(model, [2] * 160, api.Sampling(3)))
+
+    asyncio.run(both())
+    chunked = [step for step in runner.steps if max(step) > 1]
+    assert len(chunked) >= 10
+    assert all(max(step) <= 16 and 1 in step for step in chunked)
+
+
+def test_prompts_share_a_step_up_to_the_chunk(make, tokenizer):
+    runner = ScriptedRunner(tokenizer, "x")
+    runner.hold()
+    model = make(runner, chunk=12)
+
+    async def three():
+        jobs = [reply(model, [i] * 8, GREEDY) for i in (1, 2, 3)]
+        tasks = [asyncio.create_task(job) for job in jobs]
+        await asyncio.sleep(0.1)
+        runner.free()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(three())
+    chunks = [[new for new in step if new > 1] for step in runner.steps]
+    assert sum(map(sum, chunks)) == 24
+    assert max(map(sum, chunks)) == 12
+    assert [4, 8] in map(sorted, chunks)
+
+
+def test_a_small_request_passes_a_large_one_only_so_often(make, tokenizer, monkeypatch):
+    """While one request holds most of the room, a large one waits; small ones pass, a few."""
+    monkeypatch.setattr(api, "MAX_PASSES", 3)
+    runner = ScriptedRunner(tokenizer, "x" * 500, rows=200)
+    runner.pause = 0.01
+    model = make(runner, max_batch=8, context_length=200)
+    order = []
+
+    async def ask(name: str, prompt: int, most: int):
+        await reply(model, [1] * prompt, api.Sampling(most))
+        order.append(name)
+
+    async def crowd():
+        jobs = [asyncio.create_task(ask("holder", 50, 100))]
+        await asyncio.to_thread(wait_for, lambda: model.engine.running)
+        jobs.append(asyncio.create_task(ask("large", 100, 20)))
+        await asyncio.sleep(0.05)
+        jobs += [asyncio.create_task(ask(f"small{i}", 5, 5)) for i in range(8)]
+        await asyncio.gather(*jobs)
+
+    asyncio.run(crowd())
+    assert order[: order.index("holder")] == ["small0", "small1", "small2"]
+
+
+def test_an_open_answer_that_finds_no_room_waits_and_goes_on(make, tokenizer, monkeypatch):
+    monkeypatch.setattr(api, "GROWTH", 10)
+    runner = ScriptedRunner(tokenizer, "x" * 60, rows=120)
+    model = make(runner)
+
+    async def two():
+        jobs = [reply(model, [i] * 20, api.Sampling(70), open_ended=True) for i in (1, 2)]
+        return await asyncio.gather(*jobs)
+
+    answers = asyncio.run(two())
+    assert [text for text, _ in answers] == ["x" * 60] * 2
+    assert any(step.count(1) < len(step) and max(step) > 20 for step in runner.steps), "it waited"
+
+
+def test_what_never_fits_is_refused(make, tokenizer):
+    model = make(ScriptedRunner(tokenizer, rows=50))
+    with pytest.raises(api.ContextTooLong, match="50"):
+        asyncio.run(reply(model, [1] * 30, api.Sampling(21)))
+
+
+# ---- Ending, leaving, failing
 
 
 def test_an_end_token_ends_and_is_not_text(make, tokenizer):
     text, last = asyncio.run(reply(make(ScriptedRunner(tokenizer, "bye")), [1]))
     assert (text, last.finish_reason) == ("bye", "stop")
-    assert last.usage == api.Usage(1, 4)
+    assert (last.prompt_tokens, last.completion_tokens) == (1, 4)
 
 
 def test_leaving_early_cancels(make, tokenizer):
@@ -80,7 +451,60 @@ def test_leaving_early_cancels(make, tokenizer):
 
     asyncio.run(leave())
     wait_for(lambda: not model.engine.running)
-    assert model.engine.runner.steps < 100
+    assert len(model.engine.runner.steps) < 100
+
+
+def test_a_request_that_takes_too_long_is_ended(make, tokenizer):
+    runner = ScriptedRunner(tokenizer, "x" * 400)
+    runner.pause = 0.01
+    model = make(runner, timeout=0.2)
+    with pytest.raises(api.TimedOut):
+        asyncio.run(reply(model, [1], api.Sampling(400)))
+    wait_for(lambda: not model.engine.running)
+    assert model.engine.allocator.free == [(0, runner.rows)]
+
+
+def test_a_request_that_waits_too_long_is_ended_too(make, tokenizer):
+    runner = ScriptedRunner(tokenizer, "x" * 400)
+    runner.pause = 0.01
+    model = make(runner, timeout=0.3, max_batch=1)
+
+    async def two():
+        first = asyncio.create_task(reply(model, [1], api.Sampling(400)))
+        await asyncio.sleep(0.05)
+        return await asyncio.gather(first, reply(model, [1]), return_exceptions=True)
+
+    assert [type(answer) for answer in asyncio.run(two())] == [api.TimedOut] * 2
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("a fault"), torch.OutOfMemoryError("full")])
+def test_a_fault_costs_only_the_request_that_causes_it(make, tokenizer, fault):
+    runner = ScriptedRunner(tokenizer)
+    runner.failure, runner.poison = fault, [7, 7]
+    model = make(runner)
+
+    async def crowd():
+        prompts = [[1], [2, 3], [7, 7], [4] * 30, [5]]
+        return await asyncio.gather(*(reply(model, p) for p in prompts), return_exceptions=True)
+
+    answers = asyncio.run(crowd())
+    assert isinstance(answers.pop(2), api.StepFailed)
+    assert [text for text, _ in answers] == ["hello"] * 4
+    wait_for(lambda: not model.engine.running)
+    assert model.engine.allocator.free == [(0, runner.rows)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_device_that_is_gone_ends_the_engine(make, tokenizer, monkeypatch):
+    def gone() -> None:
+        raise RuntimeError("CUDA error: device-side assert")
+
+    runner = ScriptedRunner(tokenizer)
+    runner.failure = RuntimeError("CUDA error")
+    monkeypatch.setattr(runner, "check_device", gone)
+    model = make(runner)
+    with pytest.raises(api.NotServing, match="device-side assert"):
+        asyncio.run(reply(model, [1]))
 
 
 def test_a_failed_step_costs_only_its_own_request(make, tokenizer):
@@ -96,11 +520,63 @@ def test_a_failed_step_costs_only_its_own_request(make, tokenizer):
 def test_a_dead_engine_fails_everyone_at_once(make, tokenizer):
     model = make(ScriptedRunner(tokenizer))
     model.engine.runner.failure = SystemExit("the end")
-    with pytest.raises(api.NotServing, match="died"):
+    with pytest.raises(api.NotServing, match="the end"):
         asyncio.run(reply(model, [1]))
-    with pytest.raises(api.NotServing, match="died"):
+    with pytest.raises(api.NotServing, match="the end"):
         asyncio.run(reply(model, [1]))
     assert isinstance(model.engine.failure, SystemExit)
+
+
+# ---- The check at start
+
+
+def start(model) -> api.Runner:
+    return api.start_runner(model, api.Settings(cache_memory="1MiB"))
+
+
+def test_a_model_that_packs_is_let_in():
+    assert start(tiny_llama()).rows > 1000
+
+
+def test_a_model_whose_attention_is_not_reached_is_refused():
+    model = BloomForCausalLM(BloomConfig(vocab_size=60, hidden_size=16, n_layer=2, n_head=2))
+    with pytest.raises(api.StartError, match=r"Bloom|attention"):
+        start(model.eval())
+
+
+def test_a_model_whose_attention_we_do_not_honour_is_refused():
+    config = MistralConfig(
+        vocab_size=60,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+    )
+    with pytest.raises(api.StartError, match="sliding_window"):
+        start(MistralForCausalLM(config).eval())
+
+
+def test_a_model_that_comes_out_differently_is_refused(monkeypatch):
+    """As one would whose attention read a neighbour's row."""
+    right = api.attend
+    monkeypatch.setattr(api, "attend", lambda *given: right(*given) * 1.01)
+    with pytest.raises(api.StartError, match="does not batch"):
+        start(tiny_llama())
+
+
+@pytest.mark.parametrize(("kind", "most"), [("dynamic", 64), ("longrope", 32), ("linear", 64)])
+def test_rope_that_moves_with_the_batch_is_held_to_its_first_length(kind, most):
+    config = LlamaConfig(max_position_embeddings=64)
+    config.rope_parameters = {"rope_type": kind, "factor": 2.0}
+    if kind == "longrope":
+        config.rope_parameters["original_max_position_embeddings"] = 32
+    assert api.context_length(config) == most
+
+
+# ---- Preparing a prompt
 
 
 def test_silence_brings_a_sign_of_life(make, runner, monkeypatch):

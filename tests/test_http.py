@@ -74,8 +74,7 @@ def test_history_in_both_shapes_reaches_the_model_alike(server, runner):
 
 
 @pytest.mark.parametrize(
-    "content_type",
-    [None, "application/json", "application/x-www-form-urlencoded", "text/plain"],
+    "content_type", [None, "application/json", "application/x-www-form-urlencoded", "text/plain"]
 )
 def test_json_needs_no_content_type(server, content_type):
     headers = {"content-type": content_type} if content_type else {}
@@ -172,7 +171,7 @@ def test_a_bad_field_is_a_400_that_names_it(server, runner, body, param):
     assert error["param"] == param
     assert param in error["message"] or "prompt" in error["message"]
     assert error["type"] == "invalid_request_error"
-    assert runner.steps == 0, "nothing was computed for it"
+    assert not runner.steps, "nothing was computed for it"
     assert post(server, {"prompt": "still there?"}).status_code == 200
 
 
@@ -297,9 +296,9 @@ def test_a_client_that_hangs_up_is_forgotten(server, runner, stream):
     head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
     with socket.create_connection(("127.0.0.1", int(server.rpartition(":")[2]))) as client:
         client.sendall(head + body)
-        wait_for(lambda: runner.steps > 2)
+        wait_for(lambda: len(runner.steps) > 2)
     wait_for(lambda: idle(server), seconds=2)
-    assert runner.steps < 300
+    assert len(runner.steps) < 300
 
 
 def test_health_answers_while_the_model_computes(server, runner):

@@ -71,7 +71,7 @@ def test_the_tensors_know_nothing_of_http_and_http_nothing_of_tensors():
     assert "FastAPI" in http
     assert "torch" in tensors
     forbidden = {
-        **dict.fromkeys(("Model families", "Text", "Engine", "Loading"), http),
+        **dict.fromkeys(("Model families", "Text", "Batches", "Sampling", "Engine", "Model"), http),
         **dict.fromkeys(("Errors", "Settings", "Schemas", "Routes", "Main"), tensors),
     }
     assert set(sections()) == set(forbidden)
@@ -84,8 +84,8 @@ def test_the_tensors_know_nothing_of_http_and_http_nothing_of_tensors():
 
 
 def test_the_file_keeps_its_budget():
-    assert len(LINES) <= 1500
-    assert len(sections()["Engine"]) <= 550
+    assert len(LINES) <= 1800
+    assert sum(len(sections()[name]) for name in ("Batches", "Sampling", "Engine")) <= 700
 
 
 def test_functions_are_short():
