@@ -27,6 +27,7 @@ import os
 import queue
 import random
 import re
+import tempfile
 import threading
 import time
 from bisect import bisect_left, insort
@@ -71,6 +72,7 @@ try:
         model_validator,
     )
     from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+    from sentencepiece import SentencePieceProcessor
     from starlette.datastructures import MutableHeaders
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
@@ -167,6 +169,7 @@ class Settings(BaseSettings):
         cli_prog_name="api.py",
         cli_kebab_case=True,
         cli_avoid_json=True,
+        cli_implicit_flags=True,
     )
 
     model: str = Field("demo", description="a name under models/, or a folder with a checkpoint")
@@ -175,12 +178,16 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="the type of the weights; auto is what the checkpoint was saved in"
     )
-    device_map: str = Field("auto", description="auto, or a device such as cpu or cuda:0")
+    device_map: str = Field(
+        "auto", description="auto, a device such as cpu or cuda:0, or a JSON map of modules"
+    )
+    chat_template: Path | None = Field(None, description="a jinja file in place of the model's own")
     cache_memory: Annotated[str, AfterValidator(check_memory)] = Field(
         "auto", description="for keys and values: a size such as 4GiB, or a fraction of free memory"
     )
     max_batch: int = Field(64, ge=1, le=1024, description="most requests that are computed at once")
     prefill_chunk: int = Field(512, ge=16, description="most prompt tokens that a step computes")
+    check: bool = Field(False, description="load, show what was found, say eight tokens, and end")
     request_timeout: float = Field(600, gt=0, description="seconds after which a request is ended")
 
 
@@ -218,65 +225,214 @@ class Sampling:
         return replace(self, **given)
 
 
-def checkpoint_defaults(config: GenerationConfig) -> Sampling:
-    """What a checkpoint's generation_config.json sets, over our defaults for the rest."""
-    names = [knob.name for knob in fields(Sampling)]
-    found = {name: getattr(config, name, None) for name in names}
-    if config.do_sample is False:
-        found["temperature"] = 0.0
-    return Sampling().override({name: x for name, x in found.items() if x is not None})
-
-
-# ---- Text -------------------------------------------------------------------
-# Messages become token ids by the checkpoint's chat template, ids become text
-# again as they come. Nothing that a user writes can turn into a special token.
+# In a format, it parts what the original code encodes apart. A code point that Unicode keeps for
+# a program's own use, so no tokenizer and no text has it.
+APART = "\ufdd2"
 
 Message = dict[str, str]
 
-# Two code points that Unicode keeps for a program's own use: around a number,
-# they stand in a message for the special token that the user spelled out.
+
+@dataclass(frozen=True)
+class Family:
+    """How to talk to one kind of model: its formats, with {} for a message's content."""
+
+    name: str
+    model_type: str
+    markers: tuple[str, ...]  # each is one token, wherever it stands in a format
+    turns: dict[str, str]
+    begin: str = ""
+    ask: str = ""  # what makes the model answer
+    ends: tuple[str, ...] = ()
+    absent: str | None = None  # a token that only the family's namesakes have
+    strip: bool = False
+    defaults: Sampling = Sampling()
+    own_defaults: bool = False  # the tutorial's program ignored generation_config.json
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        contents = [m["content"].strip() if self.strip else m["content"] for m in messages]
+        turns = [self.turns[m["role"]].format(c) for m, c in zip(messages, contents, strict=True)]
+        return self.begin + "".join(turns) + (self.ask if add_generation_prompt else "")
+
+
+ROLES = ("system", "user", "assistant")
+TUTORIAL = Sampling(1024, 0.95, 5, 0.7, repetition_penalty=1.1)
+
+# The formats are those of each model's original code.
+FAMILIES = (
+    Family(
+        "deepseek-v2",
+        "deepseek_v2",
+        markers=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+        turns={
+            "system": "{}\n\n",
+            "user": "User: {}\n\n",
+            "assistant": "Assistant: {}<｜end▁of▁sentence｜>",
+        },
+        begin="<｜begin▁of▁sentence｜>",
+        ask="Assistant:",
+        ends=("<｜end▁of▁sentence｜>",),
+        defaults=TUTORIAL,
+        own_defaults=True,
+    ),
+    Family(
+        "index",
+        "index",
+        markers=("<unk>", "reserved_0", "reserved_1"),
+        turns={"system": "<unk>{}", "user": "reserved_0{}", "assistant": "reserved_1{}"},
+        ask="reserved_1",
+        ends=("</s>",),
+        defaults=TUTORIAL,
+        own_defaults=True,
+    ),
+    Family(
+        "llama-3",
+        "llama",
+        markers=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        turns={r: f"<|start_header_id|>{r}<|end_header_id|>\n\n{{}}<|eot_id|>" for r in ROLES},
+        begin="<|begin_of_text|>",
+        ask="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ends=("<|end_of_text|>", "<|eot_id|>"),
+        absent="<|eom_id|>",  # Llama 3.1 and later, which have a format of their own
+        strip=True,
+        defaults=Sampling(512, 0.5, 0, 0.9, repetition_penalty=1.1),
+        own_defaults=True,
+    ),
+    Family(
+        "xverse",
+        "xverse",
+        markers=("<|endoftext|>",),
+        turns={
+            "system": f"Human: {APART}{{}}\n{APART}",
+            "user": f"Human: {APART}{{}}\n\n{APART}",
+            "assistant": f"Assistant: {APART}{{}}<|endoftext|>",
+        },
+        ask="Assistant: ",
+        ends=("<|endoftext|>",),
+        defaults=Sampling(2048, 0.5, 30, 0.85, repetition_penalty=1.1),
+    ),
+    Family(
+        "internlm2",
+        "internlm2",
+        markers=("<s>", "<|im_start|>", "<|im_end|>"),
+        turns={role: f"<|im_start|>{role}\n{{}}<|im_end|>\n" for role in ROLES},
+        begin="<s>",
+        ask="<|im_start|>assistant\n",
+        ends=("</s>", "<|im_end|>"),
+    ),
+)
+
+
+def family_of(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Family | None:
+    """The family of a checkpoint: many models are called llama, but few have these tokens."""
+    has = tokenizer.backend_tokenizer.token_to_id
+    for family in FAMILIES:
+        known = all(has(marker) is not None for marker in (*family.markers, *family.ends))
+        namesake = family.absent is not None and has(family.absent) is not None
+        if family.model_type == model_type and known and not namesake:
+            return family
+    return None
+
+
+def checkpoint_defaults(config: GenerationConfig, family: Family | None = None) -> Sampling:
+    """What a checkpoint's generation_config.json sets, over the family's for the rest."""
+    base = family.defaults if family else Sampling()
+    if family and family.own_defaults:
+        return base
+    found = {knob.name: getattr(config, knob.name, None) for knob in fields(Sampling)}
+    if config.do_sample is False:
+        found["temperature"] = 0.0
+    return base.override({name: x for name, x in found.items() if x is not None})
+
+
+# ---- Text -------------------------------------------------------------------
+# Messages become token ids, by the family's format or else the checkpoint's own
+# chat template, and ids become text again as they come. Nothing that a user
+# writes can turn into a special token.
+
+# Like APART: around a number they stand in a message for a special token that the user spelled.
 SHIELD, SHIELD_END = "\ufdd0", "\ufdd1"
 
 
-class ChatTokenizer:
-    """Turns messages into token ids, as the checkpoint's own chat template says.
+def modern(node: dict[str, Any]) -> dict[str, Any]:
+    """Spell a part of XVERSE's tokenizer.json as tokenizers has done since 0.19."""
+    if node.get("type") == "Metaspace" and node.pop("add_prefix_space", True) is False:
+        node["prepend_scheme"] = "never"
+    return node
 
-    Raises BadRequest where the template refuses the messages. Many threads may call it: the
-    tokenizers inside are never changed, which transformers' own wrapper does when it encodes.
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a folder, from tokenizer.json or tokenizer.model; None if it has neither.
+
+    Raises StartError if a tokenizer.model is read differently from how sentencepiece reads it.
+    """
+    if (folder / "tokenizer.json").is_file():
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        backend = Tokenizer.from_str(json.dumps(json.loads(text, object_hook=modern)))
+        return PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_object=backend)
+    if not (folder / "tokenizer.model").is_file():
+        return None
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    original = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for probe in ("Hello, world", "你好，世界", " two  spaces", "x = 1\n\ty", "🙂 1234"):
+        if original.encode(probe) != tokenizer.encode(probe, add_special_tokens=False):
+            raise StartError(f"{folder}/tokenizer.model reads {probe!r} otherwise than it should")
+    return tokenizer
+
+
+class ChatTokenizer:
+    """Turns messages into token ids; raises BadRequest where a chat template refuses them.
+
+    Many threads may call it: the tokenizers inside are never changed, which transformers' own
+    wrapper does when it encodes.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        if tokenizer.chat_template is None:
-            raise StartError("the checkpoint has no chat template; choose a chat model")
-        self.tokenizer = tokenizer
-        self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, family: Family | None = None):
+        if family is None and tokenizer.chat_template is None:
+            raise StartError(
+                "the checkpoint has no chat template; choose a chat model, or pass its template"
+                " with --chat-template FILE"
+            )
+        self.tokenizer, self.family = tokenizer, family
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        markers = (*family.markers, *family.ends) if family else ()
+        for token in spec["added_tokens"]:
+            # Some markers, such as DeepSeek's for filling in the middle, are not marked special.
+            token["special"] |= bool(re.fullmatch(r"<\S+>", token["content"]))
+        self.backend = Tokenizer.from_str(json.dumps(spec))
         # The same, but blind to special tokens: it encodes them as the text they are.
-        self.plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self.plain = Tokenizer.from_str(json.dumps(spec))
         self.plain.encode_special_tokens = True
-        added = tokenizer.added_tokens_decoder.items()
-        self.special = {token.content: i for i, token in added if token.special}
-        self.words = [SHIELD, SHIELD_END, *self.special]
-        self._word = re.compile("|".join(map(re.escape, sorted(self.words, key=len, reverse=True))))
+        added = [token["content"] for token in spec["added_tokens"] if token["special"]]
+        ids = {word: self.backend.token_to_id(word) for word in (*added, *markers)}
+        self.special = {word: i for word, i in ids.items() if i is not None}
+        self.words = [SHIELD, SHIELD_END, APART, *self.special]
+        longest_first = sorted(self.words, key=len, reverse=True)
+        self._word = re.compile("|".join(map(re.escape, longest_first)))
 
     def encode(self, messages: list[Message]) -> list[int]:
         """The prompt's token ids, up to where the assistant is to speak."""
         shielded = [m | {"content": self._shield(m["content"])} for m in messages]
         text = self._render(shielded, add_generation_prompt=True)
-        if SHIELD not in text:
+        if not self.family and SHIELD not in text:
             return self.backend.encode(text, add_special_tokens=False).ids
         return [i for run in self._runs(text) for i in self._encode_run(run)]
 
     def end_ids(self, config: GenerationConfig) -> set[int]:
         """Every id that ends an answer: the checkpoint's own, and the template's end of turn."""
         listed = config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
-        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SHIELD}]
-        after = self._render(turn).partition(SHIELD)[2].lstrip()
-        if first := self._word.match(after):
-            ends.add(self.special.get(first[0]))
-        return ends - {None}
+        ends = {*(listed if isinstance(listed, list) else [listed])}
+        if self.family:
+            ends |= {self.special[word] for word in self.family.ends}
+        else:
+            turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SHIELD}]
+            after = self._render(turn).partition(SHIELD)[2].lstrip()
+            closing = self._word.match(after)
+            ends |= {self.tokenizer.eos_token_id, self.special.get(closing[0]) if closing else None}
+        return {i for i in ends if i is not None}
 
     def _render(self, messages: list[Message], **options: Any) -> str:
+        if self.family:
+            return self.family.render(messages, **options)
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # jinja's errors, and whatever a template raises
@@ -286,9 +442,9 @@ class ChatTokenizer:
         return self._word.sub(lambda m: f"{SHIELD}{self.words.index(m[0])}{SHIELD_END}", content)
 
     def _runs(self, text: str) -> list[str]:
-        """The text cut at the template's own special tokens, which are runs of their own."""
+        """The text cut at the format's own special tokens, which are runs of their own."""
         names = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
-        return [run for run in re.split(f"({names})", text) if run]
+        return [run for run in re.split(f"({names})|{APART}", text) if run]
 
     def _encode_run(self, run: str) -> list[int]:
         if run in self.special:
@@ -640,6 +796,7 @@ class Runner:
         self.split = len(set(getattr(model, "hf_device_map", {}).values())) > 1
         self.num_layers = model.config.get_text_config().num_hidden_layers
         model.set_attn_implementation("packed")
+        self.difference = 0.0  # to the plain forward pass, as the check at start found it
         self._make_room(8)
         self.vocabulary = self.forward([(Span([0]), 1)]).shape[-1]
         self._make_room(min(max_rows, self._affordable(cache_memory)))
@@ -1041,6 +1198,8 @@ class ChatModel:
     engine: Engine
     defaults: Sampling
     context_length: int
+    prompt_length: int  # most tokens of a prompt, where the model has such a limit
+    facts: dict[str, str]
 
     def answer(self, prompt: Prompt) -> AsyncGenerator[Delta]:
         return self.engine.stream(prompt.ids, prompt.sampling, prompt.open_ended)
@@ -1056,12 +1215,13 @@ class ChatModel:
         ids = self.tokenizer.encode(without_turns(messages, dropped))
         room = self.context_length - len(ids)
         wanted = given.get("max_new_tokens", 1)
-        if room < wanted:
+        if room < wanted or len(ids) > self.prompt_length:
             raise ContextTooLong(
                 f"the prompt has {len(ids)} tokens and the answer may have {wanted}, but the"
-                f" model's context holds {self.context_length}; shorten the prompt or the history,"
-                ' ask for a shorter answer, or send "truncate": true',
-                param="prompt" if room < 1 else "max_length",
+                f" model's context holds {self.context_length}, {self.prompt_length} of them for"
+                " the prompt; shorten the prompt or the history, ask for a shorter answer, or send"
+                ' "truncate": true',
+                param="max_length" if 0 < room < wanted else "prompt",
             )
         sampling = replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
         return Prompt(ids, sampling, "max_new_tokens" not in given, dropped)
@@ -1071,7 +1231,7 @@ class ChatModel:
 
         def fits(dropped: int) -> bool:
             ids = self.tokenizer.encode(without_turns(messages, dropped))
-            return len(ids) + answer <= self.context_length
+            return len(ids) <= min(self.prompt_length, self.context_length - answer)
 
         turns = sum(m["role"] == "user" for m in messages) - 1
         return bisect_left(range(turns), True, key=fits)
@@ -1201,16 +1361,41 @@ for name, mapping in LLAMA_LIKE.items():
     register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
 
 
-def load_model(folder: Path, dtype: str = "auto", device_map: str = "auto") -> Any:
-    """The checkpoint's model, a plain transformers one, placed and ready for inference."""
-    return AutoModelForCausalLM.from_pretrained(
+def load_model(
+    folder: Path, *, dtype: str = "auto", device_map: str = "auto"
+) -> tuple[Any, PreTrainedTokenizerFast | None]:
+    """A checkpoint's model, a plain transformers one placed by accelerate, and its tokenizer.
+
+    Nothing in the folder is executed. The tokenizer is None where the folder has none. Raises
+    StartError where the folder's files do not make a model.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if ratio := getattr(config, "rope_ratio", None):  # Index's model for long texts
+        config.rope_parameters["rope_theta"] *= ratio
+    model = AutoModelForCausalLM.from_pretrained(
         folder,
+        config=config,
         dtype=dtype,
-        device_map=device_map,
+        device_map=json.loads(device_map) if device_map.startswith("{") else device_map,
+        offload_folder=tempfile.mkdtemp(prefix="chat-api-") if "disk" in device_map else None,
+        # InternLM2's config asks for eager attention, which is slow.
         attn_implementation="sdpa",
         trust_remote_code=False,
         local_files_only=True,
-    ).eval()
+    )
+    return model.eval(), load_tokenizer(folder)
+
+
+def placement(model: Any) -> str:
+    """Which devices hold how many of the model's parts, and what they have left."""
+    parts = Counter(map(str, getattr(model, "hf_device_map", {"": model.device}).values()))
+    said = []
+    for name, count in parts.items():
+        device = torch.device("cuda", int(name)) if name.isdigit() else name
+        free = torch.cuda.mem_get_info(device)[0] if "cuda" in str(device) else 0
+        left = f", {free / 2**30:.1f} GiB left" if free else ""
+        said.append(f"{device} ({count} {'part' if count == 1 else 'parts'}{left})")
+    return ", ".join(said)
 
 
 def context_length(config: Any) -> int:
@@ -1265,10 +1450,7 @@ def start_runner(model: Any, settings: Settings) -> Runner:
         runner = Runner(model, settings.cache_memory, most)
     except (TypeError, ValueError) as error:
         raise StartError(f"{type(model).__name__} cannot be batched: {error}") from error
-    difference = self_check(runner, alone)
-    kind = type(model).__name__
-    log.info("%s in %s on %s; packed differs by %.1e", kind, model.dtype, runner.device, difference)
-    log.info("the cache holds %s tokens of context", f"{runner.rows:,}")
+    runner.difference = self_check(runner, alone)
     return runner
 
 
@@ -1280,24 +1462,66 @@ def load_chat_model(settings: Settings) -> ChatModel:
     check_versions()
     check_cards(settings.device_map)
     folder = find_model(settings.model)
-    tokenizer = ChatTokenizer(PreTrainedTokenizerFast.from_pretrained(folder))
-    model = load_model(folder, settings.dtype, settings.device_map)
+    model, tokenizer = load_model(folder, dtype=settings.dtype, device_map=settings.device_map)
+    if tokenizer is None:
+        raise StartError(f"{folder} has no tokenizer.json and no tokenizer.model")
+    if settings.chat_template:
+        tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
+    own = settings.chat_template is not None
+    family = None if own else family_of(model.config.model_type, tokenizer)
+    text = ChatTokenizer(tokenizer, family)
+    ends = text.end_ids(model.generation_config)
     runner = start_runner(model, settings)
     context = min(context_length(model.config), runner.rows)
+    facts = {
+        "model": f"{folder.name}, {type(model).__name__} in {str(model.dtype)[6:]},"
+        f" {model.num_parameters():,} parameters",
+        "prompt": family.name if family else "its own chat template",
+        "devices": placement(model),
+        "context": f"{context:,} tokens; the cache holds {runner.rows:,}",
+        "end ids": f"{sorted(ends)}",
+        "check": f"packed steps differ from plain ones by {runner.difference:.1e}",
+    }
+    for name, fact in facts.items():
+        log.info("%s: %s", name, fact)
+    engine = Engine(
+        runner,
+        text.plain,
+        ends,
+        max_batch=settings.max_batch,
+        chunk=settings.prefill_chunk,
+        timeout=settings.request_timeout,
+    )
     return ChatModel(
         name=folder.name,
-        tokenizer=tokenizer,
-        engine=Engine(
-            runner,
-            tokenizer.plain,
-            tokenizer.end_ids(model.generation_config),
-            max_batch=settings.max_batch,
-            chunk=settings.prefill_chunk,
-            timeout=settings.request_timeout,
-        ),
-        defaults=checkpoint_defaults(model.generation_config),
+        tokenizer=text,
+        engine=engine,
+        defaults=checkpoint_defaults(model.generation_config, family),
         context_length=context,
+        prompt_length=min(context, getattr(model.config, "max_tokenizer_truncation", context)),
+        facts=facts,
     )
+
+
+def check_model(model: ChatModel) -> str:
+    """What a user runs first on a new machine: what was found, a prompt, and eight tokens."""
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "你好"},
+    ]
+    prompt = model.prepare(messages, {"max_new_tokens": 8, "temperature": 0.0}, False)
+
+    async def answer() -> str:
+        return "".join([delta.text async for delta in model.answer(prompt)])
+
+    shown = {
+        **model.facts,
+        "a prompt": repr(model.tokenizer.backend.decode(prompt.ids, skip_special_tokens=False)),
+        "its ids": " ".join(map(str, prompt.ids)),
+        "eight tokens": repr(asyncio.run(answer())),
+    }
+    return "".join(f"{name + ':':14}{fact}\n" for name, fact in shown.items())
 
 
 # ---- Schemas ----------------------------------------------------------------
@@ -1761,6 +1985,9 @@ def main() -> None:
     """Serve until told to stop."""
     settings = read_settings(sys.argv[1:])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    if settings.check:
+        sys.stdout.write(check_model(load_chat_model(settings)))
+        return
     app = build_app(settings)
     log.info("serving on http://127.0.0.1:%d, fields at /docs", settings.port)
     log.info(

@@ -30,14 +30,14 @@ TEMPLATE = (
 SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and four special ones that a template uses."""
+def byte_tokenizer(special: list[str] = SPECIAL) -> PreTrainedTokenizerFast:
+    """One token a byte, and special ones that a template uses; the first ends a turn."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=special[0])
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -135,7 +135,9 @@ def chat_model(
     """A model that answers by way of the runner."""
     text = api.ChatTokenizer(tokenizer)
     engine = api.Engine(runner, text.plain, {256}, **options)
-    return api.ChatModel("test", text, engine, api.Sampling(), context_length)
+    return api.ChatModel(
+        "test", text, engine, api.Sampling(), context_length, prompt_length=context_length, facts={}
+    )
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ class Alone:
     """A family's tiny model: what `generate` says of a prompt by itself, and a runner."""
 
     def __init__(self, name: str):
-        model = api.load_model(FIXTURES / name, "float32")
+        model, _ = api.load_model(FIXTURES / name, dtype="float32")
         self.context = min(api.context_length(model.config), 200)
         self.plain = [api.plain_logits(model, ids) for ids in api.probes(model)]
         generator = torch.Generator().manual_seed(1)

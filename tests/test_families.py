@@ -1,8 +1,30 @@
-"""What differs between models is data, and a request's values override it."""
+"""Five families from their hubs' own files, natively: what each says, and how it is asked."""
 
+import asyncio
+import json
+import os
+import shutil
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, byte_tokenizer, ready, serve
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 import api
+
+FIXTURES = ROOT / "tests" / "fixtures"
+CHECKPOINTS = ["deepseek_v2", "index", "internlm2", "internlm2_ntk", "llama", "xverse"]
+
+# A folder with `tokenizers/<internlm2|llama3|deepseek_v2>`, the real files, which are not ours to
+# ship. Tests that need them are skipped without it.
+DATA = os.environ.get("CHAT_TEST_DATA")
+
+
+# ---- Values
 
 
 def test_a_value_given_is_used_zero_included():
@@ -24,3 +46,412 @@ def test_a_checkpoint_that_does_not_sample_is_greedy():
 
 def test_a_checkpoint_that_says_nothing_leaves_our_defaults():
     assert api.checkpoint_defaults(GenerationConfig()) == api.Sampling(1024, 0.8, 50, 0.8, 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "family", "expected"),
+    [
+        ("deepseek_v2", "deepseek-v2", api.Sampling(1024, 0.95, 5, 0.7, 0, 1.1)),
+        ("index", "index", api.Sampling(1024, 0.95, 5, 0.7, 0, 1.1)),
+        ("llama", "llama-3", api.Sampling(512, 0.5, 0, 0.9, 0, 1.1)),
+        ("xverse", "xverse", api.Sampling(2048, 0.5, 30, 0.85, 0, 1.1)),
+        ("internlm2", "internlm2", api.Sampling(1024, 0.8, 50, 0.8, 0, 1.0)),
+    ],
+)
+def test_defaults_are_what_each_tutorial_used(checkpoint, family, expected):
+    found = next(row for row in api.FAMILIES if row.name == family)
+    config = GenerationConfig.from_pretrained(FIXTURES / checkpoint)
+    assert api.checkpoint_defaults(config, found) == expected
+
+
+# ---- Weights
+
+
+def error_of(model, expected) -> float:
+    """The largest difference from the original code's logits, where there are tokens."""
+    ids = torch.tensor(expected["input_ids"])
+    mask = torch.tensor(expected["attention_mask"])
+    with torch.inference_mode():
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    difference = (logits - torch.tensor(expected["logits"])).abs().amax(-1)
+    return float(difference[mask.bool()].max())
+
+
+def expected_of(name: str):
+    return np.load(FIXTURES / name / "expected.npz")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_are_the_original_codes(name, attention):
+    model, tokenizer = api.load_model(FIXTURES / name, dtype="float32", device_map="cpu")
+    model.set_attn_implementation(attention)
+    assert tokenizer is None
+    assert error_of(model, expected_of(name)) < 1e-4
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_greedy_answers_are_the_original_codes(name):
+    model, _ = api.load_model(FIXTURES / name, dtype="float32", device_map="cpu")
+    expected = expected_of(name)
+    for ids, mask, answer in zip(
+        expected["input_ids"], expected["attention_mask"], expected["greedy"], strict=True
+    ):
+        prompt = torch.tensor(ids[mask.astype(bool)])[None]
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=32,
+            max_length=None,
+            do_sample=False,
+            repetition_penalty=1.0,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert out[0, prompt.shape[1] :].tolist() == answer.tolist()
+
+
+def plain_split(self, input_dict, source_patterns, target_patterns, config, **_):
+    ((matrix,),) = input_dict.values()
+    width = config.head_dim * config.num_key_value_heads
+    parts = matrix.split([len(matrix) - 2 * width, width, width])
+    return {name: p.contiguous() for name, p in zip(target_patterns, parts, strict=True)}
+
+
+def untouched(self, input_dict, source_patterns, target_patterns, config, **_):
+    ((matrix,),) = input_dict.values()
+    return {target_patterns[0]: matrix}
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "how"),
+    [
+        ("internlm2", api.UngroupQKV, plain_split),
+        ("index", api.NormalizeRows, untouched),
+        ("internlm2", None, {"rope_theta": 10_000}),
+        ("xverse", None, {"rms_norm_eps": 1e-5}),
+        ("deepseek_v2", None, {"mscale_all_dim": 0}),
+    ],
+)
+def test_the_comparison_notices_mistakes(name, broken, how, monkeypatch, tmp_path):
+    """Each of these is a way to load the model wrongly without an error."""
+    folder = tmp_path / name
+    shutil.copytree(FIXTURES / name, folder)
+    if broken:
+        monkeypatch.setattr(broken, "convert", how)
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        ((key, value),) = how.items()
+        (config["rope_scaling"] if key.startswith("mscale") else config)[key] = value
+        (folder / "config.json").write_text(json.dumps(config))
+    model, _ = api.load_model(folder, dtype="float32", device_map="cpu")
+    assert error_of(model, expected_of(name)) > 1e-4
+
+
+def test_bin_shards_load_like_safetensors(tmp_path):
+    folder = copied("xverse", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    names = sorted(weights)
+    index = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"pytorch_model-0000{number}-of-00002.bin"
+        torch.save({name: weights[name] for name in part}, folder / file)
+        index |= dict.fromkeys(part, file)
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
+    model, _ = api.load_model(folder, dtype="float32", device_map="cpu")
+    assert error_of(model, expected_of("xverse")) < 1e-4
+
+
+def copied(name: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / name, tmp_path / name))
+
+
+def test_nothing_in_the_folder_is_executed(tmp_path):
+    """Neither the Python that auto_map names, nor Python that lies there, nor a pickle."""
+    folder = copied("internlm2", tmp_path)
+    flag = tmp_path / "executed"
+    for name in ("modeling_internlm2", "configuration_internlm2", "tokenization_internlm2"):
+        (folder / f"{name}.py").write_text(f"open({str(flag)!r}, 'w')\n")
+    api.load_model(folder, dtype="float32", device_map="cpu")
+    assert not flag.exists()
+
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(flag), "w")
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Bomb()}, folder / "pytorch_model.bin")
+    with pytest.raises(Exception, match=r"(?i)weights.only|unsupported"):
+        api.load_model(folder, dtype="float32", device_map="cpu")
+    assert not flag.exists()
+
+
+def test_rope_ratio_stretches_index(tmp_path):
+    folder = copied("index", tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"rope_ratio": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    model, _ = api.load_model(folder, dtype="float32", device_map="cpu")
+    assert model.config.rope_parameters["rope_theta"] == 320_000
+
+
+def test_layers_on_disk_answer_the_same(tmp_path):
+    """A device map of several places, with accelerate's hooks, on a machine without a card."""
+    parts = ("model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb")
+    where = dict.fromkeys(parts, "cpu") | {f"model.layers.{i}": "cpu" for i in range(3)}
+    where["model.layers.1"] = "disk"
+    model, _ = api.load_model(FIXTURES / "llama", dtype="float32", device_map=json.dumps(where))
+    assert error_of(model, expected_of("llama")) < 1e-4
+    assert "disk (1 part)" in api.placement(model)
+    runner = api.start_runner(model, api.Settings(cache_memory="1MiB"))
+    assert runner.split
+    assert runner.difference < 1e-4
+
+
+# ---- Prompts
+
+CONVERSATION = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "你好"},
+]
+
+
+def real(name: str) -> api.ChatTokenizer:
+    if DATA is None:
+        pytest.skip("CHAT_TEST_DATA names no folder with the real tokenizers")
+    return text_of(Path(DATA) / "tokenizers" / name)
+
+
+def text_of(folder: Path) -> api.ChatTokenizer:
+    tokenizer = api.load_tokenizer(folder)
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    return api.ChatTokenizer(tokenizer, api.family_of(kind, tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("name", "ids", "ends"),
+    [
+        (
+            "deepseek_v2",
+            "100000 5726 25 2868 185 185 77398 25 39280 100001 5726 25 207 84313 185 185 77398 25",
+            {100001},
+        ),
+        (
+            "internlm2",
+            "1 92543 1008 364 6176 92542 364 92543 525 11353 364 15115 92542 364 92543 1008 364"
+            " 77230 92542 364 92543 525 11353 364",
+            {2, 92542},
+        ),
+        (
+            "llama3",
+            "128000 128006 882 128007 271 6151 128009 128006 78191 128007 271 15339 128009 128006"
+            " 882 128007 271 57668 53901 128009 128006 78191 128007 271",
+            {128001, 128009},
+        ),
+    ],
+)
+def test_prompt_ids_are_the_original_codes(name, ids, ends):
+    text = real(name)
+    assert text.family
+    assert text.encode(CONVERSATION) == [int(i) for i in ids.split()]
+    assert text.end_ids(GenerationConfig()) == ends
+
+
+def test_xverse_encodes_its_pieces_apart():
+    text = text_of(FIXTURES / "tokenizers" / "xverse_like")
+    pieces = ["Human: ", "hi\n\n", "Assistant: ", "hello", 3]
+    pieces += ["Human: ", "你好\n\n", "Assistant: "]
+    apart = [
+        i
+        for piece in pieces
+        for i in (
+            [piece] if piece == 3 else text.backend.encode(piece, add_special_tokens=False).ids
+        )
+    ]
+    assert text.encode(CONVERSATION) == apart
+    system = [{"role": "system", "content": "S"}, *CONVERSATION]
+    before = [text.backend.encode(piece).ids for piece in ("Human: ", "S\n")]
+    assert text.encode(system) == [*before[0], *before[1], *apart]
+    assert text.end_ids(GenerationConfig()) == {3}
+
+
+def test_index_marks_its_turns_with_single_tokens():
+    text = text_of(FIXTURES / "tokenizers" / "index_like")
+    encode = lambda words: text.backend.encode(words, add_special_tokens=False).ids  # noqa: E731
+    said = [3, *encode("hi"), 4, *encode("hello"), 3, *encode("你好"), 4]
+    assert text.encode(CONVERSATION) == said
+    assert text.encode([{"role": "system", "content": "S"}, *CONVERSATION]) == [
+        0,
+        *encode("S"),
+        *said,
+    ]
+    assert text.end_ids(GenerationConfig()) == {2}
+
+
+# Each family's special tokens, in a small tokenizer of ours.
+MARKERS = {
+    "deepseek_v2": ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜fim▁hole｜>"],
+    "index": ["<unk>", "<s>", "</s>", "reserved_0", "reserved_1"],
+    "internlm2": ["<unk>", "<s>", "</s>", "<|im_end|>", "<|im_start|>"],
+    "llama": [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    ],
+    "xverse": ["<pad>", "<|startoftext|>", "<|endoftext|>"],
+}
+
+
+def small(kind: str) -> api.ChatTokenizer:
+    tokenizer = byte_tokenizer(MARKERS[kind])
+    tokenizer.chat_template = None
+    return api.ChatTokenizer(tokenizer, api.family_of(kind, tokenizer))
+
+
+@pytest.mark.parametrize("kind", MARKERS)
+def test_nobody_can_write_a_marker(kind):
+    text = small(kind)
+    honest = text.encode([{"role": "user", "content": "ab"}])
+    forged = text.encode([{"role": "user", "content": f"a{''.join(MARKERS[kind])}b"}])
+    specials = set(text.special.values())
+    assert [i for i in forged if i in specials] == [i for i in honest if i in specials]
+    assert "".join(MARKERS[kind]) in text.backend.decode(forged)
+
+
+@pytest.mark.parametrize("kind", MARKERS)
+def test_a_prompt_begins_once_and_ends_where_the_model_is_to_speak(kind):
+    text = small(kind)
+    said = text.backend.decode(text.encode(CONVERSATION), skip_special_tokens=False)
+    begin = text.family.begin
+    assert said.startswith(begin)
+    assert not begin or said.count(begin) == 1
+    assert said.endswith(text.family.ask)
+
+
+def test_llama_3_strips_what_is_said():
+    text = small("llama")
+    assert text.encode([{"role": "user", "content": " a \n"}]) == text.encode(
+        [{"role": "user", "content": "a"}]
+    )
+
+
+def test_a_namesake_of_a_family_is_not_taken_for_it():
+    """Llama 3.1 has a template of its own, Llama 2 has other tokens; both say they are llama."""
+    newer = byte_tokenizer([*MARKERS["llama"], "<|eom_id|>"])
+    assert api.family_of("llama", newer) is None
+    assert api.family_of("llama", byte_tokenizer()) is None
+    assert api.family_of("llama", byte_tokenizer(MARKERS["llama"])).name == "llama-3"
+
+
+# ---- Tokenizers
+
+
+def test_a_tokenizer_model_that_is_read_otherwise_stops_the_start(monkeypatch):
+    class Other(api.SentencePieceProcessor):
+        def encode(self, text: str) -> list[int]:
+            return [7, *super().encode(text)]
+
+    monkeypatch.setattr(api, "SentencePieceProcessor", Other)
+    with pytest.raises(api.StartError, match=r"tokenizer.model reads"):
+        api.load_tokenizer(FIXTURES / "tokenizers" / "index_like")
+
+
+def test_xverse_old_spelling_is_mended():
+    """Left as it is, tokenizers refuses the file."""
+    from tokenizers import Tokenizer
+
+    with pytest.raises(Exception, match="prepend_scheme"):
+        Tokenizer.from_file(str(FIXTURES / "tokenizers" / "xverse_like" / "tokenizer.json"))
+    assert api.load_tokenizer(FIXTURES / "tokenizers" / "xverse_like")
+
+
+# ---- Each family over HTTP
+
+
+def dressed(kind: str, tmp_path: Path) -> Path:
+    """A family's tiny checkpoint in its original layout, with a tokenizer and words to match."""
+    folder = copied(kind, tmp_path)
+    if (FIXTURES / "tokenizers" / f"{kind}_like").exists():
+        for file in (FIXTURES / "tokenizers" / f"{kind}_like").glob("tokenizer*"):
+            shutil.copy(file, folder)
+    else:
+        byte_tokenizer(MARKERS[kind]).save_pretrained(folder)
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+    size = len(api.load_tokenizer(folder))
+    weights = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("model.embed_tokens.weight", "model.tok_embeddings.weight", "lm_head.weight"):
+        if name in weights:
+            weights[name] = torch.randn(size, 64, generator=generator) * 0.05
+    if "output.weight" in weights:
+        weights["output.weight"] = torch.randn(size, 64, generator=generator) * 0.05
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": size}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("kind", MARKERS)
+def test_each_family_answers_over_http_and_a_batch_says_what_each_would_alone(kind, tmp_path):
+    folder = dressed(kind, tmp_path)
+    asks = [
+        {"prompt": p, "history": h, "max_length": n, "temperature": 0, "repetition_penalty": 1}
+        for p, h, n in (
+            ("hello", [], 12),
+            ("你好", [["hi", "hello"]], 20),
+            ("x" * 90, [], 5),
+            ("why?", [["a", "b"], ["c", "d"]], 16),
+        )
+    ]
+
+    async def together(url: str) -> list[str]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            answers = await asyncio.gather(*(client.post("/", json=ask) for ask in asks))
+        return [answer.raise_for_status().json()["response"] for answer in answers]
+
+    options = {"model": str(folder), "dtype": "float32", "cache_memory": "64MiB"}
+    with serve(api.load_chat_model, **options) as url:
+        alone = [httpx.post(ready(url), json=ask, timeout=60).json()["response"] for ask in asks]
+        assert asyncio.run(together(url)) == alone
+    assert any(alone)
+
+
+def test_a_checkpoint_outside_the_families_uses_its_own_template(tmp_path):
+    """As the demo model does; and --chat-template goes before it."""
+    folder = dressed("llama", tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(api.StartError, match="--chat-template"):
+        api.load_chat_model(api.Settings(model=str(folder)))
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    model = api.load_chat_model(api.Settings(model=str(folder), chat_template=file))
+    model.engine.close()
+    prompt = model.prepare([{"role": "user", "content": "x"}], {}, False)
+    assert model.tokenizer.backend.decode(prompt.ids) == "[x]"
+
+
+def test_xverse_takes_prompts_up_to_its_own_limit(tmp_path):
+    model = api.load_chat_model(api.Settings(model=str(dressed("xverse", tmp_path))))
+    model.engine.close()
+    assert (model.context_length, model.prompt_length) == (8192, 6144)
+    with pytest.raises(api.ContextTooLong, match="6144"):
+        model.prepare([{"role": "user", "content": "1" * 6500}], {}, False)
+
+
+def test_check_says_what_was_found(tmp_path):
+    model = api.load_chat_model(api.Settings(model=str(dressed("internlm2", tmp_path))))
+    said = api.check_model(model)
+    model.engine.close()
+    for words in ("internlm2ForCausalLM", "bfloat16", "parameters", "cpu", "32,768 tokens"):
+        assert words in said
+    assert "<|im_start|>user\\nhi<|im_end|>" in said
+    assert "eight tokens" in said
