@@ -464,13 +464,21 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Take the next id; return the text that can be sent now, often none or one word."""
-        self._held += self._stream.step(self.tokenizer, token) or ""
+        self._held += self._decode(token) or ""
         starts = [at for at in map(self._held.find, self.stop) if at >= 0]
         if starts:
             self.stopped = True
             self._held = self._held[: min(starts)]
             return self.flush()
         return self._release(len(self._held) - self._doubtful())
+
+    def _decode(self, token: int) -> str | None:
+        try:
+            return self._stream.step(self.tokenizer, token)
+        except Exception:
+            # Bytes that are no text, as a model may say when it is very hot: they are dropped.
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return self._stream.step(self.tokenizer, token)
 
     def flush(self) -> str:
         """What was held back, once it is sure that no more ids come."""

@@ -455,3 +455,32 @@ def test_check_says_what_was_found(tmp_path):
         assert words in said
     assert "<|im_start|>user\\nhi<|im_end|>" in said
     assert "eight tokens" in said
+
+
+# ---- What the README says
+
+
+def row(kind: str) -> str:
+    """The README's row for a family, from what is measured here."""
+    model, _ = api.load_model(FIXTURES / kind, dtype="float32", device_map="cpu")
+    family = next(row for row in api.FAMILIES if row.model_type == kind)
+    errors = []
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        errors.append(error_of(model, expected_of(kind)))
+    bound = next(bound for bound in ("3e-5", "1e-4") if max(errors) < float(bound))
+    classes = [kind.__name__ for kind in type(model).__mro__]
+    native = next(name for name in classes if name in ("LlamaForCausalLM", "DeepseekV2ForCausalLM"))
+    model.set_attn_implementation("sdpa")
+    packed = api.start_runner(model, api.Settings(cache_memory="1MiB")).difference
+    assert packed < 1e-4
+    ends = ", ".join(f"`{end}`" for end in family.ends).replace("|", r"\|")
+    context = f"{api.context_length(model.config):,}"
+    return f"| {family.name} | `{native}` | < {bound} | equal | {ends} | {context} |"
+
+
+def test_the_readmes_table_is_what_is_measured():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [row(kind) for kind in ("deepseek_v2", "index", "llama", "xverse", "internlm2")]
+    missing = [line for line in rows if line not in readme]
+    assert not missing, "\n".join(rows)

@@ -1,9 +1,10 @@
 """Messages become ids, ids become text: nothing leaks in either direction."""
 
 import copy
+from functools import cache
 
 import pytest
-from conftest import SPECIAL
+from conftest import ROOT, SPECIAL
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig
@@ -85,6 +86,21 @@ def test_pieces_join_to_the_text(text, content):
 def test_half_a_character_is_never_sent(text):
     ids = text.plain.encode("你好", add_special_tokens=False).ids
     assert pushed(api.Detokenizer(text.plain), ids[:4]) == ["", "", "你", "", ""]
+
+
+@pytest.mark.parametrize("kind", ["index_like", "xverse_like"])
+@given(ids=st.lists(st.integers(3, 400), max_size=40))
+def test_no_ids_are_an_error(kind, ids):
+    """These tokenizers have a token a byte, and a hot model says bytes that are no text."""
+    tokenizer = spoken(kind)
+    said = "".join(pushed(api.Detokenizer(tokenizer), ids))
+    assert said.encode()
+
+
+@cache
+def spoken(kind: str):
+    folder = ROOT / "tests" / "fixtures" / "tokenizers" / kind
+    return api.load_tokenizer(folder).backend_tokenizer
 
 
 def test_special_tokens_are_not_text(text):
