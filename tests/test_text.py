@@ -93,8 +93,8 @@ def test_half_a_character_is_never_sent(text):
 def test_no_ids_are_an_error(kind, ids):
     """These tokenizers have a token a byte, and a hot model says bytes that are no text."""
     tokenizer = spoken(kind)
-    said = "".join(pushed(api.Detokenizer(tokenizer), ids))
-    assert said.encode()
+    ids += tokenizer.encode("hello", add_special_tokens=False).ids
+    assert "".join(pushed(api.Detokenizer(tokenizer), ids)).endswith("hello")
 
 
 @cache
