@@ -133,6 +133,12 @@ class NotServing(ChatError):
     status, code = 503, "not_serving"
 
 
+class QueueFull(ChatError):
+    """As many requests wait as may."""
+
+    status, type, code = 429, "rate_limit_error", "queue_full"
+
+
 class TimedOut(ChatError):
     """The request took longer than the server lets any."""
 
@@ -186,6 +192,8 @@ class Settings(BaseSettings):
         "auto", description="for keys and values: a size such as 4GiB, or a fraction of free memory"
     )
     max_batch: int = Field(64, ge=1, le=1024, description="most requests that are computed at once")
+    max_waiting: int = Field(256, ge=1, description="most requests that wait; more are refused")
+    reuse: bool = Field(True, description="keep what was computed, for prompts that begin the same")
     prefill_chunk: int = Field(512, ge=16, description="most prompt tokens that a step computes")
     check: bool = Field(False, description="load, show what was found, say eight tokens, and end")
     request_timeout: float = Field(600, gt=0, description="seconds after which a request is ended")
@@ -507,6 +515,10 @@ FinishReason = Literal["stop", "length"]
 HEARTBEAT = 15.0
 # An answer of no stated length reserves room for so many tokens at a time.
 GROWTH = 1024
+# Fewer tokens than these are computed again rather than kept or copied.
+WORTH_KEEPING = 16
+# So many ended requests are remembered, at most.
+MAX_KEPT = 256
 # So many smaller requests may pass one that waits for room; then they wait behind it.
 MAX_PASSES = 16
 # So many candidates are ranked first; few requests ever need more.
@@ -534,6 +546,12 @@ class Span:
     start: int = 0
     room: int = 0
     num_cached: int = 0
+
+    def shared(self, tokens: list[int]) -> int:
+        """How many cached tokens are also the first of these, the last of which is left over."""
+        most = min(self.num_cached, len(tokens) - 1)
+        pairs = zip(self.tokens[:most], tokens[:most], strict=True)
+        return next((n for n, (mine, other) in enumerate(pairs) if mine != other), most)
 
     @property
     def pending(self) -> int:
@@ -607,16 +625,23 @@ class Allocator:
     def __init__(self, rows: int):
         self.free = [(0, rows)]  # (first row, size), in order
 
-    def take(self, size: int) -> int | None:
-        """The first row of a span of that size, cut from the tightest gap that holds it."""
-        gaps = [(gap, start) for start, gap in self.free if gap >= size]
+    def take(self, size: int, at: int | None = None) -> int | None:
+        """The first row of a span of that size; `at` that row, or from the tightest gap."""
+        gaps = [
+            (gap, start)
+            for start, gap in self.free
+            if (gap >= size if at is None else start <= at and at + size <= start + gap)
+        ]
         if not gaps:
             return None
         gap, start = min(gaps)
+        first = start if at is None else at
         self.free.remove((start, gap))
-        if gap > size:
-            insort(self.free, (start + size, gap - size))
-        return start
+        rest = (start, first - start), (first + size, start + gap - first - size)
+        for piece in rest:
+            if piece[1]:
+                insort(self.free, piece)
+        return first
 
     def give(self, start: int, size: int) -> None:
         """Take a span back."""
@@ -740,7 +765,7 @@ class Pool(Cache):
         self.rows = rows
         super().__init__(layers=[SpanLayer(self) for _ in range(num_layers)])
 
-    def move(self, source: int, target: int, count: int) -> None:
+    def copy(self, source: int, target: int, count: int) -> None:
         """Copy a span's rows to where another span begins."""
         for layer in self.layers:
             for x in (layer.keys, layer.values):
@@ -844,10 +869,10 @@ class Runner:
         torch.zeros(1, device=self.device).item()
 
     @torch.inference_mode()
-    def move(self, span: Span, start: int) -> None:
-        """Copy what is cached of a span to where it shall start."""
-        self.pool.move(span.start, start, span.num_cached)
-        self.ids[start : start + span.num_cached] = torch.tensor(span.tokens[: span.num_cached])
+    def copy(self, span: Span, start: int, count: int) -> None:
+        """Copy the first rows of a span to where another starts."""
+        self.pool.copy(span.start, start, count)
+        self.ids[start : start + count] = torch.tensor(span.tokens[:count])
 
     def _affordable(self, cache_memory: str) -> int:
         """Rows that the budget holds on the device where it holds the fewest."""
@@ -978,15 +1003,22 @@ class Engine:
         end_ids: set[int],
         *,
         max_batch: int = 64,
+        max_waiting: int = 256,
         chunk: int = 512,
         timeout: float = 600.0,
+        reuse: bool = True,
     ):
         self.runner, self.tokenizer, self.end_ids = runner, tokenizer, end_ids
-        self.max_batch, self.chunk, self.timeout = max_batch, chunk, timeout
+        self.max_batch, self.max_waiting, self.reuse = max_batch, max_waiting, reuse
+        self.chunk, self.timeout = chunk, timeout
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.failure: BaseException | None = None
         self.allocator = Allocator(runner.rows)
+        # What is cached of requests that ended, the longest unused first.
+        self.kept: list[Span] = []
+        self.num_reused = 0
+        self._ended: deque[float] = deque(maxlen=64)
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -998,8 +1030,10 @@ class Engine:
     ) -> AsyncGenerator[Delta]:
         """Yield an answer piece by piece; leaving the loop early cancels it.
 
-        Raises NotServing if the engine is dead, StepFailed if the model fails, TimedOut.
+        Raises QueueFull, NotServing if the engine is dead, StepFailed if the model fails, and
+        TimedOut.
         """
+        self.check_queue()
         seq = Sequence(
             list(prompt),
             sampling=sampling,
@@ -1026,6 +1060,17 @@ class Engine:
                     return
         finally:
             seq.done = True
+
+    def check_queue(self) -> None:
+        """Raise QueueFull if no more may wait; it says when the queue should be half empty."""
+        if self.num_waiting >= self.max_waiting:
+            now = time.monotonic()
+            rate = len(self._ended) / (now - self._ended[0] + 1e-3) if self._ended else 1.0
+            seconds = min(60, 1 + int(self.num_waiting / 2 / rate))
+            raise QueueFull(
+                f"{self.num_waiting} requests are waiting; try again in {seconds} seconds",
+                retry_after=seconds,
+            )
 
     @property
     def num_waiting(self) -> int:
@@ -1070,15 +1115,61 @@ class Engine:
             full = len(self.running) == self.max_batch
             if full or (first_left and first_left.passed >= MAX_PASSES):
                 return
-            start = self.allocator.take(seq.wanted_room)
-            if start is None:
+            if not self._place(seq):
                 first_left = first_left or seq
                 continue
             if first_left:
                 first_left.passed += 1
-            seq.start, seq.room = start, seq.wanted_room
             self.waiting.remove(seq)
             self.running.append(seq)
+
+    def _place(self, seq: Sequence) -> bool:
+        """Give a sequence a span, with what is cached already of its first tokens."""
+        donors = [*self.kept, *self.running] if self.reuse else []
+        shared, _, donor = max(
+            ((span.shared(seq.tokens), -n, span) for n, span in enumerate(donors)),
+            default=(0, 0, None),
+        )
+        if shared < WORTH_KEEPING:
+            shared, donor = 0, None
+        if donor in self.kept and shared == donor.num_cached and self._take_over(seq, donor):
+            return True
+        start = self._make_room(seq.wanted_room, spare=donor)
+        if start is None:
+            return False
+        seq.start, seq.room, seq.num_cached = start, seq.wanted_room, 0
+        if donor and (donor in self.kept or donor in self.running):
+            self.runner.copy(donor, start, shared)
+            seq.num_cached = shared
+            self.num_reused += shared
+            if donor in self.kept:
+                self.kept.append(self.kept.pop(self.kept.index(donor)))
+        return True
+
+    def _take_over(self, seq: Sequence, donor: Span) -> bool:
+        """Continue in a kept span, if it can be widened where it lies."""
+        self.allocator.give(donor.start, donor.room)
+        start = self.allocator.take(seq.wanted_room, at=donor.start)
+        if start is None:
+            self.allocator.take(donor.room, at=donor.start)
+            return False
+        self.kept.remove(donor)
+        seq.start, seq.room, seq.num_cached = start, seq.wanted_room, donor.num_cached
+        self.num_reused += donor.num_cached
+        return True
+
+    def _make_room(self, size: int, spare: Span | None = None) -> int | None:
+        """Rows for a span; kept ones are given up for it, the spared one last."""
+        start = self.allocator.take(size)
+        free = sum(gap for _, gap in self.allocator.free)
+        if start is not None or free + sum(span.room for span in self.kept) < size:
+            return start
+        for span in sorted(self.kept, key=lambda span: span is spare):
+            self._forget(span)
+            start = self.allocator.take(size)
+            if start is not None:
+                break
+        return start
 
     def _step(self) -> None:
         """Compute one step, and send what it adds to each answer."""
@@ -1095,13 +1186,13 @@ class Engine:
 
     def _grow(self, seq: Sequence) -> None:
         """Move a sequence to a larger span; where there is none, it waits with its tokens."""
-        start = self.allocator.take(seq.wanted_room)
+        start = self._make_room(seq.wanted_room)
         if start is None:
             self._release(seq)
             self.running.remove(seq)
             self.waiting.appendleft(seq)
             return
-        self.runner.move(seq, start)
+        self.runner.copy(seq, start, seq.num_cached)
         self.allocator.give(seq.start, seq.room)
         seq.start, seq.room = start, seq.wanted_room
 
@@ -1156,12 +1247,24 @@ class Engine:
         for seq in self.running:
             if seq.done:
                 self._release(seq)
+                self._ended.append(time.monotonic())
                 seq.log()
         self.running = [seq for seq in self.running if not seq.done]
         self.waiting = deque(seq for seq in self.waiting if not seq.done)
 
+    def _forget(self, span: Span) -> None:
+        self.kept.remove(span)
+        self.allocator.give(span.start, span.room)
+
     def _release(self, seq: Sequence) -> None:
-        self.allocator.give(seq.start, seq.room)
+        """Take back a sequence's span, but for the rows that another prompt may begin with."""
+        count = seq.num_cached if self.reuse and seq.num_cached >= WORTH_KEEPING else 0
+        if count:
+            self.kept.append(Span(seq.tokens[:count], seq.start, count, count))
+        if len(self.kept) > MAX_KEPT:
+            self._forget(self.kept[0])
+        if seq.room > count:
+            self.allocator.give(seq.start + count, seq.room - count)
         seq.room = seq.num_cached = 0
 
     def _deliver(self, items: list[tuple[Sequence, Delta | ChatError]]) -> None:
@@ -1370,7 +1473,7 @@ for name, mapping in LLAMA_LIKE.items():
 
 
 def load_model(
-    folder: Path, *, dtype: str = "auto", device_map: str = "auto"
+    folder: Path | str, *, dtype: str = "auto", device_map: str = "auto"
 ) -> tuple[Any, PreTrainedTokenizerFast | None]:
     """A checkpoint's model, a plain transformers one placed by accelerate, and its tokenizer.
 
@@ -1391,7 +1494,7 @@ def load_model(
         trust_remote_code=False,
         local_files_only=True,
     )
-    return model.eval(), load_tokenizer(folder)
+    return model.eval(), load_tokenizer(Path(folder))
 
 
 def placement(model: Any) -> str:
@@ -1462,6 +1565,34 @@ def start_runner(model: Any, settings: Settings) -> Runner:
     return runner
 
 
+def chat_tokenizer(
+    model: Any, tokenizer: PreTrainedTokenizerFast | None, settings: Settings
+) -> ChatTokenizer:
+    """The tokenizer with the family's format, or else a chat template: a given one, its own."""
+    if tokenizer is None:
+        raise StartError("the model's folder has no tokenizer.json and no tokenizer.model")
+    if settings.chat_template is None:
+        return ChatTokenizer(tokenizer, family_of(model.config.model_type, tokenizer))
+    tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
+    return ChatTokenizer(tokenizer)
+
+
+def facts_of(
+    name: str, text: ChatTokenizer, runner: Runner, context: int, ends: set[int]
+) -> dict[str, str]:
+    """What a user wants to know of a model that is ready."""
+    model = runner.model
+    kind, size = type(model).__name__, f"{model.num_parameters():,} parameters"
+    return {
+        "model": f"{name}, {kind} in {str(model.dtype).removeprefix('torch.')}, {size}",
+        "prompt": text.family.name if text.family else "its own chat template",
+        "devices": placement(model),
+        "context": f"{context:,} tokens; the cache holds {runner.rows:,}",
+        "end ids": f"{sorted(ends)}",
+        "check": f"packed steps differ from plain ones by {runner.difference:.1e}",
+    }
+
+
 def load_chat_model(settings: Settings) -> ChatModel:
     """Everything between a name and an answer; takes from seconds to minutes.
 
@@ -1471,32 +1602,17 @@ def load_chat_model(settings: Settings) -> ChatModel:
     check_cards(settings.device_map)
     folder = find_model(settings.model)
     model, tokenizer = load_model(folder, dtype=settings.dtype, device_map=settings.device_map)
-    if tokenizer is None:
-        raise StartError(f"{folder} has no tokenizer.json and no tokenizer.model")
-    if settings.chat_template:
-        tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
-    own = settings.chat_template is not None
-    family = None if own else family_of(model.config.model_type, tokenizer)
-    text = ChatTokenizer(tokenizer, family)
+    text = chat_tokenizer(model, tokenizer, settings)
     ends = text.end_ids(model.generation_config)
     runner = start_runner(model, settings)
     context = min(context_length(model.config), runner.rows)
-    facts = {
-        "model": f"{folder.name}, {type(model).__name__} in {str(model.dtype)[6:]},"
-        f" {model.num_parameters():,} parameters",
-        "prompt": family.name if family else "its own chat template",
-        "devices": placement(model),
-        "context": f"{context:,} tokens; the cache holds {runner.rows:,}",
-        "end ids": f"{sorted(ends)}",
-        "check": f"packed steps differ from plain ones by {runner.difference:.1e}",
-    }
-    for name, fact in facts.items():
-        log.info("%s: %s", name, fact)
     engine = Engine(
         runner,
         text.plain,
         ends,
         max_batch=settings.max_batch,
+        max_waiting=settings.max_waiting,
+        reuse=settings.reuse,
         chunk=settings.prefill_chunk,
         timeout=settings.request_timeout,
     )
@@ -1504,10 +1620,10 @@ def load_chat_model(settings: Settings) -> ChatModel:
         name=folder.name,
         tokenizer=text,
         engine=engine,
-        defaults=checkpoint_defaults(model.generation_config, family),
+        defaults=checkpoint_defaults(model.generation_config, text.family),
         context_length=context,
         prompt_length=min(context, getattr(model.config, "max_tokenizer_truncation", context)),
-        facts=facts,
+        facts=facts_of(folder.name, text, runner, context, ends),
     )
 
 
@@ -1587,15 +1703,18 @@ History = Annotated[
 ]
 
 
+def several_texts(stop: Any) -> Any:
+    """One text is a list of one."""
+    texts = [stop] if isinstance(stop, str) else stop
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("must be a text or a list of texts, none of them empty")
+    return tuple(texts)
+
+
 StopTexts = Annotated[
-    tuple[Annotated[WireText, Field(min_length=1, max_length=256)], ...],
+    tuple[Annotated[WireText, Field(max_length=256)], ...],
     Field(max_length=16),
-    BeforeValidator(
-        lambda stop: (
-            (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else stop
-        ),
-        json_schema_input_type=str | list[str],
-    ),
+    BeforeValidator(several_texts, json_schema_input_type=str | list[str]),
 ]
 
 
@@ -1730,7 +1849,9 @@ def from_validation(error: RequestValidationError) -> BadRequest:
     # The location without "body" and without the tags of a union's branches.
     path = [part for part in first["loc"][1:] if part not in ("pairs", "messages")]
     if first["type"] == "json_invalid":
-        return BadRequest(f"the body is not valid JSON: {first['ctx']['error']}, near {path[0]}")
+        return BadRequest(
+            f"the body is not valid JSON: {first['ctx']['error']}, near character {path[0]}"
+        )
     if not path:
         return BadRequest('the body must be a JSON object, such as {"prompt": "hello"}')
     name = str(path[0]) + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path[1:])
@@ -1774,10 +1895,13 @@ class JSONBodies:
 
         async def limited() -> MutableMapping[str, Any]:
             nonlocal size
+            # HTTPException is the one kind that FastAPI lets through.
+            if declared.isdecimal() and int(declared) > MAX_BODY:
+                raise HTTPException(413)
             message = await receive()
             size += len(message.get("body", b""))
-            if size > MAX_BODY or (declared.isdecimal() and int(declared) > MAX_BODY):
-                raise HTTPException(413)  # the one kind that FastAPI lets through
+            if size > MAX_BODY:
+                raise HTTPException(413)
             return message
 
         await self.app(scope, limited, send)
@@ -1908,6 +2032,8 @@ class Serving:
             # Nothing is under way that could be lost, and nothing can be served.
             sys.stderr.write(f"api.py: {error}.\n")
             os._exit(1)
+        for name, fact in self._model.facts.items():
+            log.info("%s: %s", name, fact)
         log.info("ready")
 
 

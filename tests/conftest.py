@@ -122,7 +122,7 @@ class ScriptedRunner:
             row[ids[min(said, len(ids) - 1)]] = 50.0
         return logits
 
-    def move(self, span: api.Span, start: int) -> None:
+    def copy(self, span: api.Span, start: int, count: int) -> None:
         self.moved += 1
 
     def check_device(self) -> None:

@@ -67,7 +67,14 @@ class Alone:
         generator = torch.Generator().manual_seed(1)
         lengths = [n for n in (1, 2, 3, 9, 17, 31, 64, 130) if n + 3 < self.context]
         self.prompts = [torch.randint(5, 290, (n,), generator=generator).tolist() for n in lengths]
+        # Some begin alike, as a conversation's turns do.
+        long = max(self.prompts, key=len)
+        half = len(long) // 2
+        self.prompts += [long[:half], [*long[:half], 9, 8, 7], [*long[: half + 3], 6, 5]]
         self.answers = [self._generate(model, prompt) for prompt in self.prompts]
+        turn = self.answers[-3][:6]
+        self.prompts.append([*long[:half], *turn, 4, 3])
+        self.answers.append(self._generate(model, self.prompts[-1]))
         self.runner = api.Runner(model, "1GiB", max_rows=600)
 
     def _generate(self, model, prompt: list[int]) -> list[int]:
@@ -125,14 +132,21 @@ asks = st.lists(
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(asks=asks, chunk=st.integers(1, 40), rows=st.integers(160, 600), batch=st.integers(1, 6))
-def test_a_batch_says_what_each_would_say_alone(monkeypatch, name, asks, chunk, rows, batch):
-    """Staggered arrivals, mixed lengths, chunked prompts, tiny budgets, spans that move."""
+@given(
+    asks=asks,
+    chunk=st.integers(1, 40),
+    rows=st.integers(160, 600),
+    batch=st.integers(1, 6),
+    reuse=st.booleans(),
+)
+def test_a_batch_says_what_each_would_say_alone(monkeypatch, name, asks, chunk, rows, batch, reuse):
+    """Staggered arrivals, mixed lengths, chunks, tiny budgets, spans that move and are reused."""
     monkeypatch.setattr(api, "Detokenizer", Told)
     monkeypatch.setattr(api, "GROWTH", 5)
+    monkeypatch.setattr(api, "WORTH_KEEPING", 2)
     family = alone(name)
     family.runner.pool.rows, whole = rows, family.runner.pool.rows
-    engine = api.Engine(family.runner, None, set(), max_batch=batch, chunk=chunk)
+    engine = api.Engine(family.runner, None, set(), max_batch=batch, chunk=chunk, reuse=reuse)
     family.runner.pool.rows = whole
 
     async def ask_all():
@@ -151,9 +165,18 @@ def test_a_batch_says_what_each_would_say_alone(monkeypatch, name, asks, chunk, 
         answers, expected = asyncio.run(ask_all())
         assert answers == expected
         wait_for(lambda: not engine.running)
-        assert engine.allocator.free == [(0, rows)]
+        assert whole_of(engine) == rows
+        assert reuse or not engine.num_reused
     finally:
         engine.close()
+
+
+def whole_of(engine: api.Engine) -> int:
+    """All rows there are, free or kept; none twice."""
+    spans = [(span.start, span.room) for span in engine.kept]
+    pieces = sorted(spans + engine.allocator.free)
+    assert all(a + n <= b for (a, n), (b, _) in pairwise(pieces))
+    return sum(size for _, size in pieces)
 
 
 def test_packing_the_wrong_span_is_noticed():
@@ -303,7 +326,7 @@ def test_no_room_is_lost_whatever_becomes_of_requests(tokenizer, monkeypatch):
     for _ in range(10_000):
         chosen = chance.random()
         if chosen < 0.3 and engine.num_waiting < 10:
-            prompt = [chance.randint(1, 200) for _ in range(chance.randint(1, 60))]
+            prompt = [chance.choice((1, 1, 1, 1, 2)) for _ in range(chance.randint(1, 60))]
             sampling = api.Sampling(chance.randint(1, 40))
             seq = api.Sequence(
                 prompt,
@@ -318,21 +341,21 @@ def test_no_room_is_lost_whatever_becomes_of_requests(tokenizer, monkeypatch):
             live.pop(chance.randrange(len(live))).done = True
         else:
             runner.failure = RuntimeError("a fault") if chosen > 0.97 else None
-            runner.poison = chance.choice(live).tokens[:60] if live and chosen > 0.98 else None
+            runner.poison = live[-1].tokens[: live[-1].num_prompt] if live else None
             if engine._inbox.qsize() or engine.running or engine.waiting:
                 engine._take_in()
                 engine._admit()
                 engine._step()
                 engine._retire()
-        held = sum(seq.room for seq in engine.running)
-        assert held + sum(size for _, size in engine.allocator.free) == 300
+        assert sum(seq.room for seq in engine.running) + whole_of(engine) == 300
     assert runner.moved > 100
     for seq in live:
         seq.done = True
     engine._inbox.put(live[-1])
     engine._take_in()
     engine._retire()
-    assert engine.allocator.free == [(0, 300)]
+    assert whole_of(engine) == 300
+    assert engine.num_reused > 100
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
 
@@ -432,6 +455,93 @@ def test_what_never_fits_is_refused(make, tokenizer):
         asyncio.run(reply(model, [1] * 30, api.Sampling(21)))
 
 
+# ---- Reuse and back-pressure
+
+
+def talk(model: api.ChatModel, turns: int) -> list[str]:
+    """The answers of a conversation, each turn's history holding those before."""
+    answers, messages = [], []
+
+    async def turn() -> str:
+        prompt = model.prepare(messages, {"max_new_tokens": 8, "temperature": 0.0}, False)
+        return "".join([delta.text async for delta in model.answer(prompt)])
+
+    for number in range(turns):
+        messages.append({"role": "user", "content": f"{number} more words" * 9})
+        answers.append(asyncio.run(turn()))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+def test_the_tenth_turn_does_not_pay_for_the_first_nine(demo_folder, monkeypatch):
+    """The real model in float32: the same answers, for a small part of the prompts' tokens."""
+    computed: dict[bool, int] = {True: 0, False: 0}
+    answers = {}
+    for reuse in (True, False):
+        settings = api.Settings(model=str(demo_folder), dtype="float32", reuse=reuse)
+        model = api.load_chat_model(settings)
+        right = model.engine.runner.forward
+
+        def counted(work, right=right, reuse=reuse):
+            computed[reuse] += sum(new for _, new in work)
+            return right(work)
+
+        monkeypatch.setattr(model.engine.runner, "forward", counted)
+        answers[reuse] = talk(model, 10)
+        model.engine.close()
+    assert answers[True] == answers[False]
+    assert computed[False] > 4 * computed[True]
+
+
+def test_a_conversation_goes_on_in_the_span_it_left(make, tokenizer):
+    runner = ScriptedRunner(tokenizer)
+    model = make(runner)
+    asyncio.run(reply(model, [1] * 40))
+    wait_for(lambda: not model.engine.running)
+    (kept,) = model.engine.kept
+    asyncio.run(reply(model, [*kept.tokens, 9, 9]))
+    assert runner.moved == 0
+    assert model.engine.num_reused == len(kept.tokens)
+
+
+def test_what_is_kept_gives_way_to_who_needs_the_room(make, tokenizer):
+    runner = ScriptedRunner(tokenizer, rows=100)
+    model = make(runner)
+    for number in range(1, 8):
+        assert asyncio.run(reply(model, [number] * 40))[0] == "hello"
+    wait_for(lambda: not model.engine.running)
+    assert [span.tokens[0] for span in model.engine.kept][-1] == 7
+    assert whole_of(model.engine) == 100
+
+
+def test_other_tokens_are_never_taken_for_ones_own(make, tokenizer):
+    runner = ScriptedRunner(tokenizer)
+    model = make(runner)
+    asyncio.run(reply(model, [1] * 40))
+    wait_for(lambda: not model.engine.running)
+    asyncio.run(reply(model, [1] * 30 + [2] * 10))
+    assert model.engine.num_reused == 30
+    assert sum(map(sum, runner.steps)) == 40 + 5 + 10 + 5
+
+
+def test_a_full_queue_is_refused_and_says_when_to_come_back(make, tokenizer):
+    runner = ScriptedRunner(tokenizer)
+    runner.hold()
+    model = make(runner, max_batch=1, max_waiting=2)
+
+    async def crowd():
+        jobs = [asyncio.create_task(reply(model, [1])) for _ in range(8)]
+        await asyncio.sleep(0.2)
+        runner.free()
+        return await asyncio.gather(*jobs, return_exceptions=True)
+
+    answers = asyncio.run(crowd())
+    refused = [answer for answer in answers if isinstance(answer, api.QueueFull)]
+    assert 5 <= len(refused) <= 6
+    assert all(1 <= refusal.retry_after <= 60 for refusal in refused)
+    assert sum(isinstance(answer, tuple) for answer in answers) == 8 - len(refused)
+
+
 # ---- Ending, leaving, failing
 
 
@@ -461,7 +571,7 @@ def test_a_request_that_takes_too_long_is_ended(make, tokenizer):
     with pytest.raises(api.TimedOut):
         asyncio.run(reply(model, [1], api.Sampling(400)))
     wait_for(lambda: not model.engine.running)
-    assert model.engine.allocator.free == [(0, runner.rows)]
+    assert whole_of(model.engine) == runner.rows
 
 
 def test_a_request_that_waits_too_long_is_ended_too(make, tokenizer):
@@ -491,7 +601,7 @@ def test_a_fault_costs_only_the_request_that_causes_it(make, tokenizer, fault):
     assert isinstance(answers.pop(2), api.StepFailed)
     assert [text for text, _ in answers] == ["hello"] * 4
     wait_for(lambda: not model.engine.running)
-    assert model.engine.allocator.free == [(0, runner.rows)]
+    assert whole_of(model.engine) == runner.rows
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

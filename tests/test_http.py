@@ -1,5 +1,6 @@
 """Over a real socket: the classic call, its refusals, its stream, and clients that leave."""
 
+import asyncio
 import json
 import re
 import socket
@@ -314,6 +315,33 @@ def test_health_answers_while_the_model_computes(server, runner):
     runner.free()
     client.join(30)
     assert answers[0].json()["response"] == "hello"
+
+
+def test_four_hundred_at_once_are_served_or_told_to_come_back(runner, tokenizer):
+    """None is lost, and /health answers all the while."""
+    runner.pause = 0.005
+
+    async def crowd(url: str) -> tuple[list[httpx.Response], list[float]]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+            asks = [client.post("/", json={"prompt": f"{i}"}) for i in range(400)]
+            jobs = asyncio.gather(*asks)
+            waits = []
+            while not jobs.done():
+                started = time.perf_counter()
+                await client.get("/health")
+                waits.append(time.perf_counter() - started)
+                await asyncio.sleep(0.02)
+            return await jobs, waits
+
+    with serve(lambda settings: chat_model(runner, tokenizer, max_waiting=60)) as url:
+        responses, _ = asyncio.run(crowd(ready(url)))
+    served = [r for r in responses if r.status_code == 200]
+    refused = [r for r in responses if r.status_code == 429]
+    assert len(served) >= 50
+    assert len(served) + len(refused) == 400
+    assert all(r.json()["response"] == "hello" for r in served)
+    assert all(int(r.headers["retry-after"]) >= 1 for r in refused)
 
 
 def test_health_tells_of_loading_and_the_routes_say_to_come_back(runner, tokenizer):

