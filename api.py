@@ -37,6 +37,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Iterable,
     Iterator,
     MutableMapping,
 )
@@ -387,6 +388,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     return tokenizer
 
 
+def any_of(words: Iterable[str]) -> str:
+    """A pattern for any of the words, the longest first."""
+    return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+
+
 class ChatTokenizer:
     """Turns messages into token ids; raises BadRequest where a chat template refuses them.
 
@@ -404,8 +410,8 @@ class ChatTokenizer:
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         markers = (*family.markers, *family.ends) if family else ()
         for token in spec["added_tokens"]:
-            # Some markers, such as DeepSeek's for filling in the middle, are not marked special.
-            token["special"] |= bool(re.fullmatch(r"<\S+>", token["content"]))
+            # DeepSeek's markers for filling in the middle are not marked special, but are.
+            token["special"] |= bool(re.fullmatch(r"<[|｜]\S+[|｜]>", token["content"]))
         self.backend = Tokenizer.from_str(json.dumps(spec))
         # The same, but blind to special tokens: it encodes them as the text they are.
         self.plain = Tokenizer.from_str(json.dumps(spec))
@@ -414,14 +420,17 @@ class ChatTokenizer:
         ids = {word: self.backend.token_to_id(word) for word in (*added, *markers)}
         self.special = {word: i for word, i in ids.items() if i is not None}
         self.words = [SHIELD, SHIELD_END, APART, *self.special]
-        longest_first = sorted(self.words, key=len, reverse=True)
-        self._word = re.compile("|".join(map(re.escape, longest_first)))
+        self._word = re.compile(any_of(self.words))
+        self._part = re.compile(f"({any_of(self.special)})|{APART}")
+        # A special token that is looked for in normalised text can be spelled in other letters.
+        hidden = any(token["special"] and token["normalized"] for token in spec["added_tokens"])
+        self._whole = family is None and not (hidden and spec["normalizer"])
 
     def encode(self, messages: list[Message]) -> list[int]:
         """The prompt's token ids, up to where the assistant is to speak."""
         shielded = [m | {"content": self._shield(m["content"])} for m in messages]
         text = self._render(shielded, add_generation_prompt=True)
-        if not self.family and SHIELD not in text:
+        if self._whole and SHIELD not in text:
             return self.backend.encode(text, add_special_tokens=False).ids
         return [i for run in self._runs(text) for i in self._encode_run(run)]
 
@@ -451,8 +460,7 @@ class ChatTokenizer:
 
     def _runs(self, text: str) -> list[str]:
         """The text cut at the format's own special tokens, which are runs of their own."""
-        names = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
-        return [run for run in re.split(f"({names})|{APART}", text) if run]
+        return [run for run in self._part.split(text) if run]
 
     def _encode_run(self, run: str) -> list[int]:
         if run in self.special:
@@ -550,8 +558,10 @@ class Span:
     def shared(self, tokens: list[int]) -> int:
         """How many cached tokens are also the first of these, the last of which is left over."""
         most = min(self.num_cached, len(tokens) - 1)
-        pairs = zip(self.tokens[:most], tokens[:most], strict=True)
-        return next((n for n, (mine, other) in enumerate(pairs) if mine != other), most)
+        mine, other = self.tokens[:most], tokens[:most]
+        if mine == other or mine[:WORTH_KEEPING] != other[:WORTH_KEEPING]:
+            return most if mine == other else 0
+        return bisect_left(range(most), True, key=lambda n: mine[: n + 1] != other[: n + 1])
 
     @property
     def pending(self) -> int:
@@ -804,20 +814,24 @@ def attend(
         x[:, group.rows].reshape(len(x), group.batch, -1, x.shape[-1]).transpose(0, 1)
         for x in (key, value)
     )
-    # Now keys are [batch, kv heads, longest, width].
-    if len(query) > group.batch:
-        shared = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(
-            query.transpose(0, 1)[None], key, value, group.mask, scale=scaling, enable_gqa=shared
-        )
-        return out[0].transpose(0, 1)
-    # The query heads that share a key head become the query's length.
-    grouped = query.reshape(group.batch, key.shape[1], -1, query.shape[-1])
-    out = F.scaled_dot_product_attention(grouped, key, value, group.mask, scale=scaling)
-    return out.reshape(*query.shape[:2], -1)
+    # The query heads that share a key head become the query's length, so that none is repeated:
+    # [batch, kv heads, sharing * new, width], as a masked enable_gqa is slow on CUDA.
+    new = len(query) // group.batch
+    query = query.unflatten(0, (group.batch, new)).unflatten(2, (key.shape[1], -1))
+    mask = group.mask if new == 1 or group.mask is None else group.mask.repeat(query.shape[3], 1)
+    stacked = query.permute(0, 2, 3, 1, 4).flatten(2, 3)
+    out = F.scaled_dot_product_attention(stacked, key, value, mask, scale=scaling)
+    return out.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
 
 
 AttentionInterface.register("packed", packed_attention)
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids go: to the embedding, or to where accelerate brings it to compute."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or embedding.weight.device)
 
 
 class Runner:
@@ -825,14 +839,20 @@ class Runner:
 
     def __init__(self, model: Any, cache_memory: str = "auto", max_rows: int = 2**31 - 1):
         self.model = model
-        self.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         self.split = len(set(getattr(model, "hf_device_map", {}).values())) > 1
-        self.num_layers = model.config.get_text_config().num_hidden_layers
+        config = model.config.get_text_config()
+        self.num_layers = config.num_hidden_layers
+        if other := {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
+            raise StartError(f"the model has layers of {', '.join(other)}, which cannot be packed")
         model.set_attn_implementation("packed")
         self.difference = 0.0  # to the plain forward pass, as the check at start found it
         self._make_room(8)
         self.vocabulary = self.forward([(Span([0]), 1)]).shape[-1]
-        self._make_room(min(max_rows, self._affordable(cache_memory)))
+        rows = min(max_rows, self._affordable(cache_memory))
+        if rows < 64:
+            raise StartError(f"the cache memory holds {rows} tokens; raise --cache-memory")
+        self._make_room(rows)
 
     def _make_room(self, rows: int) -> None:
         self.pool = Pool(self.num_layers, rows)
@@ -900,8 +920,9 @@ def cache_budget(setting: str, device: torch.device) -> int:
 
 
 def column(seqs: list[Sequence], knob: str, like: torch.Tensor) -> torch.Tensor:
-    """One knob of every sequence, [sequences, 1]."""
-    return torch.tensor([[getattr(seq.sampling, knob)] for seq in seqs], device=like.device)
+    """One knob of every sequence, [sequences, 1]; a temperature is never nothing in float32."""
+    values = torch.tensor([[getattr(seq.sampling, knob)] for seq in seqs], device=like.device)
+    return values.clamp(min=1e-30) if knob == "temperature" else values
 
 
 def pick(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> list[int]:
@@ -910,6 +931,8 @@ def pick(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> 
     Takes float32 logits [sequences, vocabulary], which it changes, and the token id in each of
     the pool's rows.
     """
+    if not logits.amax(-1).isfinite().all():
+        raise ArithmeticError("the model's logits are not finite; try another --dtype")
     if any(seq.sampling.repetition_penalty != 1 for seq in seqs):
         penalise(seqs, logits, pool_ids)
     tokens: list[int] = logits.argmax(-1).tolist()
@@ -918,7 +941,8 @@ def pick(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> 
     for rows, draw in ((sorted({*warm} - {*free}), draw_ranked), (free, draw_any)):
         if rows:
             some = [seqs[row] for row in rows]
-            draws = torch.tensor([[seq.random.random()] for seq in some], device=logits.device)
+            numbers = [[seq.random.random()] for seq in some]
+            draws = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
             theirs = logits if len(rows) == len(seqs) else logits[rows]
             for row, token in zip(rows, draw(some, theirs, draws), strict=True):
                 tokens[row] = token
@@ -1092,6 +1116,7 @@ class Engine:
         except BaseException as failure:
             log.exception("the engine died")
             self.failure = failure
+        self.failure = self.failure or NotServing("the server is stopping")
         while not self._inbox.empty():
             if seq := self._inbox.get():
                 self.waiting.append(seq)
@@ -1125,6 +1150,9 @@ class Engine:
 
     def _place(self, seq: Sequence) -> bool:
         """Give a sequence a span, with what is cached already of its first tokens."""
+        size = seq.wanted_room
+        if size > self._num_free():
+            return False
         donors = [*self.kept, *self.running] if self.reuse else []
         shared, _, donor = max(
             ((span.shared(seq.tokens), -n, span) for n, span in enumerate(donors)),
@@ -1134,17 +1162,33 @@ class Engine:
             shared, donor = 0, None
         if donor in self.kept and shared == donor.num_cached and self._take_over(seq, donor):
             return True
-        start = self._make_room(seq.wanted_room, spare=donor)
+        start = self._make_room(size, spare=donor)
         if start is None:
             return False
-        seq.start, seq.room, seq.num_cached = start, seq.wanted_room, 0
-        if donor and (donor in self.kept or donor in self.running):
-            self.runner.copy(donor, start, shared)
+        seq.start, seq.room, seq.num_cached = start, size, 0
+        # The donor may have been given up for the room.
+        if donor in self.kept:
+            self.kept.append(self.kept.pop(self.kept.index(donor)))
+        alive = donor and (donor in self.kept or donor in self.running)
+        if donor and alive and self._copied(donor, seq, shared):
             seq.num_cached = shared
             self.num_reused += shared
-            if donor in self.kept:
-                self.kept.append(self.kept.pop(self.kept.index(donor)))
         return True
+
+    def _copied(self, source: Span, seq: Sequence, count: int) -> bool:
+        """Copy rows to a sequence's span; where that fails, they can be computed again."""
+        try:
+            self.runner.copy(source, seq.start, count)
+        except Exception:
+            log.exception("%d rows could not be copied", count)
+            self.runner.check_device()
+            return False
+        return True
+
+    def _num_free(self) -> int:
+        """Rows that no running sequence has."""
+        free = sum(gap for _, gap in self.allocator.free)
+        return free + sum(span.room for span in self.kept)
 
     def _take_over(self, seq: Sequence, donor: Span) -> bool:
         """Continue in a kept span, if it can be widened where it lies."""
@@ -1161,8 +1205,7 @@ class Engine:
     def _make_room(self, size: int, spare: Span | None = None) -> int | None:
         """Rows for a span; kept ones are given up for it, the spared one last."""
         start = self.allocator.take(size)
-        free = sum(gap for _, gap in self.allocator.free)
-        if start is not None or free + sum(span.room for span in self.kept) < size:
+        if start is not None or self._num_free() < size:
             return start
         for span in sorted(self.kept, key=lambda span: span is spare):
             self._forget(span)
@@ -1192,16 +1235,18 @@ class Engine:
             self.running.remove(seq)
             self.waiting.appendleft(seq)
             return
-        self.runner.copy(seq, start, seq.num_cached)
-        self.allocator.give(seq.start, seq.room)
+        old = Span(seq.tokens, seq.start, seq.room, seq.num_cached)
         seq.start, seq.room = start, seq.wanted_room
+        if not self._copied(old, seq, old.num_cached):
+            seq.num_cached = 0
+        self.allocator.give(old.start, old.room)
 
     def _plan(self) -> list[tuple[Sequence, int]]:
         """The next step's work: every answer's next token, and chunks of prompts in order."""
         left = self.chunk
         work = []
         for seq in self.running:
-            count = min(seq.pending, max(left, 0)) if seq.pending > 1 else 1
+            count = min(seq.pending, left) if seq.pending > 1 else 1
             left -= count if seq.pending > 1 else 0
             if count and not seq.done:
                 work.append((seq, count))
@@ -1244,12 +1289,13 @@ class Engine:
         for seq in late:
             seq.done = True
         self._deliver([(seq, TimedOut("the answer took too long")) for seq in late])
-        for seq in self.running:
-            if seq.done:
-                self._release(seq)
-                self._ended.append(time.monotonic())
-                seq.log()
-        self.running = [seq for seq in self.running if not seq.done]
+        # Asked once: a client may leave at any moment, also between two looks.
+        gone = [seq for seq in self.running if seq.done]
+        self.running = [seq for seq in self.running if seq not in gone]
+        for seq in gone:
+            self._release(seq)
+            self._ended.append(time.monotonic())
+            seq.log()
         self.waiting = deque(seq for seq in self.waiting if not seq.done)
 
     def _forget(self, span: Span) -> None:
@@ -1275,8 +1321,8 @@ class Engine:
                 loop.call_soon_threadsafe(put_all, said)
 
     def _dead(self) -> NotServing:
-        if self.failure is None:
-            return NotServing("the server is stopping")
+        if isinstance(self.failure, NotServing):
+            return self.failure
         return NotServing(f"the engine died ({self.failure!r}); restart the server")
 
 
@@ -1322,7 +1368,10 @@ class ChatModel:
         was not asked for is cut to the room instead.
         """
         sampling = self.defaults.override(given)
-        dropped = self._turns_to_drop(messages, sampling.max_new_tokens) if truncate else 0
+        # An answer of no stated length gets its whole default, but not more than half of it all.
+        answer = min(sampling.max_new_tokens, self.context_length // 2)
+        answer = given.get("max_new_tokens", answer)
+        dropped = self._turns_to_drop(messages, answer) if truncate else 0
         ids = self.tokenizer.encode(without_turns(messages, dropped))
         room = self.context_length - len(ids)
         wanted = given.get("max_new_tokens", 1)
@@ -1530,8 +1579,8 @@ def probes(model: Any) -> tuple[list[int], list[int]]:
 @torch.inference_mode()
 def plain_logits(model: Any, ids: list[int]) -> torch.Tensor:
     """What the model says of one sequence alone, [tokens, vocabulary]."""
-    device = model.get_input_embeddings().weight.device
-    return model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+    ids_there = torch.tensor([ids], device=input_device(model))
+    return model(input_ids=ids_there, use_cache=False).logits[0]
 
 
 def self_check(runner: Runner, alone: list[torch.Tensor]) -> float:
@@ -1728,7 +1777,7 @@ class SamplingFields(WireModel):
         description="most new tokens; max_new_tokens and max_tokens are other names for it",
     )
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy")
-    top_k: int | None = Field(None, ge=0, description="0 is off")
+    top_k: int | None = Field(None, ge=0, le=10**6, description="0 is off")
     top_p: float | None = Field(None, ge=0, le=1)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)

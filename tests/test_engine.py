@@ -269,9 +269,26 @@ def test_temperature_zero_takes_the_likeliest_after_the_penalty():
     assert picked(seqs, logits) == [1, 2]
 
 
-def test_no_temperature_overflows():
-    seqs = [sequence([1], temperature=1e-30, top_k=k, top_p=1) for k in (0, 50)]
+@pytest.mark.parametrize("temperature", [1e-300, 1e-46, 1e-30])
+def test_no_temperature_overflows(temperature):
+    seqs = [sequence([1], temperature=temperature, top_k=k, top_p=1) for k in (0, 50)]
     assert picked(seqs, torch.linspace(-1e4, 1e4, 50).repeat(2, 1)) == [49, 49]
+
+
+def test_a_draw_next_to_one_takes_nothing_that_was_cut_off():
+    seq = sequence([1], temperature=1.0, top_k=5, top_p=1)
+    seq.random = Draws(1)
+    seq.random.left = [1 - 2**-53]
+    logits = torch.linspace(0, 1, 300)[None]
+    assert picked([seq], logits)[0] in logits[0].topk(5).indices
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_are_an_error(value):
+    logits = torch.zeros(1, 10)
+    logits[0, 3] = value
+    with pytest.raises(ArithmeticError, match="finite"):
+        picked([sequence([1], temperature=0)], logits)
 
 
 def test_a_seed_gives_the_same_answer_whoever_else_is_there(make):
@@ -372,6 +389,49 @@ def test_the_budget_buys_rows(tiny_model):
     runner = api.Runner(tiny_llama(), "1MiB")
     # Two layers of keys and values, two heads of eight float32 each.
     assert runner.rows == 2**20 // (2 * 2 * 2 * 8 * 4)
+
+
+def test_a_budget_that_holds_nothing_is_refused():
+    with pytest.raises(api.StartError, match="--cache-memory"):
+        api.Runner(tiny_llama(), "1KB")
+
+
+def test_a_client_that_leaves_while_others_are_retired_loses_no_room(tokenizer, monkeypatch):
+    """`done` is set by the event loop at any moment, so it may be looked at only once."""
+    monkeypatch.setattr(api.threading.Thread, "start", lambda self: None)
+    runner = ScriptedRunner(tokenizer, rows=100)
+    engine = api.Engine(runner, tokenizer.backend_tokenizer, {256}, reuse=False)
+    loop = asyncio.new_event_loop()
+    seqs = [
+        api.Sequence([1], sampling=GREEDY, detokenizer=api.Detokenizer(engine.tokenizer), loop=loop)
+        for _ in range(3)
+    ]
+    for seq in seqs:
+        engine._inbox.put(seq)
+    engine._take_in()
+    engine._admit()
+    seqs[0].done = True
+    monkeypatch.setattr(api.Sequence, "log", lambda self: setattr(seqs[2], "done", True))
+    engine._retire()
+    assert engine.running == seqs[1:]
+    seqs[1].done = True
+    engine._retire()
+    loop.close()
+    assert engine.allocator.free == [(0, 100)]
+
+
+def test_rows_that_cannot_be_copied_are_computed_again(make, tokenizer, monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(api, "GROWTH", 10)
+    runner = ScriptedRunner(tokenizer, "x" * 30)
+    monkeypatch.setattr(runner, "copy", full)
+    model = make(runner)
+    text, _ = asyncio.run(reply(model, [1] * 20, api.Sampling(40), open_ended=True))
+    assert text == "x" * 30
+    assert max(max(step) for step in runner.steps[1:]) > 20
+    assert asyncio.run(reply(model, [1] * 20 + [2] * 5))[0] == "x" * 12
 
 
 # ---- Who goes when
@@ -669,6 +729,14 @@ def test_a_model_whose_attention_we_do_not_honour_is_refused():
         start(MistralForCausalLM(config).eval())
 
 
+def test_a_model_with_layers_of_another_kind_is_refused():
+    """Their window may stand in the mask alone, where the short check would not notice it."""
+    model = tiny_llama()
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(api.StartError, match="chunked_attention"):
+        start(model)
+
+
 def test_a_model_that_comes_out_differently_is_refused(monkeypatch):
     """As one would whose attention read a neighbour's row."""
     right = api.attend
@@ -687,6 +755,13 @@ def test_rope_that_moves_with_the_batch_is_held_to_its_first_length(kind, most):
 
 
 # ---- Preparing a prompt
+
+
+def test_nobody_waits_for_an_engine_that_has_ended(tokenizer):
+    model = chat_model(ScriptedRunner(tokenizer), tokenizer)
+    model.engine.close()
+    with pytest.raises(api.NotServing, match="stopping"):
+        asyncio.run(reply(model, [1]))
 
 
 def test_silence_brings_a_sign_of_life(make, runner, monkeypatch):
@@ -736,6 +811,12 @@ def test_truncate_drops_the_oldest_turns_and_as_few_as_it_can(make, runner):
         assert model.tokenizer.special["<|system|>"] in prompt.ids
     with pytest.raises(api.ContextTooLong):
         model.prepare(messages, {"max_new_tokens": 90}, True)
+
+
+def test_truncate_keeps_what_fits_where_the_default_answer_would_fill_the_context(make, runner):
+    model = make(runner, context_length=200)
+    prompt = model.prepare(turns(10, 10, 10), {}, True)
+    assert (prompt.dropped_turns, prompt.sampling.max_new_tokens) == (0, 200 - len(prompt.ids))
 
 
 def test_many_threads_may_prepare_at_once(make, runner):

@@ -211,6 +211,14 @@ def test_layers_on_disk_answer_the_same(tmp_path):
     assert runner.difference < 1e-4
 
 
+def test_an_embedding_on_disk_takes_its_ids_where_it_computes():
+    where = dict.fromkeys(("model.norm", "lm_head", "model.rotary_emb", "model.layers"), "cpu")
+    where["model.embed_tokens"] = "disk"
+    model, _ = api.load_model(FIXTURES / "llama", dtype="float32", device_map=json.dumps(where))
+    runner = api.start_runner(model, api.Settings(cache_memory="1MiB"))
+    assert (runner.device.type, runner.difference < 1e-4) == ("cpu", True)
+
+
 # ---- Prompts
 
 CONVERSATION = [

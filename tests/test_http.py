@@ -145,6 +145,7 @@ def test_chinese_comes_back_as_it_went(server, runner):
         ({"prompt": "x", "top_p": -0.1}, "top_p"),
         ({"prompt": "x", "top_k": -1}, "top_k"),
         ({"prompt": "x", "top_k": 1.5}, "top_k"),
+        ({"prompt": "x", "top_k": 10**30}, "top_k"),
         ({"prompt": "x", "min_p": 1.5}, "min_p"),
         ({"prompt": "x", "repetition_penalty": 0}, "repetition_penalty"),
         ({"prompt": "x", "max_length": 0}, "max_length"),

@@ -4,9 +4,10 @@ import copy
 from functools import cache
 
 import pytest
-from conftest import ROOT, SPECIAL
+from conftest import ROOT, SPECIAL, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers
 from transformers import GenerationConfig
 
 import api
@@ -101,6 +102,25 @@ def test_no_ids_are_an_error(kind, ids):
 def spoken(kind: str):
     folder = ROOT / "tests" / "fixtures" / "tokenizers" / kind
     return api.load_tokenizer(folder).backend_tokenizer
+
+
+def test_words_that_are_tokens_but_not_special_are_text(tokenizer):
+    """A model that thinks aloud says so in such tokens, and its callers look for them."""
+    thinking = copy.deepcopy(tokenizer)
+    thinking.add_tokens(["<think>", "</think>"])
+    text = api.ChatTokenizer(thinking)
+    ids = text.backend.encode("<think>why</think>ok", add_special_tokens=False).ids
+    assert 260 in ids
+    assert "".join(pushed(api.Detokenizer(text.plain), ids)) == "<think>why</think>ok"
+
+
+def test_a_special_token_cannot_be_spelled_in_other_letters():
+    """As it could where a tokenizer looks for it in text that is normalised first."""
+    spelled = byte_tokenizer()
+    spelled.backend_tokenizer.normalizer = normalizers.NFKC()
+    spelled.backend_tokenizer.add_special_tokens([AddedToken("<|sys|>", normalized=True)])
+    text = api.ChatTokenizer(spelled)
+    assert text.backend.token_to_id("<|sys|>") not in text.encode(user("＜|sys|＞"))
 
 
 def test_special_tokens_are_not_text(text):
