@@ -2050,6 +2050,8 @@ class Serving:
     def model(self) -> ChatModel:
         if self._model is None:
             raise NotServing("the model is still loading; try again soon", retry_after=5)
+        # Before anything is spent on a request that would be refused.
+        self._model.engine.check_queue()
         return self._model
 
     @asynccontextmanager

@@ -83,10 +83,10 @@ async def ask(client: httpx.AsyncClient, number: int, tokens: int, model: str | 
 
 
 async def load(
-    url: str, clients: int, requests: int, tokens: int, model: str | None
+    url: str, clients: int, requests: int, tokens: int, model: str | None, first: int = 0
 ) -> tuple[float, list[Reply]]:
-    """Run the clients to the end; return the seconds it took and the replies."""
-    numbers = iter(range(requests))
+    """Run the clients to the end, from prompt number `first` on; the seconds and the replies."""
+    numbers = iter(range(first, first + requests))
     replies: list[Reply] = []
 
     async def one(client: httpx.AsyncClient) -> None:
@@ -233,10 +233,12 @@ def measure(servers: list[Server], options: argparse.Namespace) -> None:
         for name, command, url, health, model in servers:
             stack.enter_context(started(name, command, url, health))
             asyncio.run(load(url, 1, 1, 8, model))
-        turns = [(s, n) for _ in range(options.repeats) for n in options.clients for s in servers]
-        for (name, _, url, _, model), clients in tqdm(turns, unit="run"):
+        repeats = range(options.repeats)
+        turns = [(s, n, 1000 * r) for r in repeats for n in options.clients for s in servers]
+        for (name, _, url, _, model), clients, first in tqdm(turns, unit="run"):
             requests = clients * options.rounds
-            outcome = asyncio.run(load(url, clients, requests, options.tokens, model))
+            # Other prompts each time, so that nobody gains by remembering them.
+            outcome = asyncio.run(load(url, clients, requests, options.tokens, model, first))
             seen.setdefault((name, clients), []).append(figures(*outcome))
     print("| server | clients | tokens/s | first p50 | first p99 | later p50 | later p99 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
