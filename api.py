@@ -2171,7 +2171,10 @@ def main() -> None:
     settings = read_settings(sys.argv[1:])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if settings.check:
-        sys.stdout.write(check_model(load_chat_model(settings)))
+        try:
+            sys.stdout.write(check_model(load_chat_model(settings)))
+        except StartError as error:
+            sys.exit(f"api.py: {error}.")
         return
     app = build_app(settings)
     log.info("serving on http://127.0.0.1:%d, fields at /docs", settings.port)

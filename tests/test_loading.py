@@ -80,8 +80,9 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def test_a_start_that_fails_ends_with_one_sentence_and_a_code():
-    done = run_api("--model", "nowhere", "--port", free_port())
+@pytest.mark.parametrize("check", [[], ["--check"]])
+def test_a_start_that_fails_ends_with_one_sentence_and_a_code(check):
+    done = run_api("--model", "nowhere", "--port", free_port(), *check)
     assert done.returncode == 1
     assert "api.py: there is no model 'nowhere'" in done.stderr
     assert "Traceback" not in done.stderr
