@@ -59,6 +59,7 @@ try:
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+    from fastapi_offline import FastAPIOffline
     from packaging.specifiers import SpecifierSet
     from pydantic import (
         AfterValidator,
@@ -2094,7 +2095,8 @@ def build_app(
     """The application; its model loads in a thread once it is started."""
     settings = settings or read_settings([])
     serving = Serving(partial(load, settings))
-    app = FastAPI(title="chat-api", lifespan=serving.lifespan)
+    # FastAPI, but /docs fetches nothing from another host, which a rented machine may not reach.
+    app = FastAPIOffline(redoc_url=None, title="chat-api", lifespan=serving.lifespan)
     app.add_middleware(JSONBodies)
 
     @app.exception_handler(ChatError)

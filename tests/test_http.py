@@ -381,3 +381,12 @@ def test_the_docs_describe_the_call(server):
     schema = httpx.get(f"{server}/openapi.json").json()
     fields = schema["components"]["schemas"]["ChatRequest"]["properties"]
     assert {"prompt", "history", "max_length", "temperature", "stream"} <= set(fields)
+
+
+def test_the_docs_need_no_other_host(server):
+    page = httpx.get(f"{server}/docs").text
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert any(source.endswith(".js") for source in sources)
+    for source in sources:
+        assert source.startswith("/")
+        assert httpx.get(f"{server}{source}").status_code == 200
