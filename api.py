@@ -849,7 +849,8 @@ class Runner:
         model.set_attn_implementation("packed")
         self.difference = 0.0  # to the plain forward pass, as the check at start found it
         self._make_room(8)
-        self.vocabulary = self.forward([(Span([0]), 1)]).shape[-1]
+        # One token creates each layer's rows, whose size tells what a row costs on which device.
+        self.forward([(Span([0]), 1)])
         rows = min(max_rows, self._affordable(cache_memory))
         if rows < 64:
             raise StartError(f"the cache memory holds {rows} tokens; raise --cache-memory")
