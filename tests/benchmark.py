@@ -1,30 +1,41 @@
 """Closed-loop clients against chat servers, all in one run on one machine.
 
-    python tests/benchmark.py                       ours, on the demo model
-    python tests/benchmark.py --against             and beside it, one-at-a-time `generate` behind
-                                                    FastAPI, and `transformers serve`
+    python tests/benchmark.py                   ours, on the demo model
+    python tests/benchmark.py --against         and beside it, one-at-a-time `generate` behind
+                                                FastAPI, and `transformers serve`
+    python tests/benchmark.py --engine          and beside it, our engine without HTTP
     python tests/benchmark.py --url URL [--openai MODEL]    a server that runs already
+    python tests/benchmark.py --conversation    first text of each turn, with reuse and without
+    python tests/benchmark.py --rush 400        so many requests at once, and /health meanwhile
 
 Each client sends a prompt, reads the whole stream, and sends the next. Figures: tokens a second
 over all clients, seconds to a reply's first token and for each later one. Each is the median of
-runs that take turns with the other servers'.
+runs that take turns with the other servers'. `--plot FILE` draws tokens a second over clients.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import os
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, Protocol
 
-import httpx
+import aiohttp
+import requests
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,81 +51,73 @@ class Reply:
     tokens: int
 
 
+Outcome = tuple[float, list[Reply]]  # seconds that all took, and each
+Ask = Callable[[int], Awaitable[Reply]]  # of the prompt of that number
+
+
 def prompt(number: int) -> str:
     return f"Write a long story, number {number}, about {TOPICS[number % len(TOPICS)]}."
 
 
-async def classic(client: httpx.AsyncClient, number: int, tokens: int) -> AsyncIterator[int]:
-    """Our own call; yields 1 for each delta, and the whole number of tokens at the end."""
-    body = {"prompt": prompt(number), "max_length": tokens, "temperature": 0, "stream": True}
-    async with client.stream("POST", "/", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                event = json.loads(line[6:])
-                yield event["usage"]["completion_tokens"] if "usage" in event else 0
-
-
-async def openai(
-    client: httpx.AsyncClient, number: int, tokens: int, model: str
-) -> AsyncIterator[int]:
-    messages = [{"role": "user", "content": prompt(number)}]
-    body = {"model": model, "messages": messages, "max_tokens": tokens, "stream": True}
-    body["temperature"] = 1e-9  # zero kills some servers
-    count = 0
-    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                choices = json.loads(line[6:])["choices"]
-                said = bool(choices and choices[0]["delta"].get("content"))
-                count += said
-                yield 0
-    yield count
-
-
-async def ask(client: httpx.AsyncClient, number: int, tokens: int, model: str | None) -> Reply:
+async def timed(counts: AsyncIterator[int]) -> Reply:
+    """A reply of which each piece yields its number of tokens, or 0 until the whole is known."""
     started, times, total = time.perf_counter(), [], 0
-    stream = openai(client, number, tokens, model) if model else classic(client, number, tokens)
-    async for count in stream:
+    async for count in counts:
         times.append(time.perf_counter() - started)
         total = count or total
     return Reply(times, total)
 
 
-async def load(
-    url: str, clients: int, requests: int, tokens: int, model: str | None, first: int = 0
-) -> tuple[float, list[Reply]]:
-    """Run the clients to the end, from prompt number `first` on; the seconds and the replies."""
+async def closed_loop(ask: Ask, clients: int, requests: int, first: int) -> Outcome:
+    """Run the clients to the end, from prompt number `first` on."""
     numbers = iter(range(first, first + requests))
     replies: list[Reply] = []
 
-    async def one(client: httpx.AsyncClient) -> None:
+    async def one() -> None:
         for number in numbers:
-            replies.append(await ask(client, number, tokens, model))
+            replies.append(await ask(number))
 
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=900, limits=limits) as client:
-        started = time.perf_counter()
-        await asyncio.gather(*(one(client) for _ in range(clients)))
-        return time.perf_counter() - started, replies
+    started = time.perf_counter()
+    await asyncio.gather(*(one() for _ in range(clients)))
+    return time.perf_counter() - started, replies
 
 
-def quantile(values: list[float], q: float) -> float:
-    return statistics.quantiles(values, n=100, method="inclusive")[round(q * 100) - 1]
+# ---- Over HTTP --------------------------------------------------------------
 
 
-def figures(seconds: float, replies: list[Reply]) -> dict[str, float]:
-    first = [reply.times[0] for reply in replies]
-    later = [(r.times[-1] - r.times[0]) / max(1, r.tokens - 1) for r in replies]
-    first, later = (values * 2 if len(values) == 1 else values for values in (first, later))
-    return {
-        "tokens/s": sum(reply.tokens for reply in replies) / seconds,
-        "first p50": quantile(first, 0.5),
-        "first p99": quantile(first, 0.99),
-        "later p50": quantile(later, 0.5),
-        "later p99": quantile(later, 0.99),
-    }
+def session(url: str) -> aiohttp.ClientSession:
+    """A client that costs the machine little, as it shares the cores with the server."""
+    connector = aiohttp.TCPConnector(limit=0)
+    return aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(900))
+
+
+async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """The objects of a stream of server-sent events."""
+    async for line in response.content:
+        if line.startswith(b"data: {"):
+            yield json.loads(line[6:])
+
+
+async def classic(client: aiohttp.ClientSession, number: int, tokens: int) -> AsyncIterator[int]:
+    body = {"prompt": prompt(number), "max_length": tokens, "temperature": 0, "stream": True}
+    async with client.post("/", json=body, raise_for_status=True) as response:
+        async for event in events(response):
+            yield event["usage"]["completion_tokens"] if "usage" in event else 0
+
+
+async def openai(
+    client: aiohttp.ClientSession, number: int, tokens: int, model: str
+) -> AsyncIterator[int]:
+    messages = [{"role": "user", "content": prompt(number)}]
+    body = {"model": model, "messages": messages, "max_tokens": tokens, "stream": True}
+    body["temperature"] = 1e-9  # zero kills some servers
+    count = 0
+    async with client.post("/v1/chat/completions", json=body, raise_for_status=True) as response:
+        async for event in events(response):
+            choices = event["choices"]
+            count += bool(choices and choices[0]["delta"].get("content"))
+            yield 0
+    yield count
 
 
 def free_port() -> int:
@@ -123,25 +126,66 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class Target(Protocol):
+    """What the clients can be let loose on."""
+
+    name: str
+
+    def load(self, clients: int, requests: int, tokens: int, first: int) -> Outcome: ...
+
+
+@dataclass
+class Server:
+    """A server at a URL; `model` if it speaks OpenAI's dialect."""
+
+    name: str
+    url: str
+    model: str | None = None
+
+    def load(self, clients: int, requests: int, tokens: int, first: int) -> Outcome:
+        return asyncio.run(self._load(clients, requests, tokens, first))
+
+    async def _load(self, clients: int, requests: int, tokens: int, first: int) -> Outcome:
+        async with session(self.url) as client:
+
+            async def ask(number: int) -> Reply:
+                if self.model:
+                    return await timed(openai(client, number, tokens, self.model))
+                return await timed(classic(client, number, tokens))
+
+            return await closed_loop(ask, clients, requests, first)
+
+
 @contextmanager
-def started(name: str, command: list[str], url: str, health: str) -> Iterator[str]:
-    """Start a server, wait until it answers, and end it afterwards."""
-    log = open(f"/tmp/benchmark-{name.replace(' ', '-')}.log", "w")  # noqa: SIM115
-    process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ, cwd=ROOT)
+def started(name: str, command: list[str], port: int, model: str | None = None) -> Iterator[Server]:
+    """Start a server, wait until it is healthy, and end it afterwards."""
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.NamedTemporaryFile("w", prefix="benchmark-", delete=False) as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ, cwd=ROOT)
     try:
-        for _ in range(1200):
-            try:
-                if httpx.get(url + health).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            if process.poll() is not None:
-                raise SystemExit(f"{name} ended at its start; see {log.name}")
+        deadline = time.monotonic() + 120
+        while not asyncio.run(healthy(url)):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"{name} does not start; see {log.name}")
             time.sleep(0.1)
-        yield url
+        yield Server(name, url, model)
     finally:
         process.terminate()
         process.wait(60)
+
+
+async def healthy(url: str) -> bool:
+    try:
+        async with session(url) as client, client.get("/health") as response:
+            return response.status == 200
+    except aiohttp.ClientError:
+        return False
+
+
+def ours(name: str, folder: str, *more: str) -> Any:
+    port = free_port()
+    command = [sys.executable, "api.py", "--model", folder, "--host", "127.0.0.1"]
+    return started(name, [*command, "--port", str(port), *more], port)
 
 
 # One request at a time, as the tutorials' programs do it, but with a stream.
@@ -181,71 +225,271 @@ uvicorn.run(app, port=int(sys.argv[2]), log_level="error")
 """
 
 
-# Name, command, address, health route, and the model if it speaks OpenAI's dialect.
-Server = tuple[str, list[str], str, str, str | None]
+def one_at_a_time(folder: str) -> Any:
+    port = free_port()
+    return started("one at a time", [sys.executable, "-c", NAIVE, folder, str(port)], port)
 
 
-def rivals(folder: str) -> Iterator[Server]:
+def transformers_serve(folder: str) -> Any:
     port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    yield "one at a time", [sys.executable, "-c", NAIVE, folder, str(port)], url, "/health", None
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    serve = [str(Path(sys.executable).with_name("transformers")), "serve", "--host", "127.0.0.1"]
-    serve += [
-        "--port",
-        str(port),
-        "--continuous-batching",
-        "--dtype",
-        "bfloat16",
-        "--device",
-        "cpu",
-    ]
-    yield "transformers serve", serve, url, "/health", folder
+    program = str(Path(sys.executable).with_name("transformers"))
+    command = [program, "serve", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--continuous-batching", "--dtype", "bfloat16", "--device", "cpu"]
+    return started("transformers serve", command, port, folder)
+
+
+# ---- Without HTTP -----------------------------------------------------------
+
+
+class EngineAlone:
+    """The same prompts for our engine, in a process of its own: what HTTP is measured by."""
+
+    name = "engine without HTTP"
+
+    def __init__(self, folder: str, stack: ExitStack):
+        command = [sys.executable, __file__, "--serve-pipe", "--model", folder]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        stack.enter_context(self.process)
+        stack.callback(self.process.terminate)
+
+    def load(self, clients: int, requests: int, tokens: int, first: int) -> Outcome:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps([clients, requests, tokens, first]) + "\n")
+        self.process.stdin.flush()
+        seconds, replies = json.loads(self.process.stdout.readline())
+        return seconds, [Reply(*reply) for reply in replies]
+
+
+def serve_pipe(folder: str) -> None:
+    """Answer EngineAlone's lines."""
+    sys.path.insert(0, str(ROOT))
+    import api
+
+    loaded: list[api.ChatModel] = []
+    settings = api.read_settings(["--model", folder])
+    # On a thread that ends: the threads of torch's work here would slow the engine's.
+    loader = threading.Thread(target=lambda: loaded.append(api.load_chat_model(settings)))
+    loader.start()
+    loader.join()
+    model = loaded[0]
+
+    async def pieces(number: int, tokens: int) -> AsyncIterator[int]:
+        messages = [{"role": "user", "content": prompt(number)}]
+        given = {"max_new_tokens": tokens, "temperature": 0.0}
+        async with aclosing(model.answer(model.prepare(messages, given, False))) as deltas:
+            async for delta in deltas:
+                yield delta.completion_tokens
+
+    for line in sys.stdin:
+        clients, requests, tokens, first = json.loads(line)
+
+        async def ask(number: int, tokens: int = tokens) -> Reply:
+            return await timed(pieces(number, tokens))
+
+        seconds, replies = asyncio.run(closed_loop(ask, clients, requests, first))
+        print(json.dumps([seconds, [[r.times, r.tokens] for r in replies]]), flush=True)
+
+
+# ---- The table --------------------------------------------------------------
+
+
+def quantile(values: list[float], q: float) -> float:
+    """The nearest rank, so that it is a value that was measured."""
+    return sorted(values)[max(0, math.ceil(q * len(values)) - 1)]
+
+
+def figures(outcome: Outcome) -> dict[str, float]:
+    seconds, replies = outcome
+    first = [reply.times[0] for reply in replies]
+    later = [(r.times[-1] - r.times[0]) / max(1, r.tokens - 1) for r in replies]
+    return {
+        "tokens/s": sum(reply.tokens for reply in replies) / seconds,
+        "first p50": quantile(first, 0.5),
+        "first p99": quantile(first, 0.99),
+        "later p50": quantile(later, 0.5),
+        "later p99": quantile(later, 0.99),
+    }
+
+
+Row = tuple[str, int]  # a target's name, and how many clients
+
+
+def measure(targets: list[Target], options: argparse.Namespace) -> dict[Row, dict[str, float]]:
+    """All targets are up, but one is loaded at a time, in turns: noise comes to all alike."""
+    seen: dict[Row, list[dict[str, float]]] = {}
+    for target in targets:
+        target.load(1, 1, 8, 0)
+    repeats = range(1, options.repeats + 1)
+    turns = [(t, n, 1000 * r) for r in repeats for n in options.clients for t in targets]
+    for target, clients, first in tqdm(turns, unit="run"):
+        # Other prompts each time, so that nobody gains by remembering them.
+        outcome = target.load(clients, clients * options.rounds, options.tokens, first)
+        seen.setdefault((target.name, clients), []).append(figures(outcome))
+    return {
+        row: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for row, runs in seen.items()
+    }
+
+
+def print_table(rows: dict[Row, dict[str, float]]) -> None:
+    print("| server | clients | tokens/s | first p50 | first p99 | later p50 | later p99 |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for (name, clients), middle in sorted(rows.items(), key=lambda row: row[0][1]):
+        cells = [f"{middle['tokens/s']:.1f}"] + [f"{middle[key]:.3f} s" for key in list(middle)[1:]]
+        print(f"| {name} | {clients} | {' | '.join(cells)} |")
+
+
+def plot(rows: dict[Row, dict[str, float]], path: str) -> None:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "chat-api"
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name in dict.fromkeys(name for name, _ in rows):
+        points = sorted((n, middle["tokens/s"]) for (who, n), middle in rows.items() if who == name)
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xscale="log", xlabel="clients at once", ylabel="tokens a second, all together")
+    axes.set_xticks(ticks := sorted({n for _, n in rows}), map(str, ticks))
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+
+
+# ---- A conversation, and a rush ---------------------------------------------
+
+
+async def turn(url: str, question: str, history: list[Any], tokens: int) -> tuple[float, Any]:
+    """Seconds to the first text, and the whole answer's object."""
+    body = {"prompt": question, "history": history, "max_length": tokens, "temperature": 0}
+    body["stream"] = True
+    started, first, last = time.perf_counter(), 0.0, None
+    async with session(url) as client, client.post("/", json=body) as response:
+        async for event in events(response):
+            first, last = first or time.perf_counter() - started, event
+    return first, last
+
+
+def conversation(folder: str, turns: int, tokens: int) -> None:
+    """Ten turns on two servers that take turns too; each conversation is its server's own."""
+    print(
+        "| turn | prompt tokens | first text | without reuse: prompt tokens | first text | ratio |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
+    with ours("with", folder) as fast, ours("without", folder, "--no-reuse") as slow:
+        histories: dict[str, list[Any]] = {fast.url: [], slow.url: []}
+        for server in (fast, slow):
+            server.load(1, 1, 8, 0)
+        for number in range(1, turns + 1):
+            details = " and ".join(f"{topic}, seen from place {number}" for topic in TOPICS)
+            question = f"Go on with the story, now with {details}."
+            cells, seconds = [], []
+            for url, history in histories.items():
+                first, answer = asyncio.run(turn(url, question, history, tokens))
+                histories[url] = answer["history"]
+                cells += [str(answer["usage"]["prompt_tokens"]), f"{first:.3f} s"]
+                seconds.append(first)
+            print(f"| {number} | {' | '.join(cells)} | {seconds[1] / seconds[0]:.1f} |", flush=True)
+
+
+async def rush_of(url: str, count: int, tokens: int) -> Counter[str]:
+    """How that many requests at once end."""
+    ends: Counter[str] = Counter()
+
+    async def one(client: aiohttp.ClientSession, number: int) -> None:
+        body = {"prompt": prompt(number), "max_length": tokens, "stream": True}
+        async with client.post("/", json=body) as response:
+            if response.status == 429:
+                ends["429, " + ("with" if "Retry-After" in response.headers else "no")] += 1
+                return
+            text = await response.text()
+            whole = response.status == 200 and text.endswith("data: [DONE]\n\n")
+            ends["served" if whole else f"failed with {response.status}"] += 1
+
+    async with session(url) as client:
+        await asyncio.gather(*(one(client, number) for number in range(count)))
+    return ends
+
+
+def watch_health(url: str, pipe: Connection) -> None:
+    """Ask /health every 20 ms until the pipe says to stop; send the seconds that each took."""
+    seconds = []
+    with requests.Session() as client:
+        while not pipe.poll(0.02):
+            started = time.perf_counter()
+            client.get(f"{url}/health", timeout=60)
+            seconds.append(time.perf_counter() - started)
+            if len(seconds) == 1:
+                pipe.send("watching")
+    pipe.send(seconds)
+
+
+def rush(server: Server, count: int, tokens: int) -> None:
+    """That many requests at once; /health is asked from another process meanwhile."""
+    server.load(1, 1, 8, 0)
+    processes = get_context("spawn")
+    pipe, theirs = processes.Pipe()
+    watcher = processes.Process(target=watch_health, args=(server.url, theirs), daemon=True)
+    watcher.start()
+    pipe.recv()
+    started = time.perf_counter()
+    ends = asyncio.run(rush_of(server.url, count, tokens))
+    seconds = time.perf_counter() - started
+    pipe.send("stop")
+    health = pipe.recv()
+    watcher.join()
+    print(f"{count} requests at once, {seconds:.1f} s: ", end="")
+    print(", ".join(f"{n} {end}" for end, n in sorted(ends.items())), end="; ")
+    print(f"{count - ends.total()} lost")
+    print(
+        f"/health meanwhile, {len(health)} times: p50 {quantile(health, 0.5):.3f} s,"
+        f" p99 {quantile(health, 0.99):.3f} s, longest {max(health):.3f} s"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--against", action="store_true", help="measure the rivals too")
+    parser.add_argument("--engine", action="store_true", help="measure our engine alone too")
     parser.add_argument("--url", help="a server that runs already")
     parser.add_argument("--openai", help="its model, if it speaks OpenAI's dialect")
+    parser.add_argument("--conversation", type=int, nargs="?", const=10, help="turns (10)")
+    parser.add_argument("--rush", type=int, help="requests at once")
     parser.add_argument("--model", default=str(DEMO), help="the folder that is served")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a request")
     parser.add_argument("--rounds", type=int, default=1, help="requests a client, each time")
     parser.add_argument("--repeats", type=int, default=5, help="times; the median is shown")
+    parser.add_argument("--plot", help="an svg file for tokens a second over clients")
+    parser.add_argument("--serve-pipe", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    port = free_port()
-    ours = [sys.executable, "api.py", "--model", options.model, "--host", "127.0.0.1"]
-    ours += ["--port", str(port)]
-    servers = [("chat-api", ours, f"http://127.0.0.1:{port}", "/health", None)]
-    if options.url:
-        servers = [("given", ["sleep", "99999"], options.url, "/health", options.openai)]
-    if options.against:
-        servers += rivals(options.model)
-    measure(servers, options)
-
-
-def measure(servers: list[Server], options: argparse.Namespace) -> None:
-    """Run all servers at once but load one at a time, in turns: a noisy machine is noisy to all."""
-    seen: dict[tuple[str, int], list[dict[str, float]]] = {}
+    if options.serve_pipe:
+        return serve_pipe(options.model)
+    if options.conversation:
+        return conversation(options.model, options.conversation, options.tokens)
     with ExitStack() as stack:
-        for name, command, url, health, model in servers:
-            stack.enter_context(started(name, command, url, health))
-            asyncio.run(load(url, 1, 1, 8, model))
-        repeats = range(options.repeats)
-        turns = [(s, n, 1000 * r) for r in repeats for n in options.clients for s in servers]
-        for (name, _, url, _, model), clients, first in tqdm(turns, unit="run"):
-            requests = clients * options.rounds
-            # Other prompts each time, so that nobody gains by remembering them.
-            outcome = asyncio.run(load(url, clients, requests, options.tokens, model, first))
-            seen.setdefault((name, clients), []).append(figures(*outcome))
-    print("| server | clients | tokens/s | first p50 | first p99 | later p50 | later p99 |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for (name, clients), runs in seen.items():
-        middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        cells = [f"{middle['tokens/s']:.1f}"] + [f"{middle[key]:.3f} s" for key in list(middle)[1:]]
-        print(f"| {name} | {clients} | {' | '.join(cells)} |")
+        if options.url:
+            server = Server("given", options.url, options.openai)
+        else:
+            server = stack.enter_context(ours("chat-api", options.model))
+        if options.rush:
+            return rush(server, options.rush, options.tokens)
+        targets: list[Target] = [server]
+        if options.engine:
+            targets.append(EngineAlone(options.model, stack))
+        if options.against:
+            targets.append(stack.enter_context(one_at_a_time(options.model)))
+            targets.append(stack.enter_context(transformers_serve(options.model)))
+        rows = measure(targets, options)
+    print_table(rows)
+    if options.plot:
+        plot(rows, options.plot)
 
 
 if __name__ == "__main__":

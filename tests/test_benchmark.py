@@ -1,0 +1,38 @@
+"""The benchmark's sums are right, and it runs: its figures are in the README."""
+
+import re
+import subprocess
+import sys
+
+import benchmark
+import pytest
+from benchmark import Reply
+from conftest import ROOT
+
+
+def test_figures_are_those_of_the_replies():
+    replies = [Reply([1.0, 1.5, 2.0], 3), Reply([2.0, 2.1, 2.2], 3)]
+    assert benchmark.figures((4.0, replies)) == pytest.approx(
+        {"tokens/s": 1.5, "first p50": 1, "first p99": 2, "later p50": 0.1, "later p99": 0.5}
+    )
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "tests/benchmark.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_server_is_measured_and_drawn(server, tmp_path):
+    drawn = tmp_path / "plot.svg"
+    out = run("--url", server, "--clients", "1", "4", "--repeats", "2", "--plot", str(drawn))
+    assert re.search(r"^\| given \| 4 \| [1-9][\d.]* \| 0\.\d{3} s \|", out, re.MULTILINE)
+    assert "<svg" in drawn.read_text(encoding="utf-8")
+
+
+def test_a_rush_loses_nobody(server, runner):
+    runner.pause = 0.01
+    out = run("--url", server, "--rush", "40", "--tokens", "8")
+    assert "40 served; 0 lost" in out
+    assert "/health meanwhile" in out
