@@ -4,14 +4,17 @@
     python api.py --model ./my-model       any causal LM that transformers knows
     uvicorn --factory api:build_app        the same, with settings from CHAT_... variables
 
-    POST /          prompt, history and sampling fields in; response, history, status, time out
-    GET  /          a short page that says the server is up
-    GET  /health    what it is doing: loading, ready or dead
-    GET  /docs      the fields of every call
+    POST /                         prompt, history and sampling fields in; response, history,
+                                   status and time out
+    POST /v1/chat/completions      the same model in OpenAI's dialect; /v1/completions and
+                                   /v1/models beside it
+    GET  /health                   what it is doing: loading, ready or dead
+    GET  /metrics                  numbers for Prometheus
+    GET  /docs                     the fields of every call
 
 Read it from top to bottom: each section uses only what stands above it. Errors and settings
 come first, then what differs between models, how messages become token ids and ids text, the
-engine that generates, what goes over the wire, the routes, and how it all starts.
+engine that generates, what goes over the wire and back, the routes, and how it all starts.
 """
 
 import sys
@@ -21,6 +24,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit("api.py: Python 3.11 or newer is needed; choose a newer image, or use conda.")
 
 import asyncio
+import hmac
 import json
 import logging
 import os
@@ -30,6 +34,7 @@ import re
 import tempfile
 import threading
 import time
+import uuid
 from bisect import bisect_left, insort
 from collections import Counter, abc, deque
 from collections.abc import (
@@ -46,11 +51,13 @@ from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
 
 try:
+    import numpy as np
+    import prometheus_client
     import psutil
     import torch
     import torch.nn.functional as F
@@ -58,8 +65,9 @@ try:
     from accelerate.utils import convert_file_size_to_int
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+    from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from fastapi_offline import FastAPIOffline
+    from llguidance import LLMatcher, LLTokenizer
     from packaging.specifiers import SpecifierSet
     from pydantic import (
         AfterValidator,
@@ -69,14 +77,17 @@ try:
         ConfigDict,
         Discriminator,
         Field,
+        PlainValidator,
+        SecretStr,
         Tag,
         ValidationError,
         model_validator,
     )
     from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
     from sentencepiece import SentencePieceProcessor
-    from starlette.datastructures import MutableHeaders
+    from starlette.datastructures import Headers, MutableHeaders
     from starlette.exceptions import HTTPException
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect
     from starlette.types import ASGIApp, Receive, Scope, Send
     from tokenizers import Tokenizer
@@ -135,6 +146,16 @@ class NotServing(ChatError):
     status, code = 503, "not_serving"
 
 
+class Unauthorized(ChatError):
+    """The server asks for a key, and this is none of its keys."""
+
+    status, type, code = 401, "authentication_error", "invalid_api_key"
+
+
+class ModelNotFound(BadRequest):
+    status, code = 404, "model_not_found"
+
+
 class QueueFull(ChatError):
     """As many requests wait as may."""
 
@@ -165,6 +186,10 @@ def check_memory(value: str) -> str:
     if value == "auto" or re.fullmatch(r"0?\.\d+|\d+(\.\d+)? ?[KMG]i?B", value):
         return value
     raise ValueError("must be auto, a fraction such as 0.5, or a size such as 4GiB")
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    return tuple(part for part in map(str.strip, text.split(",")) if part)
 
 
 class Settings(BaseSettings):
@@ -199,6 +224,18 @@ class Settings(BaseSettings):
     prefill_chunk: int = Field(512, ge=16, description="most prompt tokens that a step computes")
     check: bool = Field(False, description="load, show what was found, say eight tokens, and end")
     request_timeout: float = Field(600, gt=0, description="seconds after which a request is ended")
+    api_key: SecretStr = Field(
+        SecretStr(""), description="what callers must send as a Bearer token; several with commas"
+    )
+    cors_origins: str = Field(
+        "", description="web pages' origins that may call from a browser, or *; several with commas"
+    )
+    log_json: bool = Field(False, description="log lines of JSON")
+    log_prompts: bool = Field(False, description="write what is asked into the log")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return split_list(self.api_key.get_secret_value())
 
 
 def read_settings(arguments: list[str]) -> Settings:
@@ -227,12 +264,20 @@ class Sampling:
     top_p: float = 0.8
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    # OpenAI's two: off each token that the answer holds already, once and for each time.
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None  # so many likely tokens are told beside each; None tells nothing
 
     def override(self, given: dict[str, Any]) -> Self:
         """The same sampling but for the values given, zero included."""
         return replace(self, **given)
+
+    def of_answer(self, index: int) -> Self:
+        """For one of several answers to a request, which would else all say the same."""
+        return self if self.seed is None else replace(self, seed=self.seed + index)
 
 
 # In a format, it parts what the original code encodes apart. A code point that Unicode keeps for
@@ -408,6 +453,8 @@ class ChatTokenizer:
                 " with --chat-template FILE"
             )
         self.tokenizer, self.family = tokenizer, family
+        self._trie: LLTokenizer | None = None
+        self._lock = threading.Lock()
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         markers = (*family.markers, *family.ends) if family else ()
         for token in spec["added_tokens"]:
@@ -434,6 +481,32 @@ class ChatTokenizer:
         if self._whole and SHIELD not in text:
             return self.backend.encode(text, add_special_tokens=False).ids
         return [i for run in self._runs(text) for i in self._encode_run(run)]
+
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of bare text, after the token that begins every text where the model has one."""
+        if self.family is None:
+            return self.plain.encode(text).ids
+        begin = [self.special[self.family.begin]] if self.family.begin else []
+        return begin + self.plain.encode(text, add_special_tokens=False).ids
+
+    def spell(self, token: int) -> str:
+        """A token as the text that it adds to an answer, a leading space included."""
+        before = self.plain.encode("a", add_special_tokens=False).ids
+        decode = partial(self.backend.decode, skip_special_tokens=False)
+        return decode([*before, token]).removeprefix(decode(before))
+
+    def guide(self, schema: dict[str, Any], end_ids: set[int]) -> LLMatcher:
+        """What keeps an answer to a JSON schema. Raises BadRequest if that is none."""
+        with self._lock:
+            if self._trie is None:  # a second or two, so only for the first who asks
+                spec = self.backend.to_str()
+                self._trie = LLTokenizer(spec, eos_token=sorted(end_ids), slices=[])
+        # Without a limit, a small model goes on indenting for ever.
+        grammar = LLMatcher.grammar_from_json_schema(schema, {"whitespace_flexible": False})
+        matcher = LLMatcher(self._trie, grammar)
+        if matcher.is_error():
+            raise BadRequest(f"the JSON schema: {matcher.get_error()}", "response_format")
+        return matcher
 
     def end_ids(self, config: GenerationConfig) -> set[int]:
         """Every id that ends an answer: the checkpoint's own, and the template's end of turn."""
@@ -534,6 +607,14 @@ MAX_PASSES = 16
 FEW = 128
 
 
+class Token(NamedTuple):
+    """A token that was picked; where it was asked for, its log probability and the likeliest."""
+
+    id: int
+    logprob: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class Delta:
     """A piece of an answer; the last one says why it ended and how many tokens it took."""
@@ -542,6 +623,12 @@ class Delta:
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    token: Token | None = None  # only with logprobs
+    index: int = 0  # which of a request's answers it belongs to
+
+    @property
+    def silent(self) -> bool:
+        return not (self.text or self.finish_reason or self.token)
 
 
 @dataclass(eq=False)
@@ -556,9 +643,12 @@ class Span:
     room: int = 0
     num_cached: int = 0
 
-    def shared(self, tokens: list[int]) -> int:
-        """How many cached tokens are also the first of these, the last of which is left over."""
-        most = min(self.num_cached, len(tokens) - 1)
+    def shared(self, tokens: list[int], among: int | None = None) -> int:
+        """How many of its cached tokens, or of its first `among`, are also the first of these.
+
+        The last of these is left over, since its logits are wanted.
+        """
+        most = min(self.num_cached if among is None else among, len(tokens) - 1)
         mine, other = self.tokens[:most], tokens[:most]
         if mine == other or mine[:WORTH_KEEPING] != other[:WORTH_KEEPING]:
             return most if mine == other else 0
@@ -579,10 +669,16 @@ class Sequence(Span):
     loop: asyncio.AbstractEventLoop
     open_ended: bool = False
     outbox: "asyncio.Queue[Delta | ChatError]" = field(default_factory=asyncio.Queue)
+    index: int = 0
+    label: Any = None  # the caller's own, for when it ends
+    guide: LLMatcher | None = None
     done: bool = False
     finish_reason: FinishReason | None = None
+    failed: bool = False
     passed: int = 0
+    num_reused: int = 0
     arrived: float = field(default_factory=time.monotonic)
+    admitted: float = 0.0
     first_token: float = 0.0
 
     def __post_init__(self) -> None:
@@ -600,30 +696,25 @@ class Sequence(Span):
         """An end token counts, as it was computed."""
         return len(self.tokens) - self.num_prompt
 
-    def append(self, token: int, end_ids: set[int]) -> Delta:
+    def append(self, token: Token, end_ids: set[int]) -> Delta:
         """Take the next token; return what it adds to the answer."""
         self.first_token = self.first_token or time.monotonic()
-        self.tokens.append(token)
-        text = "" if token in end_ids else self.detokenizer.push(token)
-        if token in end_ids or self.detokenizer.stopped:
-            return self._finish(text, "stop")
+        self.tokens.append(token.id)
+        if self.guide:
+            self.guide.consume_token(token.id)
+        ended = token.id in end_ids
+        text = "" if ended else self.detokenizer.push(token.id)
+        told = token if token.logprob is not None and not ended else None
+        if ended or self.detokenizer.stopped:
+            return self._finish(text, told, "stop")
         if len(self.tokens) == self.most:
-            return self._finish(text, "length")
-        return Delta(text)
+            return self._finish(text, told, "length")
+        return Delta(text, token=told, index=self.index)
 
-    def log(self) -> None:
-        now = time.monotonic()
-        first = (self.first_token or now) - self.arrived
-        later = (now - self.first_token) / max(1, self.num_completion - 1)
-        counts = self.num_prompt, self.num_completion, self.finish_reason or "left"
-        log.info(
-            "%d tokens in, %d out, %s; first after %.3f s, then %.3f s each", *counts, first, later
-        )
-
-    def _finish(self, text: str, reason: FinishReason) -> Delta:
+    def _finish(self, text: str, told: Token | None, reason: FinishReason) -> Delta:
         self.done, self.finish_reason = True, reason
         text += self.detokenizer.flush()
-        return Delta(text, reason, self.num_prompt, self.num_completion)
+        return Delta(text, reason, self.num_prompt, self.num_completion, told, self.index)
 
 
 # A step's work: the spans in it, and how many of each one's pending tokens are computed.
@@ -937,6 +1028,8 @@ def pick(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> 
         raise ArithmeticError("the model's logits are not finite; try another --dtype")
     if any(seq.sampling.repetition_penalty != 1 for seq in seqs):
         penalise(seqs, logits, pool_ids)
+    if any(seq.sampling.presence_penalty or seq.sampling.frequency_penalty for seq in seqs):
+        penalise_said(seqs, logits, pool_ids)
     tokens: list[int] = logits.argmax(-1).tolist()
     warm = [row for row, seq in enumerate(seqs) if seq.sampling.temperature > 0]
     free = [row for row in warm if not seqs[row].sampling.top_k and seqs[row].sampling.top_p >= 1]
@@ -951,16 +1044,38 @@ def pick(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> 
     return tokens
 
 
-def penalise(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> None:
-    """Make the tokens that a sequence holds less likely; all of them are in its span by now."""
-    starts, ends = torch.tensor(
-        [(seq.start, seq.start + len(seq.tokens) - 1) for seq in seqs], device=logits.device
-    ).T[:, :, None]
+def held(
+    seqs: list[Sequence], first: list[int], logits: torch.Tensor, pool_ids: torch.Tensor
+) -> torch.Tensor:
+    """What sequences hold from their token `first` on, [sequences, longest].
+
+    All of it is in the pool by now. Shorter ones repeat their last token.
+    """
+    ends = torch.tensor([[seq.start + len(seq.tokens) - 1] for seq in seqs], device=logits.device)
+    begins = [[seq.start + n] for seq, n in zip(seqs, first, strict=True)]
+    starts = torch.tensor(begins, device=logits.device)
     longest = torch.arange(int((ends - starts).max()) + 1, device=logits.device)
-    seen = pool_ids[(starts + longest).minimum(ends)]
+    return pool_ids[(starts + longest).minimum(ends)]
+
+
+def penalise(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> None:
+    """Make the tokens that a sequence holds less likely, in its prompt too."""
+    seen = held(seqs, [0] * len(seqs), logits, pool_ids)
     penalty = column(seqs, "repetition_penalty", logits)
     scores = logits.gather(1, seen)
     logits.scatter_(1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
+
+
+def penalise_said(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> None:
+    """Take OpenAI's penalties off the tokens of the answers, by the formula of its API guide."""
+    said = held(seqs, [seq.num_prompt for seq in seqs], logits, pool_ids)
+    count = torch.tensor([[seq.num_completion] for seq in seqs], device=logits.device)
+    # A token that stands there twice is written twice, with the same score.
+    presence = column(seqs, "presence_penalty", logits) * (count > 0)
+    logits.scatter_(1, said, logits.gather(1, said) - presence)
+    counted = torch.arange(said.shape[1], device=logits.device) < count
+    frequency = column(seqs, "frequency_penalty", logits) * counted
+    logits.scatter_add_(1, said, -frequency.to(logits))
 
 
 def draw_any(seqs: list[Sequence], logits: torch.Tensor, draws: torch.Tensor) -> list[int]:
@@ -1015,6 +1130,33 @@ def draw_ranked(
     return tokens
 
 
+def keep_to(guide: LLMatcher, logits: torch.Tensor) -> None:
+    """Rule out of one sequence's logits what its guide does not allow."""
+    bits = np.frombuffer(guide.compute_bitmask(), dtype=np.uint8)
+    allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(logits)])
+    ruled_out = F.pad(allowed == 0, (0, len(logits) - len(allowed)), value=True)
+    logits.masked_fill_(ruled_out.to(logits.device), -torch.inf)
+
+
+def pick_tokens(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> list[Token]:
+    """`pick`, and for the sequences that ask for it, what the model itself thought likely."""
+    told = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
+    own = logits[told].log_softmax(-1)
+    for seq, row_logits in zip(seqs, logits, strict=True):
+        if seq.guide:
+            keep_to(seq.guide, row_logits)
+    tokens = [Token(i) for i in pick(seqs, logits, pool_ids)]
+    if told:
+        most = max(seqs[row].sampling.logprobs or 0 for row in told)
+        picked = torch.tensor([[tokens[row].id] for row in told], device=own.device)
+        logprobs = own.gather(1, picked)[:, 0].tolist()
+        values, ids = (x.tolist() for x in own.topk(most))
+        for n, row in enumerate(told):
+            likeliest = tuple(zip(ids[n], values[n], strict=True))[: seqs[row].sampling.logprobs]
+            tokens[row] = Token(tokens[row].id, logprobs[n], likeliest)
+    return tokens
+
+
 # ---- Engine -----------------------------------------------------------------
 # One thread owns the model; a request is a Sequence in it, until it is done.
 
@@ -1044,6 +1186,7 @@ class Engine:
         # What is cached of requests that ended, the longest unused first.
         self.kept: list[Span] = []
         self.num_reused = 0
+        self.on_end: Callable[[Sequence], None] = lambda seq: None
         self._ended: deque[float] = deque(maxlen=64)
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -1052,40 +1195,69 @@ class Engine:
     # What the routes call, on the event loop.
 
     async def stream(
-        self, prompt: list[int], sampling: Sampling, open_ended: bool = False
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        open_ended: bool = False,
+        *,
+        n: int = 1,
+        label: Any = None,
+        guide: LLMatcher | None = None,
     ) -> AsyncGenerator[Delta]:
-        """Yield an answer piece by piece; leaving the loop early cancels it.
+        """Yield an answer piece by piece, or n of them by turns; leaving the loop early cancels.
 
         Raises QueueFull, NotServing if the engine is dead, StepFailed if the model fails, and
         TimedOut.
         """
         self.check_queue()
-        seq = Sequence(
-            list(prompt),
-            sampling=sampling,
-            detokenizer=Detokenizer(self.tokenizer, sampling.stop),
-            loop=asyncio.get_running_loop(),
-            open_ended=open_ended,
-        )
-        if seq.most > self.runner.rows:
-            raise ContextTooLong(f"{seq.most} tokens do not fit in a cache of {self.runner.rows}")
-        self._inbox.put(seq)
-        if self.failure:
-            raise self._dead()
+        outbox: asyncio.Queue[Delta | ChatError] = asyncio.Queue()
+        shared = {"outbox": outbox, "open_ended": open_ended, "label": label}
+        seqs = [self._sequence(prompt, sampling, index, guide, **shared) for index in range(n)]
+        self._put(seqs)
         try:
-            while True:
-                try:
-                    async with asyncio.timeout(HEARTBEAT):
-                        item = await seq.outbox.get()
-                except TimeoutError:
-                    item = Delta("")
+            while n:
+                item = await self._next(outbox)
                 if isinstance(item, ChatError):
                     raise item
                 yield item
-                if item.finish_reason:
-                    return
+                n -= item.finish_reason is not None
         finally:
-            seq.done = True
+            for seq in seqs:
+                seq.done = True
+
+    def _sequence(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        index: int,
+        guide: LLMatcher | None,
+        **shared: Any,
+    ) -> Sequence:
+        return Sequence(
+            list(prompt),
+            sampling=sampling.of_answer(index),
+            detokenizer=Detokenizer(self.tokenizer, sampling.stop),
+            loop=asyncio.get_running_loop(),
+            index=index,
+            guide=guide.deep_copy() if guide else None,
+            **shared,
+        )
+
+    def _put(self, seqs: list[Sequence]) -> None:
+        most = seqs[0].most
+        if most > self.runner.rows:
+            raise ContextTooLong(f"{most} tokens do not fit in a cache of {self.runner.rows}")
+        for seq in seqs:
+            self._inbox.put(seq)
+        if self.failure:
+            raise self._dead()
+
+    async def _next(self, outbox: "asyncio.Queue[Delta | ChatError]") -> Delta | ChatError:
+        try:
+            async with asyncio.timeout(HEARTBEAT):
+                return await outbox.get()
+        except TimeoutError:
+            return Delta("")
 
     def check_queue(self) -> None:
         """Raise QueueFull if no more may wait; it says when the queue should be half empty."""
@@ -1101,6 +1273,11 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         return len(self.waiting) + self._inbox.qsize()
+
+    @property
+    def num_used(self) -> int:
+        """Rows of the cache that hold something; read from other threads, so only nearly right."""
+        return self.runner.rows - sum(gap for _, gap in list(self.allocator.free))
 
     def close(self) -> None:
         """End the thread once its present step is done."""
@@ -1149,6 +1326,7 @@ class Engine:
                 first_left.passed += 1
             self.waiting.remove(seq)
             self.running.append(seq)
+            seq.admitted = seq.admitted or time.monotonic()
 
     def _place(self, seq: Sequence) -> bool:
         """Give a sequence a span, with what is cached already of its first tokens."""
@@ -1160,6 +1338,8 @@ class Engine:
             ((span.shared(seq.tokens), -n, span) for n, span in enumerate(donors)),
             default=(0, 0, None),
         )
+        if self.reuse and self._will_share(seq, shared):
+            return False
         if shared < WORTH_KEEPING:
             shared, donor = 0, None
         if donor in self.kept and shared == donor.num_cached and self._take_over(seq, donor):
@@ -1173,9 +1353,24 @@ class Engine:
             self.kept.append(self.kept.pop(self.kept.index(donor)))
         alive = donor and (donor in self.kept or donor in self.running)
         if donor and alive and self._copied(donor, seq, shared):
-            seq.num_cached = shared
-            self.num_reused += shared
+            self._reuse(seq, shared)
         return True
+
+    def _will_share(self, seq: Sequence, shared: int) -> bool:
+        """Whether a prompt that is being computed will soon share more with this one.
+
+        Then it is worth the wait: of n answers to one prompt, or of a class that asks at once
+        with the same system text, one computes what the others copy.
+        """
+        return any(
+            other.pending > 1
+            and other.shared(seq.tokens, len(other.tokens)) >= shared + WORTH_KEEPING
+            for other in self.running
+        )
+
+    def _reuse(self, seq: Sequence, count: int) -> None:
+        seq.num_cached = seq.num_reused = count
+        self.num_reused += count
 
     def _copied(self, source: Span, seq: Sequence, count: int) -> bool:
         """Copy rows to a sequence's span; where that fails, they can be computed again."""
@@ -1200,8 +1395,8 @@ class Engine:
             self.allocator.take(donor.room, at=donor.start)
             return False
         self.kept.remove(donor)
-        seq.start, seq.room, seq.num_cached = start, seq.wanted_room, donor.num_cached
-        self.num_reused += donor.num_cached
+        seq.start, seq.room = start, seq.wanted_room
+        self._reuse(seq, donor.num_cached)
         return True
 
     def _make_room(self, size: int, spare: Span | None = None) -> int | None:
@@ -1255,7 +1450,9 @@ class Engine:
         # Equals side by side, because neighbours share a call of attention.
         return sorted(work, key=lambda item: (item[1] > 1, item[0].num_cached))
 
-    def _compute(self, work: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int | ChatError]]:
+    def _compute(
+        self, work: list[tuple[Sequence, int]]
+    ) -> list[tuple[Sequence, Token | ChatError]]:
         """The next token of each sequence whose tokens are all computed.
 
         If a step fails, its halves are tried, so that only those fail who fail alone.
@@ -1266,7 +1463,7 @@ class Engine:
             logits = self.runner.forward(work)
             through = [row for row, (seq, new) in enumerate(work) if seq.pending == new]
             seqs = [work[row][0] for row in through]
-            tokens = pick(seqs, logits[through], self.runner.ids) if seqs else []
+            tokens = pick_tokens(seqs, logits[through], self.runner.ids) if seqs else []
         except Exception as error:
             if len(work) == 1:
                 self.runner.check_device()
@@ -1281,7 +1478,7 @@ class Engine:
 
     def _failed(self, seq: Sequence, error: Exception) -> StepFailed:
         log.error("a request of %d tokens failed", len(seq.tokens), exc_info=error)
-        seq.done = True
+        seq.done = seq.failed = True
         return StepFailed("the model failed on this request; try again")
 
     def _retire(self) -> None:
@@ -1289,16 +1486,18 @@ class Engine:
         oldest = time.monotonic() - self.timeout
         late = [seq for seq in [*self.running, *self.waiting] if seq.arrived < oldest]
         for seq in late:
-            seq.done = True
+            seq.done = seq.failed = True
         self._deliver([(seq, TimedOut("the answer took too long")) for seq in late])
         # Asked once: a client may leave at any moment, also between two looks.
-        gone = [seq for seq in self.running if seq.done]
-        self.running = [seq for seq in self.running if seq not in gone]
-        for seq in gone:
+        gone = {id(seq) for seq in [*self.running, *self.waiting] if seq.done}
+        for seq in [seq for seq in self.running if id(seq) in gone]:
             self._release(seq)
             self._ended.append(time.monotonic())
-            seq.log()
-        self.waiting = deque(seq for seq in self.waiting if not seq.done)
+            self.on_end(seq)
+        for seq in [seq for seq in self.waiting if id(seq) in gone]:
+            self.on_end(seq)
+        self.running = [seq for seq in self.running if id(seq) not in gone]
+        self.waiting = deque(seq for seq in self.waiting if id(seq) not in gone)
 
     def _forget(self, span: Span) -> None:
         self.kept.remove(span)
@@ -1318,7 +1517,7 @@ class Engine:
     def _deliver(self, items: list[tuple[Sequence, Delta | ChatError]]) -> None:
         """Put each item into its request's outbox, with one call a step for all of them."""
         for loop, group in groupby(items, key=lambda item: item[0].loop):
-            said = [(seq, item) for seq, item in group if item != Delta("")]
+            said = [(s, d) for s, d in group if isinstance(d, ChatError) or not d.silent]
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(put_all, said)
 
@@ -1345,6 +1544,7 @@ class Prompt:
     ids: list[int]
     sampling: Sampling
     open_ended: bool
+    guide: LLMatcher | None = None
     dropped_turns: int = 0
 
 
@@ -1359,24 +1559,52 @@ class ChatModel:
     context_length: int
     prompt_length: int  # most tokens of a prompt, where the model has such a limit
     facts: dict[str, str]
+    loaded: int = field(default_factory=lambda: int(time.time()))
 
-    def answer(self, prompt: Prompt) -> AsyncGenerator[Delta]:
-        return self.engine.stream(prompt.ids, prompt.sampling, prompt.open_ended)
+    def answer(self, prompt: Prompt, n: int = 1, label: Any = None) -> AsyncGenerator[Delta]:
+        return self.engine.stream(
+            prompt.ids, prompt.sampling, prompt.open_ended, n=n, label=label, guide=prompt.guide
+        )
 
-    def prepare(self, messages: list[Message], given: dict[str, Any], truncate: bool) -> Prompt:
+    def guided(self, prompt: Prompt, schema: dict[str, Any]) -> Prompt:
+        """The same, to be answered with JSON of a schema. Raises BadRequest if that is none."""
+        return replace(prompt, guide=self.tokenizer.guide(schema, self.engine.end_ids))
+
+    def prepare(
+        self,
+        messages: list[Message],
+        given: dict[str, Any],
+        truncate: bool = False,
+        whole_context: bool = False,
+    ) -> Prompt:
         """Tokenize and check the lengths; takes a while, so not on the event loop.
 
-        Raises ContextTooLong if prompt and answer do not fit together. A length that
-        was not asked for is cut to the room instead.
+        A length that was not asked for is the default, or else the whole context, and is cut to
+        the room. Raises ContextTooLong if prompt and answer do not fit together.
         """
-        sampling = self.defaults.override(given)
-        # An answer of no stated length gets its whole default, but not more than half of it all.
-        answer = min(sampling.max_new_tokens, self.context_length // 2)
+        # Of an answer of no stated length, half the context is left for the prompt.
+        answer = min(self.defaults.max_new_tokens, self.context_length // 2)
         answer = given.get("max_new_tokens", answer)
         dropped = self._turns_to_drop(messages, answer) if truncate else 0
         ids = self.tokenizer.encode(without_turns(messages, dropped))
+        return replace(self._fitted(ids, given, whole_context), dropped_turns=dropped)
+
+    def prepare_text(self, prompt: str | list[int], given: dict[str, Any]) -> Prompt:
+        """The same for a text to go on with, or its token ids, without any format around it."""
+        ids = self.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise BadRequest("prompt is empty; send a text or token ids", "prompt")
+        last = self.tokenizer.backend.get_vocab_size() - 1
+        if max(ids) > last:
+            raise BadRequest(f"prompt has a token id of {max(ids)}; the last is {last}", "prompt")
+        return self._fitted(ids, given, whole_context=True)
+
+    def _fitted(self, ids: list[int], given: dict[str, Any], whole_context: bool) -> Prompt:
+        sampling = self.defaults.override(given)
+        asked = "max_new_tokens" in given
+        most = sampling.max_new_tokens if asked or not whole_context else self.context_length
         room = self.context_length - len(ids)
-        wanted = given.get("max_new_tokens", 1)
+        wanted = most if asked else 1
         if room < wanted or len(ids) > self.prompt_length:
             raise ContextTooLong(
                 f"the prompt has {len(ids)} tokens and the answer may have {wanted}, but the"
@@ -1385,8 +1613,7 @@ class ChatModel:
                 ' "truncate": true',
                 param="max_length" if 0 < room < wanted else "prompt",
             )
-        sampling = replace(sampling, max_new_tokens=min(room, sampling.max_new_tokens))
-        return Prompt(ids, sampling, "max_new_tokens" not in given, dropped)
+        return Prompt(ids, replace(sampling, max_new_tokens=min(room, most)), not asked)
 
     def _turns_to_drop(self, messages: list[Message], answer: int) -> int:
         """The fewest of the oldest turns to leave out, so that the answer has its room."""
@@ -1401,6 +1628,8 @@ class ChatModel:
 
 def without_turns(messages: list[Message], count: int) -> list[Message]:
     """The messages without the oldest `count` turns; what comes before the first turn stays."""
+    if not count:
+        return messages
     starts = [i for i, m in enumerate(messages) if m["role"] == "user"]
     return messages[: starts[0]] + messages[starts[count] :]
 
@@ -1440,16 +1669,36 @@ def check_cards(device_map: str) -> None:
         ) from error
 
 
+# Where a hub's client may have put a model below the folder that it was given: nowhere else, in
+# the caches of huggingface_hub and modelscope, and as modelscope's older releases had it.
+LAYOUTS = ("", "snapshots/*/", "*/snapshots/*/", "models/*/snapshots/*/", "hub/*/snapshots/*/",
+           "*/*/", "models/*/*/", "hub/models/*/*/")  # fmt: skip
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, which may be one or a hub's cache."""
+    for layout in LAYOUTS:
+        configs = folder.glob(f"{layout}config.json")
+        if found := sorted(c.parent for c in configs if any(c.parent.glob("*model*"))):
+            return found
+    return []
+
+
 def find_model(name: str) -> Path:
     """The folder of a model, given as a path or by its name under models/."""
-    for folder in (Path(name).expanduser(), HERE / "models" / name):
-        if (folder / "config.json").is_file():
-            return folder
+    places = Path(name).expanduser(), HERE / "models" / name
+    found = next(filter(None, map(checkpoints_in, places)), [])
+    if len(found) > 1:
+        several = ", ".join(map(str, found))
+        raise StartError(f"{name} holds several models; give --model one of {several}")
+    if found:
+        return found[0]
     if name == "demo":
         return fetch_demo()
     raise StartError(
-        f"there is no model {name!r}: neither {Path(name).absolute()} nor {HERE / 'models' / name}"
-        " has a config.json; give --model the folder of a checkpoint"
+        f"there is no model {name!r}: neither {places[0].absolute()} nor {places[1]} holds a"
+        f" checkpoint; fetch it with `python model_download.py {name}` (--help lists the names),"
+        " or give --model the folder of one"
     )
 
 
@@ -1704,11 +1953,10 @@ def check_model(model: ChatModel) -> str:
 
 # They would change what an answer means, so they are refused and not ignored.
 NOT_HONOURED = (
-    "n", "best_of", "tools", "tool_choice", "functions", "function_call", "logprobs",
-    "top_logprobs", "logit_bias", "response_format", "frequency_penalty", "presence_penalty",
-    "num_beams", "suffix", "echo",
+    "tools", "tool_choice", "functions", "function_call", "logit_bias", "response_format",
+    "best_of", "num_beams", "suffix", "echo", "audio", "prediction", "web_search_options",
 )  # fmt: skip
-LENGTH_NAMES = ("max_length", "max_new_tokens", "max_tokens")
+LENGTH_NAMES = ("max_length", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 class WireModel(BaseModel):
@@ -1740,11 +1988,11 @@ def history_shape(history: Any) -> str | None:
     if not isinstance(history, list):
         return None
     kinds = {type(turn) for turn in history}
-    return "pairs" if kinds <= {list} else "messages" if kinds <= {dict, WireMessage} else None
+    return "pairs" if kinds <= {list} else "turns" if kinds <= {dict, WireMessage} else None
 
 
 History = Annotated[
-    Annotated[list[Pair], Tag("pairs")] | Annotated[list[WireMessage], Tag("messages")],
+    Annotated[list[Pair], Tag("pairs")] | Annotated[list[WireMessage], Tag("turns")],
     Discriminator(
         history_shape,
         custom_error_type="history_shape",
@@ -1769,50 +2017,94 @@ StopTexts = Annotated[
 ]
 
 
+class TextPart(WireModel):
+    type: Literal["text"]
+    text: str
+
+
+Content = str | list[TextPart]
+
+
+def joined_parts(content: Any) -> Any:
+    """A content that comes in parts as one text."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise ValueError("must be text; images, sound and files are not supported")
+        if not isinstance(part.get("text"), str):
+            raise ValueError('must hold parts such as {"type": "text", "text": "hello"}')
+    return "".join(part["text"] for part in content)
+
+
+def one_prompt(prompt: Any) -> str | list[int]:
+    """A text or token ids; a list of one such is taken for it."""
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return whole_characters(prompt)
+    if isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt):
+        raise ValueError("must be one; send a request for each, they are computed together")
+    if not isinstance(prompt, list) or not all(type(i) is int and i >= 0 for i in prompt):
+        raise ValueError("must be a text, or a list of token ids")
+    return prompt
+
+
 class SamplingFields(WireModel):
     """The sampling knobs of a request; absent or null is the model's default."""
+
+    not_honoured: ClassVar[tuple[str, ...]] = NOT_HONOURED
+
+    stream: bool | None = Field(None, description="answer with server-sent events")
 
     max_new_tokens: int | None = Field(
         None,
         ge=1,
         validation_alias=AliasChoices(*LENGTH_NAMES),
-        description="most new tokens; max_new_tokens and max_tokens are other names for it",
+        description=f"most new tokens; {', '.join(LENGTH_NAMES[1:])} are other names for it",
     )
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy")
     top_k: int | None = Field(None, ge=0, le=10**6, description="0 is off")
     top_p: float | None = Field(None, ge=0, le=1)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="as in OpenAI's API")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="as in OpenAI's API")
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: StopTexts | None = Field(None, description="a text, or several, that ends the answer")
-
-    def given(self) -> dict[str, Any]:
-        """The knobs that were really given, by the names of Sampling."""
-        values = {knob.name: getattr(self, knob.name) for knob in fields(Sampling)}
-        return {name: value for name, value in values.items() if value is not None}
-
-
-class ChatRequest(SamplingFields):
-    """The classic call. `max_length` always counted new tokens only."""
-
-    prompt: WireText = Field(description="the user's text")
-    history: History | None = Field(None, description="earlier turns, pairs or messages")
-    system: WireText | None = Field(None, description="a system text for the model")
-    stream: bool | None = Field(None, description="answer with server-sent events")
-    truncate: bool | None = Field(None, description="drop the oldest turns that do not fit")
 
     @model_validator(mode="before")
     @classmethod
     def refuse_what_is_not_honoured(cls, body: Any) -> Any:
         if isinstance(body, dict):
-            for name in NOT_HONOURED:
-                if body.get(name) is not None:
+            for name in cls.not_honoured:
+                if body.get(name) not in (None, False, [], {}):
                     raise BadRequest(f"{name} is not supported by this call; leave it out", name)
             lengths = [name for name in LENGTH_NAMES if body.get(name) is not None]
             if len(lengths) > 1:
                 names = " and ".join(lengths)
                 raise BadRequest(f"{names} mean the same; send one of them", lengths[1])
         return body
+
+    def given(self) -> dict[str, Any]:
+        """The knobs that were really given, by the names of Sampling."""
+        values = {knob.name: getattr(self, knob.name, None) for knob in fields(Sampling)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def prepare(self, model: ChatModel) -> Prompt:
+        """What the model is to go on from. Raises BadRequest where it cannot."""
+        raise NotImplementedError
+
+
+class ChatRequest(SamplingFields):
+    """The classic call. `max_length` always counted new tokens only."""
+
+    not_honoured = (*NOT_HONOURED, "n", "logprobs", "top_logprobs")
+
+    prompt: WireText = Field(description="the user's text")
+    history: History | None = Field(None, description="earlier turns, pairs or messages")
+    system: WireText | None = Field(None, description="a system text for the model")
+    truncate: bool | None = Field(None, description="drop the oldest turns that do not fit")
 
     @model_validator(mode="after")
     def check_texts(self) -> Self:
@@ -1821,6 +2113,9 @@ class ChatRequest(SamplingFields):
         if self.system is not None and any(m["role"] == "system" for m in self._past()):
             raise BadRequest("system is given here and in history; send one of them", "system")
         return self
+
+    def prepare(self, model: ChatModel) -> Prompt:
+        return model.prepare(self.messages(), self.given(), bool(self.truncate))
 
     def messages(self) -> list[Message]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -1856,6 +2151,91 @@ class ChatResponse(BaseModel):
     )
 
 
+class OpenAIMessage(WireModel):
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant"],
+        # The newer name of the same.
+        AfterValidator(lambda role: "system" if role == "developer" else role),
+    ]
+    content: Annotated[WireText, BeforeValidator(joined_parts, json_schema_input_type=Content)]
+
+
+class StreamOptions(WireModel):
+    include_usage: bool | None = None
+
+
+class JSONSchema(WireModel):
+    name: str | None = None
+    wanted: dict[str, Any] = Field(validation_alias="schema")
+
+
+class ResponseFormat(WireModel):
+    """https://platform.openai.com/docs/guides/structured-outputs"""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+    def schema_asked(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer; None if it may be any text."""
+        if self.type == "json_schema" and self.json_schema is None:
+            raise BadRequest(
+                'response_format needs "json_schema": {"schema": …}', "response_format"
+            )
+        given = self.json_schema.wanted if self.json_schema else {}
+        return {"text": None, "json_object": {"type": "object"}, "json_schema": given}[self.type]
+
+
+class OpenAIRequest(SamplingFields):
+    """What OpenAI's two calls have in common."""
+
+    model: WireText | None = Field(None, description="absent is the one that is served")
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=16, description="answers to give, computed together")
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatCompletionRequest(OpenAIRequest):
+    """https://platform.openai.com/docs/api-reference/chat/create"""
+
+    not_honoured = tuple(name for name in NOT_HONOURED if name != "response_format")
+
+    messages: list[OpenAIMessage] = Field(min_length=1)
+    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def check_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
+        return self
+
+    def given(self) -> dict[str, Any]:
+        rest = {name: value for name, value in super().given().items() if name != "logprobs"}
+        return {**rest, "logprobs": self.top_logprobs or 0} if self.logprobs else rest
+
+    def prepare(self, model: ChatModel) -> Prompt:
+        messages = [message.model_dump() for message in self.messages]
+        prompt = model.prepare(messages, self.given(), whole_context=True)
+        schema = self.response_format.schema_asked() if self.response_format else None
+        return prompt if schema is None else model.guided(prompt, schema)
+
+
+class CompletionRequest(OpenAIRequest):
+    """https://platform.openai.com/docs/api-reference/completions/create"""
+
+    prompt: Annotated[
+        str | list[int], PlainValidator(one_prompt, json_schema_input_type=str | list[int])
+    ]
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    def prepare(self, model: ChatModel) -> Prompt:
+        return model.prepare_text(self.prompt, self.given())
+
+
 class ErrorBody(BaseModel):
     """What went wrong, with which field, and what would be right."""
 
@@ -1870,6 +2250,278 @@ class ErrorBody(BaseModel):
     time: str
 
 
+# ---- Replies ----------------------------------------------------------------
+# How each call words what the engine says. There is one generation path: a
+# whole answer is a streamed one whose events nobody reads.
+
+# One event: an object, or None for a comment that keeps proxies from hanging up.
+Events = AsyncGenerator[dict[str, Any] | None]
+
+
+def local_time() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+@dataclass(eq=False)
+class Choice:
+    """One of the answers to a request, as it grows."""
+
+    index: int
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)  # only with logprobs
+    last: Delta | None = None
+    begun: bool = False
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.tokens += [delta.token] if delta.token else []
+        self.last = delta if delta.finish_reason else None
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.last.finish_reason if self.last else None
+
+
+def usage_of(choices: list[Choice]) -> dict[str, int]:
+    """Tokens of a request that is done; its prompt counts once."""
+    lasts = [choice.last for choice in choices if choice.last]
+    said = sum(last.completion_tokens for last in lasts)
+    counts = {"prompt_tokens": lasts[0].prompt_tokens, "completion_tokens": said}
+    return counts | {"total_tokens": sum(counts.values())}
+
+
+class Reply(Protocol):
+    """The wording of one call's answer."""
+
+    def pieces(self, delta: Delta, choice: Choice) -> Iterator[dict[str, Any]]:
+        """The events for a piece, which the choice holds already."""
+
+    def ending(self, choices: list[Choice]) -> Iterator[dict[str, Any]]:
+        """The events after the last piece."""
+
+    def whole(self, choices: list[Choice]) -> dict[str, Any]:
+        """The answer in one piece."""
+
+
+async def events_of(deltas: AsyncGenerator[Delta], choices: list[Choice], reply: Reply) -> Events:
+    async with aclosing(deltas):
+        async for delta in deltas:
+            choices[delta.index].add(delta)
+            if delta.silent:
+                yield None
+            for event in reply.pieces(delta, choices[delta.index]):
+                yield event
+    for event in reply.ending(choices):
+        yield event
+
+
+@dataclass
+class ClassicReply:
+    """The classic call's: the deltas, and then the whole."""
+
+    model: ChatModel
+    body: ChatRequest
+    prompt: Prompt
+
+    def pieces(self, delta: Delta, choice: Choice) -> Iterator[dict[str, Any]]:
+        if delta.text:
+            yield {"delta": delta.text}
+
+    def ending(self, choices: list[Choice]) -> Iterator[dict[str, Any]]:
+        yield self.whole(choices)
+
+    def whole(self, choices: list[Choice]) -> dict[str, Any]:
+        return {
+            "response": choices[0].text,
+            "history": self.body.with_answer(choices[0].text),
+            "status": 200,
+            "time": local_time(),
+            "finish_reason": choices[0].finish_reason,
+            "usage": usage_of(choices),
+            **({"dropped_turns": self.prompt.dropped_turns} if self.body.truncate else {}),
+        }
+
+
+class OpenAIReply:
+    """What OpenAI's two calls have in common: the frame around each object."""
+
+    prefix: ClassVar[str]
+    kind: ClassVar[str]
+    kind_of_pieces: ClassVar[str]
+
+    def __init__(self, model: ChatModel, body: OpenAIRequest, _: Prompt):
+        self.model, self.include_usage = model, body.include_usage
+        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+
+    def whole(self, choices: list[Choice]) -> dict[str, Any]:
+        said = [
+            self.choice(c, c.text, c.tokens) | {"finish_reason": c.finish_reason} for c in choices
+        ]
+        return self._frame(self.kind, said) | {"usage": usage_of(choices)}
+
+    def pieces(self, delta: Delta, choice: Choice) -> Iterator[dict[str, Any]]:
+        if delta.text or delta.token:
+            yield self._piece(choice, delta.text, [delta.token] if delta.token else [])
+        if delta.finish_reason:
+            yield self._piece(choice, "", [], delta.finish_reason)
+
+    def ending(self, choices: list[Choice]) -> Iterator[dict[str, Any]]:
+        if self.include_usage:
+            yield self._frame(self.kind_of_pieces, []) | {"usage": usage_of(choices)}
+
+    def choice(self, choice: Choice, text: str, tokens: list[Token]) -> dict[str, Any]:
+        """A choice, or a piece of one, but for its finish_reason."""
+        raise NotImplementedError
+
+    def _piece(
+        self, choice: Choice, text: str, tokens: list[Token], reason: FinishReason | None = None
+    ) -> dict[str, Any]:
+        said = self.choice(choice, text, tokens) | {"finish_reason": reason}
+        usage = {"usage": None} if self.include_usage else {}
+        choice.begun = True
+        return self._frame(self.kind_of_pieces, [said]) | usage
+
+    def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        frame = {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
+        return frame | {"choices": choices}
+
+
+class ChatCompletionReply(OpenAIReply):
+    prefix, kind, kind_of_pieces = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, choice: Choice, text: str, tokens: list[Token]) -> dict[str, Any]:
+        logprobs = {"content": [self._told(token) for token in tokens]} if tokens else None
+        message = {"role": "assistant", "content": text}
+        return {"index": choice.index, "message": message, "logprobs": logprobs}
+
+    def _piece(
+        self, choice: Choice, text: str, tokens: list[Token], reason: FinishReason | None = None
+    ) -> dict[str, Any]:
+        begun, piece = choice.begun, super()._piece(choice, text, tokens, reason)
+        message = piece["choices"][0].pop("message")
+        left_out = {*(["role"] if begun else []), *([] if text or tokens else ["content"])}
+        delta = {name: value for name, value in message.items() if name not in left_out}
+        piece["choices"][0]["delta"] = delta
+        return piece
+
+    def _told(self, token: Token) -> dict[str, Any]:
+        likeliest = [self._scored(*pair) for pair in token.likeliest]
+        return self._scored(token.id, token.logprob or 0.0) | {"top_logprobs": likeliest}
+
+    def _scored(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.model.tokenizer.spell(token)
+        # A part of a character has no text of its own, and so no bytes that we could tell.
+        known = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": known}
+
+
+class CompletionReply(OpenAIReply):
+    prefix, kind, kind_of_pieces = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, choice: Choice, text: str, tokens: list[Token]) -> dict[str, Any]:
+        logprobs = self._logprobs(choice, tokens) if tokens else None
+        return {"index": choice.index, "text": text, "logprobs": logprobs}
+
+    def _logprobs(self, choice: Choice, tokens: list[Token]) -> dict[str, Any]:
+        spell = self.model.tokenizer.spell
+        all_texts = [spell(token.id) for token in choice.tokens]
+        texts = all_texts[len(all_texts) - len(tokens) :]
+        ends = list(accumulate(map(len, all_texts)))[len(all_texts) - len(tokens) :]
+        return {
+            "tokens": texts,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [{spell(i): p for i, p in token.likeliest} for token in tokens],
+            "text_offset": [end - len(text) for end, text in zip(ends, texts, strict=True)],
+        }
+
+
+# ---- Metrics ----------------------------------------------------------------
+# What an operator sees: numbers for Prometheus, under vLLM's names, and one line
+# in the log for each request that ended.
+
+
+@dataclass(frozen=True)
+class Call:
+    """Who asked the engine for something."""
+
+    id: str
+    route: str
+
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """Counts what happens; `engine` gives the engine once there is one."""
+
+    def __init__(self, engine: Callable[[], Engine | None]):
+        self.registry = prometheus_client.CollectorRegistry()
+        mine: Any = {"namespace": "chat", "registry": self.registry}
+        count: Any = partial(prometheus_client.Counter, **mine)
+        times: Any = partial(prometheus_client.Histogram, buckets=SECONDS, **mine)
+        self.requests = count(
+            "requests", "Requests that ended", ["route", "outcome", "finish_reason"]
+        )
+        self.prompt_tokens = count("prompt_tokens", "Tokens of prompts")
+        self.reused_tokens = count("prefix_cache_hits", "Tokens of prompts found in the cache")
+        self.generation_tokens = count("generation_tokens", "Tokens of answers")
+        self.queue_time = times("request_queue_time_seconds", "Wait for a place in the batch")
+        self.first_token = times("time_to_first_token_seconds", "Arrival to the first token")
+        self.each_token = times("time_per_output_token_seconds", "Mean time of a later token")
+        self.whole_time = times("e2e_request_latency_seconds", "Arrival to the last token")
+        read: dict[str, Callable[[Engine], float]] = {
+            "num_requests_running": lambda engine: len(engine.running),
+            "num_requests_waiting": lambda engine: engine.num_waiting,
+            "cache_tokens": lambda engine: engine.runner.rows,
+            "cache_tokens_used": lambda engine: engine.num_used,
+        }
+        for name, value in read.items():
+            gauge = prometheus_client.Gauge(name, name.replace("_", " "), **mine)
+            gauge.set_function(partial(lambda value: value(e) if (e := engine()) else 0, value))
+
+    def ended(self, seq: Sequence) -> None:
+        """Take account of a sequence that left the engine; called on its thread."""
+        now, call = time.monotonic(), seq.label or Call("-", "-")
+        self.prompt_tokens.inc(seq.num_prompt)
+        self.reused_tokens.inc(seq.num_reused)
+        self.generation_tokens.inc(seq.num_completion)
+        line = {
+            "request_id": call.id,
+            "route": call.route,
+            "outcome": "failed" if seq.failed else "served" if seq.finish_reason else "left",
+            "finish_reason": seq.finish_reason or "none",
+            "prompt_tokens": seq.num_prompt,
+            "reused_tokens": seq.num_reused,
+            "completion_tokens": seq.num_completion,
+        }
+        if not seq.failed:  # that one is counted where its error is told
+            self.requests.labels(call.route, line["outcome"], line["finish_reason"]).inc()
+        if seq.admitted:
+            line["queue_time"] = observed(self.queue_time, seq.admitted - seq.arrived)
+        if seq.first_token:
+            line["first_token"] = observed(self.first_token, seq.first_token - seq.arrived)
+        if seq.num_completion > 1:
+            mean = (now - seq.first_token) / (seq.num_completion - 1)
+            line["each_token"] = observed(self.each_token, mean)
+        line["seconds"] = observed(self.whole_time, now - seq.arrived)
+        log_line(line)
+
+    def refused(self, call: Call, error: ChatError) -> None:
+        """Take account of a request that got an error for its answer."""
+        self.requests.labels(call.route, error.code, "none").inc()
+        log_line({"request_id": call.id, "route": call.route, "outcome": error.code})
+
+
+def observed(histogram: Any, seconds: float) -> float:
+    histogram.observe(seconds)
+    return round(seconds, 4)
+
+
+def log_line(line: dict[str, Any]) -> None:
+    """One line, as key=value, or as JSON with --log-json."""
+    log.info(" ".join(f"{name}={value}" for name, value in line.items()), extra=line)
+
+
 # ---- Routes -----------------------------------------------------------------
 # Starlette cancels a streamed answer when its client leaves. One that is still
 # being computed, or still waits, is ended by `while_connected`.
@@ -1880,25 +2532,23 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>chat-api</title>
 See <a href="docs">the fields of every call</a> and <a href="health">its health</a>."""
 
 
-def local_time() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")
+# These routes have names of their own in the metrics.
+ROUTES = ("/", "/v1/chat/completions", "/v1/completions")
 
 
-def error_body(error: ChatError) -> dict[str, Any]:
-    detail = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
-    return {"error": detail, "status": error.status, "time": local_time()}
-
-
-def error_response(error: ChatError) -> JSONResponse:
-    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
-    return JSONResponse(error_body(error), error.status, headers)
+def error_body(error: ChatError, openai: bool = False) -> dict[str, Any]:
+    """An error in our shape, or in OpenAI's, which is a part of it."""
+    param = "max_tokens" if openai and error.param == "max_length" else error.param
+    detail = {"message": str(error), "type": error.type, "param": param, "code": error.code}
+    ours = {"status": error.status, "time": local_time()}
+    return {"error": detail} | ({} if openai else ours)
 
 
 def from_validation(error: RequestValidationError) -> BadRequest:
     """Say in one sentence what pydantic found first."""
     first = error.errors()[0]
     # The location without "body" and without the tags of a union's branches.
-    path = [part for part in first["loc"][1:] if part not in ("pairs", "messages")]
+    path = [part for part in first["loc"][1:] if part not in ("pairs", "turns")]
     if first["type"] == "json_invalid":
         return BadRequest(
             f"the body is not valid JSON: {first['ctx']['error']}, near character {path[0]}"
@@ -1921,11 +2571,64 @@ def from_http(error: HTTPException, path: str) -> ChatError:
             "the body is not UTF-8; save the script as UTF-8, and in PowerShell send"
             " [Text.Encoding]::UTF8.GetBytes($body)"
         )
-    known = {404: f"there is nothing at {path}", 405: f"{path} does not take this method"}
+    known = {404: f"there is nothing at {path!r}", 405: f"{path!r} does not take this method"}
     refusal = BadRequest(known.get(error.status_code, str(error.detail)))
     refusal.status = error.status_code
     refusal.code = {404: "not_found", 405: "method_not_allowed"}.get(refusal.status, refusal.code)
     return refusal
+
+
+def call_of(scope: Scope) -> Call:
+    """Who is asking: what NamedCalls found out."""
+    return scope["state"]["call"]
+
+
+class NamedCalls:
+    """Gives every call an id, the caller's own or a new one, and returns it."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        path, given = path_of(scope), Headers(scope=scope).get("x-request-id", "")
+        # Only what can neither forge a line of the log nor fill it.
+        call_id = given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
+        call = Call(call_id, path if path in ROUTES else "other")
+        scope.setdefault("state", {})["call"] = call
+
+        async def named(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = call.id
+            await send(message)
+
+        await self.app(scope, receive, named)
+
+
+def path_of(scope: Scope) -> str:
+    """The path without the prefix of a proxy."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
+
+
+class RequireKey:
+    """Lets only callers with a key through, to anything but the health."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...], refuse: Callable[..., Any]):
+        self.app, self.refuse = app, refuse
+        self.keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or path_of(scope) == "/health" or self._known(scope):
+            return await self.app(scope, receive, send)
+        error = Unauthorized("send one of the server's keys as `Authorization: Bearer KEY`")
+        await self.refuse(scope, error)(scope, receive, send)
+
+    def _known(self, scope: Scope) -> bool:
+        kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        # All are compared, so that the time tells nothing about any.
+        matches = [hmac.compare_digest(given.strip().encode("latin-1"), key) for key in self.keys]
+        return kind.lower() == "bearer" and any(matches)
 
 
 class JSONBodies:
@@ -1979,22 +2682,6 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
         task.cancel()
 
 
-def usage_of(last: Delta) -> dict[str, int]:
-    counts = {"prompt_tokens": last.prompt_tokens, "completion_tokens": last.completion_tokens}
-    return counts | {"total_tokens": sum(counts.values())}
-
-
-async def collect(deltas: AsyncGenerator[Delta]) -> tuple[str, Delta]:
-    """A whole answer is a streamed one, joined: there is no second path."""
-    async with aclosing(deltas):
-        pieces = [delta async for delta in deltas]
-    return "".join(delta.text for delta in pieces), pieces[-1]
-
-
-# One event: an object, or None for a comment that keeps proxies from hanging up.
-Events = AsyncGenerator[dict[str, Any] | None]
-
-
 class EventStream(StreamingResponse):
     """Server-sent events, whose source is closed the moment that the client is gone."""
 
@@ -2014,7 +2701,9 @@ def sse(event: dict[str, Any] | None) -> str:
     return ": waiting\n\n" if event is None else f"data: {json.dumps(event)}\n\n"
 
 
-async def event_stream(request: Request, events: Events) -> EventStream:
+async def event_stream(
+    request: Request, events: Events, tell: Callable[[ChatError], dict[str, Any]]
+) -> EventStream:
     """Answer with events, once the first is there: an error before it keeps its status."""
     first = await while_connected(request, anext(events))
 
@@ -2025,10 +2714,10 @@ async def event_stream(request: Request, events: Events) -> EventStream:
                 async for event in events:
                     yield sse(event)
             except ChatError as error:
-                yield sse(error_body(error))
+                yield sse(tell(error))
             except Exception:
                 log.exception("a stream failed")
-                yield sse(error_body(ChatError("the server failed; its log says why")))
+                yield sse(tell(ChatError("the server failed; its log says why")))
             else:
                 yield "data: [DONE]\n\n"
 
@@ -2038,8 +2727,9 @@ async def event_stream(request: Request, events: Events) -> EventStream:
 class Serving:
     """The model behind the routes: first it loads, then it answers."""
 
-    def __init__(self, load: Callable[[], ChatModel]):
-        self.load = load
+    def __init__(self, settings: Settings, load: Callable[[Settings], ChatModel]):
+        self.settings, self.load = settings, load
+        self.metrics = Metrics(lambda: self._model.engine if self._model else None)
         self._model: ChatModel | None = None
 
     @property
@@ -2049,12 +2739,56 @@ class Serving:
         running, waiting = (len(engine.running), engine.num_waiting) if engine else (0, 0)
         return {"status": status, "running": running, "waiting": waiting}
 
-    def model(self) -> ChatModel:
+    def model(self, name: str | None = None) -> ChatModel:
+        """The model, which must have that name. Raises NotServing, ModelNotFound."""
         if self._model is None:
             raise NotServing("the model is still loading; try again soon", retry_after=5)
-        # Before anything is spent on a request that would be refused.
-        self._model.engine.check_queue()
+        if name not in (None, self._model.name):
+            message = f"model {name!r} is not served here, {self._model.name!r} is"
+            raise ModelNotFound(message, "model")
         return self._model
+
+    async def answer(
+        self,
+        request: Request,
+        body: SamplingFields,
+        reply_of: Callable[[ChatModel, Any, Prompt], Reply],
+        name: str | None = None,
+        n: int = 1,
+    ) -> JSONResponse | EventStream:
+        """Generate, and answer in a reply's words: in events, or at once."""
+        model = self.model(name)
+        # Before anything is spent on a request that would be refused.
+        model.engine.check_queue()
+        if self.settings.log_prompts:
+            asked = body.model_dump(include={"prompt", "history", "system", "messages"})
+            log.info("request_id=%s asked=%r", call_of(request.scope).id, asked)
+        prompt = await asyncio.to_thread(body.prepare, model)
+        reply = reply_of(model, body, prompt)
+        choices = [Choice(index) for index in range(n)]
+        deltas = model.answer(prompt, n, call_of(request.scope))
+        events = events_of(deltas, choices, reply)
+        if body.stream:
+            return await event_stream(request, events, partial(self.tell, request.scope))
+
+        async def drain() -> None:
+            async with aclosing(events):
+                async for _ in events:
+                    pass
+
+        await while_connected(request, drain())
+        return JSONResponse(reply.whole(choices))
+
+    def tell(self, scope: Scope, error: ChatError) -> dict[str, Any]:
+        """The body of an error, in the caller's dialect; the error is counted."""
+        self.metrics.refused(call_of(scope), error)
+        return error_body(error, openai=path_of(scope).startswith("/v1/"))
+
+    def refuse(self, scope: Scope, error: ChatError) -> JSONResponse:
+        headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
+        if isinstance(error, Unauthorized):
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.tell(scope, error), error.status, headers)
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -2069,7 +2803,7 @@ class Serving:
 
         def load() -> None:
             try:
-                outcome = partial(loaded.set_result, self.load())
+                outcome = partial(loaded.set_result, self.load(self.settings))
             except BaseException as error:
                 outcome = partial(loaded.set_exception, error)
             loaded.get_loop().call_soon_threadsafe(outcome)
@@ -2077,7 +2811,7 @@ class Serving:
         # A daemon, so that Ctrl-C need not wait for the weights.
         threading.Thread(target=load, name="loader", daemon=True).start()
         try:
-            self._model = await loaded
+            model = await loaded
         except Exception as error:
             if not isinstance(error, StartError):
                 log.exception("the model could not be loaded")
@@ -2085,9 +2819,46 @@ class Serving:
             # Nothing is under way that could be lost, and nothing can be served.
             sys.stderr.write(f"api.py: {error}.\n")
             os._exit(1)
-        for name, fact in self._model.facts.items():
+        model.engine.on_end = self.metrics.ended
+        self._model = model
+        self._greet(model)
+
+    def _greet(self, model: ChatModel) -> None:
+        """What is served, where, and how to reach it from elsewhere."""
+        port, open_to_all = self.settings.port, self.settings.host not in ("127.0.0.1", "localhost")
+        here = f"http://127.0.0.1:{port}"
+        lines = model.facts | {
+            "calls": f"{here} (prompt and history), {here}/v1 (OpenAI's), {here}/docs",
+            "from a laptop": f"ssh -CNg -L {port}:127.0.0.1:{port} -p PORT USER@THIS-MACHINE",
+        }
+        for name, fact in lines.items():
             log.info("%s: %s", name, fact)
+        if open_to_all and not self.settings.keys:
+            log.warning(
+                "anyone who reaches port %d can use this server; set a key with CHAT_API_KEY or"
+                " --api-key, or listen with --host 127.0.0.1",
+                port,
+            )
         log.info("ready")
+
+
+def add_error_handlers(app: FastAPI, serving: Serving) -> None:
+    """Every error becomes a ChatError, and is told in the caller's dialect."""
+
+    def told(kind: type[Exception], meaning: Callable[[Request, Any], ChatError]) -> None:
+        async def refuse(request: Request, error: Exception) -> JSONResponse:
+            return serving.refuse(request.scope, meaning(request, error))
+
+        app.add_exception_handler(kind, refuse)
+
+    told(ChatError, lambda request, error: error)
+    told(RequestValidationError, lambda request, error: from_validation(error))
+    told(HTTPException, lambda request, error: from_http(error, request.url.path))
+    told(Exception, lambda request, error: ChatError("the server failed; its log says why"))
+
+    @app.exception_handler(ClientDisconnect)
+    async def forget(_: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)
 
 
 def build_app(
@@ -2095,30 +2866,23 @@ def build_app(
 ) -> FastAPI:
     """The application; its model loads in a thread once it is started."""
     settings = settings or read_settings([])
-    serving = Serving(partial(load, settings))
+    serving = Serving(settings, load)
     # FastAPI, but /docs fetches nothing from another host, which a rented machine may not reach.
     app = FastAPIOffline(redoc_url=None, title="chat-api", lifespan=serving.lifespan)
     app.add_middleware(JSONBodies)
-
-    @app.exception_handler(ChatError)
-    async def refuse(_: Request, error: ChatError) -> JSONResponse:
-        return error_response(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def refuse_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(from_validation(error))
-
-    @app.exception_handler(HTTPException)
-    async def refuse_call(request: Request, error: HTTPException) -> JSONResponse:
-        return error_response(from_http(error, request.url.path))
-
-    @app.exception_handler(ClientDisconnect)
-    async def forget(_: Request, error: ClientDisconnect) -> HTMLResponse:
-        return HTMLResponse(status_code=499)
-
-    @app.exception_handler(Exception)
-    async def apologise(_: Request, error: Exception) -> JSONResponse:
-        return error_response(ChatError("the server failed; its log says why"))
+    if settings.keys:
+        app.add_middleware(RequireKey, keys=settings.keys, refuse=serving.refuse)
+    app.add_middleware(NamedCalls)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=split_list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
+    add_error_handlers(app, serving)
+    errors: Any = {status: {"model": ErrorBody} for status in ("4XX", "5XX")}
 
     @app.get("/")
     async def page() -> HTMLResponse:
@@ -2129,50 +2893,57 @@ def build_app(
         state = serving.health
         return JSONResponse(state, 200 if state["status"] == "ready" else 503)
 
-    @app.post("/", responses={200: {"model": ChatResponse}, 400: {"model": ErrorBody}})
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        text = prometheus_client.generate_latest(serving.metrics.registry)
+        return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    @app.post("/", response_model=ChatResponse, responses=errors)
     async def chat(body: ChatRequest, request: Request) -> Any:
-        model = serving.model()
-        prompt = await asyncio.to_thread(
-            model.prepare, body.messages(), body.given(), bool(body.truncate)
-        )
+        return await serving.answer(request, body, ClassicReply)
 
-        def answer(text: str, last: Delta) -> dict[str, Any]:
-            return {
-                "response": text,
-                "history": body.with_answer(text),
-                "status": 200,
-                "time": local_time(),
-                "finish_reason": last.finish_reason,
-                "usage": usage_of(last),
-                **({"dropped_turns": prompt.dropped_turns} if body.truncate else {}),
-            }
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card_of(serving.model())]}
 
-        async def events() -> Events:
-            text = ""
-            async with aclosing(deltas):
-                async for delta in deltas:
-                    text += delta.text
-                    if delta.text:
-                        yield {"delta": delta.text}
-                    elif not delta.finish_reason:
-                        yield None
-            yield answer(text, delta)
+    @app.get("/v1/models/{name:path}", responses=errors)
+    async def model(name: str) -> dict[str, Any]:
+        return card_of(serving.model(name))
 
-        deltas = model.answer(prompt)
-        if body.stream:
-            return await event_stream(request, events())
-        return JSONResponse(answer(*await while_connected(request, collect(deltas))))
+    @app.post("/v1/chat/completions", responses=errors)
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any:
+        return await serving.answer(request, body, ChatCompletionReply, body.model, body.n or 1)
+
+    @app.post("/v1/completions", responses=errors)
+    async def completions(body: CompletionRequest, request: Request) -> Any:
+        return await serving.answer(request, body, CompletionReply, body.model, body.n or 1)
 
     return app
+
+
+def card_of(model: ChatModel) -> dict[str, Any]:
+    """A model as OpenAI lists it, and how long its context is, as vLLM says it."""
+    card = {"id": model.name, "object": "model", "created": model.loaded, "owned_by": "chat-api"}
+    return card | {"max_model_len": model.context_length}
 
 
 # ---- Main -------------------------------------------------------------------
 
 
+def start_log(as_json: bool) -> None:
+    """Lines for a person, or one JSON object each."""
+    shape = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=shape)
+    if as_json:
+        from pythonjsonlogger.json import JsonFormatter
+
+        logging.getLogger().handlers[0].setFormatter(JsonFormatter(shape))
+
+
 def main() -> None:
     """Serve until told to stop."""
     settings = read_settings(sys.argv[1:])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    start_log(settings.log_json)
     if settings.check:
         try:
             sys.stdout.write(check_model(load_chat_model(settings)))
@@ -2180,12 +2951,7 @@ def main() -> None:
             sys.exit(f"api.py: {error}.")
         return
     app = build_app(settings)
-    log.info("serving on http://127.0.0.1:%d, fields at /docs", settings.port)
-    log.info(
-        "from a laptop: ssh -CNg -L %d:127.0.0.1:%d -p PORT USER@THIS-MACHINE",
-        settings.port,
-        settings.port,
-    )
+    log.info("loading; http://127.0.0.1:%d/health tells when it is done", settings.port)
     uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning")
 
 

@@ -192,10 +192,20 @@ def test_packing_the_wrong_span_is_noticed():
 # ---- Sampling
 
 
+def openais_penalty(seq: api.Sequence, scores: torch.Tensor) -> torch.Tensor:
+    """c[j] * frequency + (c[j] > 0) * presence, c counting the answer's tokens."""
+    count = torch.zeros_like(scores)
+    for token in seq.tokens[seq.num_prompt :]:
+        count[0, token] += 1
+    how = seq.sampling
+    return count * how.frequency_penalty + (count > 0) * how.presence_penalty
+
+
 def reference(seq: api.Sequence, logits: torch.Tensor) -> torch.Tensor:
     """Probabilities by transformers' own processors, in its order."""
     how = seq.sampling
     chain = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(how.repetition_penalty)])
+    chain.append(lambda _, scores: scores - openais_penalty(seq, scores))
     chain.append(TemperatureLogitsWarper(how.temperature))
     if how.top_k:
         chain.append(TopKLogitsWarper(how.top_k))
@@ -236,6 +246,8 @@ hows = st.fixed_dictionaries(
         "top_p": st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.99, 1.0]),
         "min_p": st.sampled_from([0.0, 0.05, 0.5, 1.0]),
         "repetition_penalty": st.sampled_from([1.0, 1.1, 2.0, 0.5]),
+        "presence_penalty": st.sampled_from([0.0, 0.0, 1.5, -2.0]),
+        "frequency_penalty": st.sampled_from([0.0, 0.0, 0.75, -1.0]),
     }
 )
 
@@ -249,6 +261,8 @@ def test_sampling_equals_transformers_processors(few, hows, seed):
     vocabulary, count = 300, 400
     logits = torch.randn(len(hows), vocabulary, generator=generator) * 3
     seqs = [sequence([1, 2, 3, 5, 8, 1][: 3 + i], **how) for i, how in enumerate(hows)]
+    for i, seq in enumerate(seqs):
+        seq.tokens += [7, 7, 2][:i]
     wanted = [reference(seq, row) for seq, row in zip(seqs, logits, strict=True)]
     picks = torch.zeros(len(hows), vocabulary)
     for seq in seqs:
@@ -303,6 +317,19 @@ def test_a_seed_gives_the_same_answer_whoever_else_is_there(make):
     once, again = asyncio.run(crowd(0)), asyncio.run(crowd(6))
     assert once == again
     assert asyncio.run(reply(model, [9, 8, 7], api.Sampling(20, 1.5, 0, 0.95, seed=6)))[0] != once
+
+
+def test_what_is_told_is_the_models_own_whatever_the_knobs():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]]).repeat(2, 1)
+    how = {"temperature": 0, "frequency_penalty": 2.0}
+    seqs = [sequence([0], logprobs=2, **how), sequence([0], **how)]
+    for start, seq in enumerate(seqs):
+        seq.start = 2 * start
+        seq.tokens.append(1)
+    told, silent = api.pick_tokens(seqs, logits.clone(), torch.tensor([0, 1, 0, 1]))
+    own = logits[0].log_softmax(-1).tolist()
+    assert told == api.Token(2, own[2], ((1, own[1]), (2, own[2])))
+    assert silent == api.Token(2)
 
 
 # ---- Room
@@ -411,13 +438,81 @@ def test_a_client_that_leaves_while_others_are_retired_loses_no_room(tokenizer, 
     engine._take_in()
     engine._admit()
     seqs[0].done = True
-    monkeypatch.setattr(api.Sequence, "log", lambda self: setattr(seqs[2], "done", True))
+    engine.on_end = lambda seq: setattr(seqs[2], "done", True)
     engine._retire()
     assert engine.running == seqs[1:]
     seqs[1].done = True
     engine._retire()
     loop.close()
     assert engine.allocator.free == [(0, 100)]
+
+
+def test_those_who_leave_are_told_of_once_wherever_they_were(make, runner):
+    """Running, waiting, served or failed: each sequence is accounted for once, with its label."""
+    ended: list[tuple[str, str | None, bool]] = []
+    model = make(runner, max_batch=2)
+    model.engine.on_end = lambda seq: ended.append((seq.label, seq.finish_reason, seq.failed))
+    runner.hold()
+
+    async def ask(label: str, prompt: list[int]) -> None:
+        async for _ in model.engine.stream(prompt, api.Sampling(20), label=label):
+            pass
+
+    async def main() -> None:
+        jobs = {name: asyncio.create_task(ask(name, [n])) for n, name in enumerate("abcd", 1)}
+        await asyncio.to_thread(wait_for, lambda: len(model.engine.running) == 2)
+        jobs["d"].cancel()
+        runner.poison, runner.failure = [2], RuntimeError("broken")
+        runner.free()
+        await asyncio.gather(*jobs.values(), return_exceptions=True)
+        await asyncio.to_thread(wait_for, lambda: len(ended) == 4)
+
+    asyncio.run(main())
+    assert sorted(ended) == [
+        ("a", "stop", False),
+        ("b", None, True),
+        ("c", "stop", False),
+        ("d", None, False),
+    ]
+
+
+def test_a_prompt_waits_for_one_that_computes_the_same(make, tokenizer):
+    """A class that asks at once with one long system text has it computed once."""
+    runner = ScriptedRunner(tokenizer)
+    model = make(runner, chunk=50)
+    system = list(range(100, 220))
+
+    async def main() -> None:
+        runner.hold()
+        jobs = [reply(model, [*system, n]) for n in range(5)]
+        everyone = asyncio.gather(*jobs)
+        await asyncio.to_thread(wait_for, lambda: model.engine.num_waiting == 4)
+        runner.free()
+        assert {text for text, _ in await everyone} == {"hello"}
+
+    asyncio.run(main())
+    computed = sum(n for step in runner.steps for n in step)
+    assert computed == 121 + 4 * 1 + 5 * 5
+    assert model.engine.num_reused == 4 * 120
+
+
+def test_who_waits_for_another_goes_on_when_that_one_leaves(make, tokenizer):
+    runner = ScriptedRunner(tokenizer)
+    model = make(runner, chunk=16)
+    prompt = list(range(100, 200))
+
+    async def main() -> None:
+        runner.hold()
+        first = asyncio.create_task(reply(model, [*prompt, 1]))
+        await asyncio.to_thread(wait_for, lambda: model.engine.running)
+        second = asyncio.create_task(reply(model, [*prompt, 2]))
+        await asyncio.to_thread(wait_for, lambda: model.engine.num_waiting == 1)
+        runner.permits.release()
+        first.cancel()
+        runner.free()
+        assert (await second)[0] == "hello"
+
+    asyncio.run(main())
 
 
 def test_rows_that_cannot_be_copied_are_computed_again(make, tokenizer, monkeypatch):

@@ -162,7 +162,7 @@ def test_chinese_comes_back_as_it_went(server, runner):
         ({"prompt": "x", "stream": "yes"}, "stream"),
         ({"prompt": "x", "stream": 1}, "stream"),
         ({"prompt": "x", "n": 2}, "n"),
-        ({"prompt": "x", "tools": []}, "tools"),
+        ({"prompt": "x", "tools": [{"type": "function"}]}, "tools"),
         ({"prompt": "x", "logprobs": True}, "logprobs"),
         ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format"),
         ({"prompt": "y" * 600}, "prompt"),

@@ -72,7 +72,9 @@ def test_the_tensors_know_nothing_of_http_and_http_nothing_of_tensors():
     assert "torch" in tensors
     forbidden = {
         **dict.fromkeys(("Model families", "Text", "Batches", "Sampling", "Engine", "Model"), http),
-        **dict.fromkeys(("Errors", "Settings", "Schemas", "Routes", "Main"), tensors),
+        **dict.fromkeys(
+            ("Errors", "Settings", "Schemas", "Replies", "Metrics", "Routes", "Main"), tensors
+        ),
     }
     assert set(sections()) == set(forbidden)
     wrong = [
@@ -84,8 +86,8 @@ def test_the_tensors_know_nothing_of_http_and_http_nothing_of_tensors():
 
 
 def test_the_file_keeps_its_budget():
-    assert len(LINES) <= 2200
-    assert sum(len(sections()[name]) for name in ("Batches", "Sampling", "Engine")) <= 850
+    assert len(LINES) <= 2960
+    assert sum(len(sections()[name]) for name in ("Batches", "Sampling", "Engine")) <= 960
 
 
 def test_functions_are_short():

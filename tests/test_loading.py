@@ -37,8 +37,31 @@ def test_a_name_lies_beside_api_py_whatever_the_working_directory(
 
 
 def test_a_missing_model_is_named_with_the_remedy():
-    with pytest.raises(api.StartError, match=r"no model 'nowhere'.*config.json.*--model"):
+    with pytest.raises(
+        api.StartError, match=r"no model 'nowhere'.*model_download.py nowhere.*--model"
+    ):
         api.find_model("nowhere")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "models/org--tiny-1.0/snapshots/master",  # modelscope
+        "models--org--tiny-1.0/snapshots/0a1b2c",  # huggingface_hub
+        "org/tiny-1___0",  # modelscope's older releases, as in the tutorials
+        "hub/models/org/tiny-1___0",
+    ],
+)
+def test_a_hubs_cache_is_taken_for_the_model_in_it(checkpoint, tmp_path, layout):
+    cache = tmp_path / "cache"
+    shutil.copytree(checkpoint, cache / layout)
+    (cache / ".docker").mkdir()
+    (cache / ".docker" / "config.json").write_text("{}")
+    assert api.find_model(str(cache)) == cache / layout
+    assert api.find_model(str(cache / layout)) == cache / layout
+    shutil.copytree(checkpoint, (cache / layout).parent / "other")
+    with pytest.raises(api.StartError, match=r"holds several models.*other"):
+        api.find_model(str(cache))
 
 
 def test_a_checkpoint_is_loaded_and_answers(checkpoint):

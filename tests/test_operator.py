@@ -1,0 +1,221 @@
+"""What an operator relies on: keys, request ids, metrics, the log, the start."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+from conftest import ROOT, chat_model, ready, serve, wait_for
+from prometheus_client.parser import text_string_to_metric_families
+
+import api
+
+SECRET = {"Authorization": "Bearer sesame"}
+ASK = {"prompt": "hi"}
+
+
+@pytest.fixture
+def locked(runner, tokenizer):
+    with serve(lambda settings: chat_model(runner, tokenizer), api_key="sesame, 芝麻") as url:
+        yield ready(url)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/"),
+        ("POST", "/"),
+        ("GET", "/docs"),
+        ("GET", "/openapi.json"),
+        ("GET", "/metrics"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/test"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/completions"),
+        ("GET", "/nowhere"),
+        ("GET", "//health"),
+        ("GET", "/health/"),
+        ("GET", "/%68ealth/../metrics"),
+    ],
+)
+def test_nothing_but_the_health_is_told_without_a_key(locked, runner, method, path):
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic sesame"}):
+        response = httpx.request(method, locked + path, headers=headers, json=ASK)
+        assert response.status_code == 401, response.text
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert response.json()["error"]["code"] == "invalid_api_key"
+        assert ("status" in response.json()) != path.startswith("/v1/")
+    assert not runner.steps
+    assert httpx.get(f"{locked}/health").status_code == 200
+
+
+def test_each_of_the_keys_opens(locked):
+    for key in ("sesame", "芝麻"):
+        headers = {"Authorization": f"Bearer {key}".encode()}
+        assert httpx.post(locked, json=ASK, headers=headers).json()["response"] == "hello"
+    assert httpx.post(locked, json=ASK, headers={"Authorization": "bearer sesame"}).is_success
+
+
+def test_a_key_is_not_shown():
+    settings = api.Settings(api_key="sesame")
+    assert "sesame" not in repr(settings) + str(settings)
+    assert settings.keys == ("sesame",)
+
+
+def test_an_id_is_kept_or_given_and_returned(server):
+    assert httpx.post(server, json=ASK, headers={"X-Request-ID": "abc-1"}).headers[
+        "x-request-id"
+    ] == ("abc-1")
+    first, second = (httpx.get(f"{server}/health").headers["x-request-id"] for _ in range(2))
+    assert first != second
+    forged = httpx.post(server, json=ASK, headers={"X-Request-ID": "a b\tc" + "x" * 200})
+    assert re.fullmatch("[0-9a-f]{32}", forged.headers["x-request-id"])
+    refused = httpx.post(server, json={}, headers={"X-Request-ID": "abc-2"})
+    assert refused.headers["x-request-id"] == "abc-2"
+
+
+def test_other_origins_may_call_only_where_they_are_named(runner, tokenizer, server):
+    ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in httpx.options(server, headers=ask).headers
+    named = {"cors_origins": "https://a.example, https://b.example", "api_key": "sesame"}
+    with serve(lambda settings: chat_model(runner, tokenizer), **named) as url:
+        asked = ask | {"Access-Control-Request-Headers": "authorization"}
+        allowed = httpx.options(ready(url), headers=asked)
+        assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+        answer = httpx.post(url, json=ASK, headers={"Origin": "https://b.example"} | SECRET)
+        assert answer.headers["access-control-allow-origin"] == "https://b.example"
+        stranger = {"Origin": "https://c.example"} | SECRET
+        answer = httpx.post(url, json=ASK, headers=stranger)
+        assert "access-control-allow-origin" not in answer.headers
+
+
+# ---- Metrics and the log
+
+
+def samples(url: str) -> dict[str, float]:
+    """Each sample by its name and the values of its labels: route, outcome, finish_reason."""
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    return {
+        ",".join([sample.name, *(v for _, v in sorted(sample.labels.items(), reverse=True))]): (
+            sample.value
+        )
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_metrics_add_up(server, runner):
+    long = {"prompt": "a prompt that is long enough to be worth keeping"}
+    for body in (long, long, long | {"max_length": 2}):
+        httpx.post(server, json=body)
+    httpx.post(f"{server}/v1/completions", json={"prompt": "x", "n": 2})
+    httpx.post(server, json={})
+    httpx.get(f"{server}/nowhere")
+    wait_for(lambda: samples(server)["chat_generation_tokens_total"] == 6 + 6 + 2 + 12)
+    seen = samples(server)
+    assert seen["chat_requests_total,/,served,stop"] == 2
+    assert seen["chat_requests_total,/,served,length"] == 1
+    assert seen["chat_requests_total,/v1/completions,served,stop"] == 2
+    assert seen["chat_requests_total,/,invalid_value,none"] == 1
+    assert seen["chat_requests_total,other,not_found,none"] == 1
+    assert seen["chat_prompt_tokens_total"] == 3 * 51 + 2
+    assert seen["chat_prefix_cache_hits_total"] == 2 * 50
+    assert seen["chat_num_requests_running"] == seen["chat_num_requests_waiting"] == 0
+    assert 0 < seen["chat_cache_tokens_used"] < seen["chat_cache_tokens"] == runner.rows
+    for name in ("request_queue_time", "time_to_first_token", "e2e_request_latency"):
+        assert seen[f"chat_{name}_seconds_count"] == 5
+    assert seen["chat_time_per_output_token_seconds_count"] == 5
+    assert (
+        seen["chat_time_to_first_token_seconds_sum"] <= seen["chat_e2e_request_latency_seconds_sum"]
+    )
+
+
+def test_those_who_left_and_those_that_failed_are_counted(server, runner):
+    runner.say, runner.pause = "x" * 300, 0.01
+    with httpx.stream("POST", server, json=ASK | {"stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+    wait_for(lambda: samples(server).get("chat_requests_total,/,left,none") == 1)
+    runner.failure = RuntimeError("broken")
+    assert httpx.post(server, json=ASK).status_code == 500
+    wait_for(lambda: samples(server).get("chat_requests_total,/,step_failed,none") == 1)
+    assert "chat_requests_total,/,failed,none" not in samples(server)
+
+
+def test_one_line_for_each_request_and_no_text_of_it(server, caplog):
+    caplog.set_level(logging.INFO)
+    secret = {"prompt": "my secret\nforged line"}
+    httpx.post(server, json=secret, headers={"X-Request-ID": "abc-3"})
+    wait_for(lambda: "abc-3" in caplog.text)
+    (line,) = (r for r in caplog.records if getattr(r, "request_id", "") == "abc-3")
+    assert line.getMessage().startswith(
+        "request_id=abc-3 route=/ outcome=served finish_reason=stop prompt_tokens="
+    )
+    assert line.first_token <= line.seconds
+    assert "secret" not in caplog.text
+    httpx.post(server, json={"temperature": 9} | secret, headers={"X-Request-ID": "abc-4"})
+    wait_for(lambda: "request_id=abc-4 route=/ outcome=invalid_value" in caplog.text)
+    assert "secret" not in caplog.text
+
+
+def test_prompts_are_logged_where_it_is_asked_for_in_one_line(runner, tokenizer, caplog):
+    caplog.set_level(logging.INFO)
+    with serve(lambda settings: chat_model(runner, tokenizer), log_prompts=True) as url:
+        httpx.post(ready(url), json={"prompt": "two\nlines \x1b[31m"})
+    (line,) = (r.getMessage() for r in caplog.records if "two" in r.getMessage())
+    assert "two\\nlines \\x1b[31m" in line
+    assert line.isprintable()
+
+
+def test_a_path_cannot_forge_a_line(server, caplog):
+    caplog.set_level(logging.INFO)
+    httpx.get(f"{server}/no%0aforged")
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+
+
+def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "api.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def read_until(process: subprocess.Popen[str], word: str) -> list[str]:
+    lines, deadline = [], time.monotonic() + 60
+    assert process.stdout
+    for line in process.stdout:
+        lines.append(line)
+        if word in line or time.monotonic() > deadline:
+            break
+    return lines
+
+
+def test_the_start_says_what_is_served_and_how_to_reach_it(demo_folder):
+    process = start("--port", "16123", "--host", "0.0.0.0")
+    text = "".join(read_until(process, " ready"))
+    process.terminate()
+    process.communicate(timeout=30)
+    assert "model: demo, LlamaForCausalLM in bfloat16" in text
+    assert re.search(r"context: 8,192 tokens; the cache holds [\d,]+", text)
+    assert "http://127.0.0.1:16123/v1" in text
+    assert "ssh -CNg -L 16123:127.0.0.1:16123" in text
+    assert "anyone who reaches port 16123" in text
+
+
+def test_no_warning_with_a_key_and_lines_of_json(demo_folder):
+    process = start("--port", "16124", "--log-json", CHAT_API_KEY="sesame")
+    lines = [line for line in read_until(process, "ready") if line.startswith("{")]
+    process.terminate()
+    process.communicate(timeout=30)
+    messages = [json.loads(line)["message"] for line in lines]
+    assert messages[-1] == "ready"
+    assert not [message for message in messages if "anyone" in message or "sesame" in message]
