@@ -8,13 +8,15 @@
                                    status and time out
     POST /v1/chat/completions      the same model in OpenAI's dialect; /v1/completions and
                                    /v1/models beside it
+    GET  /chat                     a chat page; a browser that asks for / is sent there
     GET  /health                   what it is doing: loading, ready or dead
     GET  /metrics                  numbers for Prometheus
     GET  /docs                     the fields of every call
 
 Read it from top to bottom: each section uses only what stands above it. Errors and settings
 come first, then what differs between models, how messages become token ids and ids text, the
-engine that generates, what goes over the wire and back, the routes, and how it all starts.
+engine that generates, what goes over the wire and back, the chat page, the routes, and how it
+all starts.
 """
 
 import sys
@@ -51,7 +53,7 @@ from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
 
@@ -65,7 +67,13 @@ try:
     from accelerate.utils import convert_file_size_to_int
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+    from fastapi.responses import (
+        HTMLResponse,
+        JSONResponse,
+        RedirectResponse,
+        Response,
+        StreamingResponse,
+    )
     from fastapi_offline import FastAPIOffline
     from llguidance import LLMatcher, LLTokenizer
     from packaging.specifiers import SpecifierSet
@@ -89,6 +97,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect
+    from starlette.routing import Mount
     from starlette.types import ASGIApp, Receive, Scope, Send
     from tokenizers import Tokenizer
     from tokenizers.decoders import DecodeStream
@@ -224,6 +233,8 @@ class Settings(BaseSettings):
     prefill_chunk: int = Field(512, ge=16, description="most prompt tokens that a step computes")
     check: bool = Field(False, description="load, show what was found, say eight tokens, and end")
     request_timeout: float = Field(600, gt=0, description="seconds after which a request is ended")
+    chat_page: bool = Field(True, description="serve a chat page for the browser under /chat")
+    root_path: str = Field("", description="a path before ours that a proxy takes off, as /model")
     api_key: SecretStr = Field(
         SecretStr(""), description="what callers must send as a Bearer token; several with commas"
     )
@@ -2522,6 +2533,258 @@ def log_line(line: dict[str, Any]) -> None:
     log.info(" ".join(f"{name}={value}" for name, value in line.items()), extra=line)
 
 
+# ---- Chat page --------------------------------------------------------------
+# A chat in the browser, made with gradio, under /chat. It is a caller like any other: what a
+# person asks becomes a ChatRequest, and ChatModel.answer answers it.
+
+# What a person reads, in English and in Chinese; the browser's language decides.
+PAGE_WORDS = {
+    "ask": ("Write a message", "输入消息"),
+    "new": ("New chat", "新对话"),
+    "settings": ("Settings", "设置"),
+    "default": ("default", "默认"),
+    "system": ("System text", "系统提示词"),
+    "max_new_tokens": ("Most new tokens", "最多生成词元数"),
+    "temperature": ("Temperature (0: greedy)", "温度（0 为贪心）"),
+    "top_k": ("Top-k (0: off)", "Top-k（0 为关闭）"),
+    "top_p": ("Top-p", "Top-p"),
+    "min_p": ("Min-p (0: off)", "Min-p（0 为关闭）"),
+    "repetition_penalty": ("Repetition penalty (1: off)", "重复惩罚（1 为关闭）"),
+    "seed": ("Seed", "随机种子"),
+}
+# Where gradio does not translate, they stand side by side.
+PAGE_LOGIN = "Any username; the password is the server's key. · 用户名任意，密码为服务器的密钥。"
+PAGE_DROPPED = (
+    "The oldest turns no longer fit and are left out. · 最早的几轮对话已超出长度，不再发送。"
+)
+PAGE_KNOBS = [
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+]
+PAGE_STYLE = """
+#settings .form {display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr))}
+#settings .form {background: none}
+#settings .form > :first-child {grid-column: 1 / -1}
+"""
+# All that the page needs of gradio. Other routes read files, take uploads, fetch pages; the one
+# named heartbeat would hold a connection for each open page, of which a browser grants a host six
+# and for which uvicorn would wait at its end.
+PAGE_ROUTES = re.compile(
+    r"/(login|theme\.css|(assets|static)/.+"
+    r"|gradio_api/(run/predict|queue/join|queue/data|cancel))?"
+)
+# The browser asks no other host for anything, not even for an image that an answer names.
+PAGE_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline';"
+    " img-src 'self' data: blob:; font-src 'self' data:; form-action 'self'"
+)
+# Seconds between two states of an answer: each takes time that the model could use.
+PAGE_PACE = 0.1
+# Of so many people gradio knows what was said, and so many may wait for answers; which of them
+# are served is for the engine to say.
+PAGE_CROWD = 1024
+FORMULAS = (("$$", "$$", True), (r"\[", r"\]", True), (r"\(", r"\)", False), ("$", "$", False))
+# Code or a formula, or else the beginning of a tag.
+VERBATIM_OR_TAG = re.compile(
+    r"(```.*?(?:```|\Z)|`[^`\n]+`|\$\$.+?\$\$|\$[^$\n]+\$|\\\(.+?\\\)|\\\[.+?\\\])|<(?=[a-z/!?])",
+    re.DOTALL | re.IGNORECASE,
+)
+
+
+def readable(text: str) -> str:
+    """The text with its tags to be read; as they are, they would be obeyed or vanish."""
+    return VERBATIM_OR_TAG.sub(lambda m: m[1] or "&#60;", text)
+
+
+def turns_of(history: list[dict[str, Any]]) -> list[Message]:
+    """gradio's messages as ours, without the questions that got no answer, or a refusal."""
+    turns = []
+    for pair in pairwise(history):
+        refused = (pair[1].get("metadata") or {}).get("title")
+        if [m["role"] for m in pair] == ["user", "assistant"] and not refused:
+            for m in pair:
+                text = "".join(part.get("text", "") for part in m["content"])
+                turns.append({"role": m["role"], "content": text.replace("&#60;", "<")})
+    return turns
+
+
+class ChatPage:
+    """The page, and what it asks of the model. gradio takes seconds to import, so it comes late."""
+
+    def __init__(self, model: Callable[[], ChatModel]):
+        import gradio
+
+        self.model, self.gradio = model, gradio
+        english, chinese = (
+            {name: words[i] for name, words in PAGE_WORDS.items()} for i in range(2)
+        )
+        self.words = gradio.I18n(en=english, **dict.fromkeys(("zh-CN", "zh-TW"), chinese))
+
+    async def answer(self, *asked: Any) -> AsyncGenerator[Any]:
+        """The answer as far as it is known, again and again; or why there is none."""
+        try:
+            model = self.model()
+            body = self._request(model, *asked)
+            prompt = await asyncio.to_thread(model.prepare, body.messages(), body.given(), True)
+            if prompt.dropped_turns:
+                self.gradio.Info(PAGE_DROPPED, title="")
+            said, due = "", 0.0
+            call = Call(uuid.uuid4().hex, "/chat")
+            async with aclosing(model.answer(prompt, label=call)) as deltas:
+                async for delta in deltas:
+                    said += delta.text
+                    if delta.finish_reason or (delta.text and time.monotonic() >= due):
+                        due = time.monotonic() + PAGE_PACE
+                        yield readable(said)
+            return
+        except ChatError as error:
+            refusal = error
+        except Exception:
+            log.exception("the chat page failed")
+            refusal = ChatError("the server failed; its log says why")
+        yield {"role": "assistant", "content": "", "metadata": {"title": f"⚠️ {refusal}"}}
+
+    def _request(
+        self, model: ChatModel, text: str, history: Any, system: str, *values: Any
+    ) -> ChatRequest:
+        knobs = zip(PAGE_KNOBS, values, strict=True)
+        # A default that comes back is not a wish: an answer of no stated length may be cut.
+        given = {knob: x for knob, x in knobs if x not in (None, getattr(model.defaults, knob))}
+        texts = {"prompt": text, "history": turns_of(history), "system": system or None}
+        try:
+            return ChatRequest.model_validate(texts | given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise BadRequest(f"{first['loc'][0]}: {first['msg']}") from error
+
+    def fill(self) -> list[Any]:
+        """Once the model is there: an end of asking, its name, and its defaults."""
+        try:
+            model = self.model()
+        except ChatError:
+            return [self.gradio.skip()] * (2 + len(PAGE_KNOBS))
+        name = self.gradio.Chatbot(label=f"chat-api · {model.name}")
+        values = [getattr(model.defaults, knob) for knob in PAGE_KNOBS]
+        return [self.gradio.Timer(active=False), name, *values]
+
+    def resume(self, saved: list[Any]) -> tuple[Any, ...]:
+        """Of a browser's conversations the newest: its number and, twice, its messages."""
+        return (0, saved[0], saved[0]) if saved else (None, [], [])
+
+    def check(self, text: str) -> Any:
+        """Keep what is no text out of the conversation."""
+        try:
+            whole_characters(text)
+        except ValueError as error:
+            return self.gradio.validate(False, f"a message {error}")
+        return self.gradio.validate(bool(text.strip()), "")
+
+    def build(self) -> Any:
+        gr, words = self.gradio, self.words
+        page = gr.ChatInterface(
+            self.answer,
+            chatbot=gr.Chatbot(
+                label="chat-api",
+                scale=1,
+                buttons=["copy", "copy_all"],
+                latex_delimiters=[{"left": a, "right": b, "display": c} for a, b, c in FORMULAS],
+            ),
+            textbox=gr.Textbox(
+                label=words("ask"), placeholder=words("ask"), submit_btn=True, stop_btn=True
+            ),
+            additional_inputs=[gr.Textbox(label=words("system")), *map(self._box, PAGE_KNOBS)],
+            additional_inputs_accordion=gr.Accordion(
+                words("settings"), open=False, elem_id="settings"
+            ),
+            editable=True,
+            save_history=True,
+            validator=self.check,
+            concurrency_limit=None,
+            analytics_enabled=False,
+            api_visibility="undocumented",
+        )
+        page.title, page.max_threads = "chat-api", PAGE_CROWD
+        page.state_session_capacity = PAGE_CROWD
+        page.new_chat_button.icon, page.new_chat_button.value = None, words("new")
+        # The same at every start, so that a browser's conversations outlive the server.
+        page.saved_conversations.storage_key = page.saved_conversations.secret = "chat-api"
+        with page:
+            timer = gr.Timer(2)
+            quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "undocumented"}
+            filled = [timer, page.chatbot, *page.additional_inputs[1:]]
+            gr.on([page.load, timer.tick], self.fill, None, filled, **quiet)
+            resumed = [page.conversation_id, page.chatbot, page.chatbot_state]
+            page.load(self.resume, page.saved_conversations, resumed, **quiet)
+        return page.queue(max_size=PAGE_CROWD)
+
+    def _box(self, knob: str) -> Any:
+        whole = knob in ("max_new_tokens", "top_k", "seed")
+        return self.gradio.Number(
+            label=self.words(knob),
+            placeholder=self.words("default"),
+            precision=0 if whole else None,
+            step=1 if whole else 0.05,
+        )
+
+
+def path_of(scope: Scope) -> str:
+    """The path without the prefix of a proxy."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
+
+
+class PageGuard:
+    """Stands before gradio: closes what the page does not need, and keeps the page to this host."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not PAGE_ROUTES.fullmatch(path_of(scope)):
+            raise HTTPException(404)
+        # gradio would let the pages of any other site read its answers.
+        del MutableHeaders(scope=scope)["origin"]
+
+        async def guarded(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Content-Security-Policy"] = PAGE_POLICY
+            await send(message)
+
+        await self.app(scope, receive, guarded)
+
+
+def mount_chat_page(
+    app: FastAPI, model: Callable[[], ChatModel], keys: tuple[str, ...] = ()
+) -> bool:
+    """Add the page, which asks for a key where there are any; False if gradio is not installed."""
+    try:
+        page = ChatPage(model)
+    except ImportError as missing:
+        log.warning("there is no chat page: %s", missing)
+        return False
+
+    def known(_: str, given: str) -> bool:
+        return any(hmac.compare_digest(given.encode(), key.encode()) for key in keys)
+
+    page.gradio.mount_gradio_app(
+        app,
+        page.build(),
+        "/chat",
+        auth=known if keys else None,
+        auth_message=PAGE_LOGIN,
+        i18n=page.words,
+        theme=page.gradio.themes.Default(
+            primary_hue="blue", neutral_hue="slate", font="system-ui", font_mono="monospace"
+        ),
+        css=PAGE_STYLE,
+        footer_links=[],
+        show_error=False,
+        **dict.fromkeys(("run_history", "ssr_mode", "mcp_server", "pwa"), False),
+    )
+    mount = app.routes[-1]
+    assert isinstance(mount, Mount)
+    mount.app = PageGuard(mount.app)
+    return True
+
+
 # ---- Routes -----------------------------------------------------------------
 # Starlette cancels a streamed answer when its client leaves. One that is still
 # being computed, or still waits, is ended by `while_connected`.
@@ -2606,23 +2869,28 @@ class NamedCalls:
         await self.app(scope, receive, named)
 
 
-def path_of(scope: Scope) -> str:
-    """The path without the prefix of a proxy."""
-    return str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
-
-
 class RequireKey:
-    """Lets only callers with a key through, to anything but the health."""
+    """Lets only callers with a key through, to anything but the health.
 
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...], refuse: Callable[..., Any]):
-        self.app, self.refuse = app, refuse
+    The chat page asks for the key itself, and a browser must be able to find it.
+    """
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...], page: bool, refuse: Callable[..., Any]):
+        self.app, self.page, self.refuse = app, page, refuse
         self.keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or path_of(scope) == "/health" or self._known(scope):
+        if scope["type"] != "http" or self._open(scope) or self._known(scope):
             return await self.app(scope, receive, send)
         error = Unauthorized("send one of the server's keys as `Authorization: Bearer KEY`")
         await self.refuse(scope, error)(scope, receive, send)
+
+    def _open(self, scope: Scope) -> bool:
+        path = path_of(scope)
+        at_page = (
+            path.startswith("/chat/") or path == "/chat" or (scope["method"], path) == ("GET", "/")
+        )
+        return path == "/health" or (self.page and at_page)
 
     def _known(self, scope: Scope) -> bool:
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -2644,7 +2912,9 @@ class JSONBodies:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         headers = MutableHeaders(scope=scope)
-        headers["content-type"] = "application/json"
+        # The chat page's own calls say what they are.
+        if not path_of(scope).startswith("/chat/"):
+            headers["content-type"] = "application/json"
         size, declared = 0, headers.get("content-length", "")
 
         async def limited() -> MutableMapping[str, Any]:
@@ -2871,7 +3141,9 @@ def build_app(
     app = FastAPIOffline(redoc_url=None, title="chat-api", lifespan=serving.lifespan)
     app.add_middleware(JSONBodies)
     if settings.keys:
-        app.add_middleware(RequireKey, keys=settings.keys, refuse=serving.refuse)
+        app.add_middleware(
+            RequireKey, keys=settings.keys, page=settings.chat_page, refuse=serving.refuse
+        )
     app.add_middleware(NamedCalls)
     if settings.cors_origins:
         app.add_middleware(
@@ -2884,8 +3156,12 @@ def build_app(
     add_error_handlers(app, serving)
     errors: Any = {status: {"model": ErrorBody} for status in ("4XX", "5XX")}
 
-    @app.get("/")
-    async def page() -> HTMLResponse:
+    has_page = settings.chat_page and mount_chat_page(app, serving.model, settings.keys)
+
+    @app.get("/", response_class=HTMLResponse)
+    async def page(request: Request) -> Response:
+        if has_page and "text/html" in request.headers.get("accept", ""):
+            return RedirectResponse("chat/")
         return HTMLResponse(PAGE)
 
     @app.get("/health")
@@ -2952,7 +3228,13 @@ def main() -> None:
         return
     app = build_app(settings)
     log.info("loading; http://127.0.0.1:%d/health tells when it is done", settings.port)
-    uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning")
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        root_path=settings.root_path,
+        log_level="warning",
+    )
 
 
 if __name__ == "__main__":

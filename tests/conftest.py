@@ -147,10 +147,21 @@ def runner(tokenizer: PreTrainedTokenizerFast) -> ScriptedRunner:
 
 @contextmanager
 def serve(load: Callable[[api.Settings], api.ChatModel], **settings: object) -> Iterator[str]:
-    """A real server on a free port; yields its address once it answers at all."""
-    app = api.build_app(api.Settings(**settings), load)
+    """A real server on a free port; yields its address once it answers at all.
+
+    Without the chat page, which takes a while to build, unless it is asked for.
+    """
+    chosen = api.Settings(**({"chat_page": False} | settings))
+    app = api.build_app(chosen, load)
     server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="on")
+        uvicorn.Config(
+            app,
+            host="127.0.0.1",
+            port=0,
+            root_path=chosen.root_path,
+            log_level="warning",
+            lifespan="on",
+        )
     )
     thread = threading.Thread(target=server.run)
     thread.start()

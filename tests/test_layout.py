@@ -73,7 +73,8 @@ def test_the_tensors_know_nothing_of_http_and_http_nothing_of_tensors():
     forbidden = {
         **dict.fromkeys(("Model families", "Text", "Batches", "Sampling", "Engine", "Model"), http),
         **dict.fromkeys(
-            ("Errors", "Settings", "Schemas", "Replies", "Metrics", "Routes", "Main"), tensors
+            ("Errors", "Settings", "Schemas", "Replies", "Metrics", "Chat page", "Routes", "Main"),
+            tensors,
         ),
     }
     assert set(sections()) == set(forbidden)
@@ -86,7 +87,7 @@ def test_the_tensors_know_nothing_of_http_and_http_nothing_of_tensors():
 
 
 def test_the_file_keeps_its_budget():
-    assert len(LINES) <= 2960
+    assert len(LINES) <= 3250
     assert sum(len(sections()[name]) for name in ("Batches", "Sampling", "Engine")) <= 960
 
 
