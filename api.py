@@ -9,7 +9,7 @@
     POST /v1/chat/completions      the same model in OpenAI's dialect; /v1/completions and
                                    /v1/models beside it
     GET  /chat                     a chat page; a browser that asks for / is sent there
-    GET  /health                   what it is doing: loading, ready or dead
+    GET  /health                   what it is doing: loading, ready, draining or dead
     GET  /metrics                  numbers for Prometheus
     GET  /docs                     the fields of every call
 
@@ -233,6 +233,9 @@ class Settings(BaseSettings):
     prefill_chunk: int = Field(512, ge=16, description="most prompt tokens that a step computes")
     check: bool = Field(False, description="load, show what was found, say eight tokens, and end")
     request_timeout: float = Field(600, gt=0, description="seconds after which a request is ended")
+    drain_timeout: float = Field(
+        30, ge=0, description="seconds that answers under way have when the server is stopped"
+    )
     chat_page: bool = Field(True, description="serve a chat page for the browser under /chat")
     root_path: str = Field("", description="a path before ours that a proxy takes off, as /model")
     api_key: SecretStr = Field(
@@ -3001,16 +3004,21 @@ class Serving:
         self.settings, self.load = settings, load
         self.metrics = Metrics(lambda: self._model.engine if self._model else None)
         self._model: ChatModel | None = None
+        self._end_by: float | None = None
 
     @property
     def health(self) -> dict[str, Any]:
         engine = self._model and self._model.engine
         status = "loading" if not engine else "dead" if engine.failure else "ready"
+        status = "draining" if self.draining else status
         running, waiting = (len(engine.running), engine.num_waiting) if engine else (0, 0)
         return {"status": status, "running": running, "waiting": waiting}
 
     def model(self, name: str | None = None) -> ChatModel:
         """The model, which must have that name. Raises NotServing, ModelNotFound."""
+        if self._end_by is not None:
+            seconds = 1 + max(0, int(self._end_by - time.monotonic()))
+            raise NotServing("the server is stopping; try again after its restart", None, seconds)
         if self._model is None:
             raise NotServing("the model is still loading; try again soon", retry_after=5)
         if name not in (None, self._model.name):
@@ -3059,6 +3067,27 @@ class Serving:
         if isinstance(error, Unauthorized):
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.tell(scope, error), error.status, headers)
+
+    @property
+    def draining(self) -> bool:
+        return self._end_by is not None
+
+    def drain(self) -> None:
+        """From now on refuse new requests, and give those under way their last seconds."""
+        self._end_by = time.monotonic() + self.settings.drain_timeout
+        log.info("stopping, once the answers under way are through; again to stop at once")
+
+    async def drained(self) -> bool:
+        """Whether all that was under way has ended; what takes too long is ended here."""
+        if self._end_by is None or not self._model:
+            return self.draining
+        engine = self._model.engine
+        if engine.failure or not (engine.running or engine.num_waiting):
+            return True
+        if time.monotonic() < self._end_by:
+            return False
+        await asyncio.to_thread(engine.close)
+        return True
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -3139,6 +3168,7 @@ def build_app(
     serving = Serving(settings, load)
     # FastAPI, but /docs fetches nothing from another host, which a rented machine may not reach.
     app = FastAPIOffline(redoc_url=None, title="chat-api", lifespan=serving.lifespan)
+    app.state.serving = serving
     app.add_middleware(JSONBodies)
     if settings.keys:
         app.add_middleware(
@@ -3216,6 +3246,24 @@ def start_log(as_json: bool) -> None:
         logging.getLogger().handlers[0].setFormatter(JsonFormatter(shape))
 
 
+class Server(uvicorn.Server):
+    """Told to stop, it lets the answers under way come to their end; told again, it ends."""
+
+    def __init__(self, config: uvicorn.Config, serving: Serving):
+        super().__init__(config)
+        self.serving = serving
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        # uvicorn's own would close the socket at once, and raise the signal again at the end.
+        if self.serving.draining:
+            os._exit(128 + sig)
+        self.serving.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        self.should_exit = self.should_exit or await self.serving.drained()
+        return await super().on_tick(counter)
+
+
 def main() -> None:
     """Serve until told to stop."""
     settings = read_settings(sys.argv[1:])
@@ -3228,13 +3276,19 @@ def main() -> None:
         return
     app = build_app(settings)
     log.info("loading; http://127.0.0.1:%d/health tells when it is done", settings.port)
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
         root_path=settings.root_path,
         log_level="warning",
+        # Seconds for what is no answer: a page that is open, a body that never comes.
+        timeout_graceful_shutdown=5,
     )
+    Server(config, app.state.serving).run()
+    logging.shutdown()
+    # A model that is still loading cannot be interrupted, and torch would abort at the end.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""A server that is told to stop loses nothing that it has begun."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from benchmark import free_port
+from conftest import ROOT, wait_for
+
+# api.py with a model that says "hello" one character each tenth of a second.
+SLOW = """
+import sys, threading, time
+sys.path[:0] = ["tests"]
+import api
+from conftest import ScriptedRunner, byte_tokenizer, chat_model
+
+def load(settings):
+    time.sleep({load})
+    runner = ScriptedRunner(byte_tokenizer(), "{say}")
+    runner.pause = 0.1
+    return chat_model(runner, byte_tokenizer(), max_batch=settings.max_batch)
+
+build = api.build_app
+api.build_app = lambda settings: build(settings, load)
+api.main()
+"""
+
+
+@contextmanager
+def started(
+    *flags: str, say: str = "x" * 20, load: float = 0
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    port = str(free_port())
+    code = SLOW.format(say=say, load=load)
+    command = [sys.executable, "-c", code, "--port", port, "--no-chat-page", *flags]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE) as process:
+        url = f"http://127.0.0.1:{port}"
+        try:
+            wait_for(lambda: status(url) in ("ready", "loading"))
+            if not load:
+                wait_for(lambda: status(url) == "ready")
+            yield process, url
+        finally:
+            process.kill()
+
+
+def status(url: str) -> str | None:
+    try:
+        return httpx.get(f"{url}/health").json()["status"]
+    except httpx.TransportError:
+        return None
+
+
+class Client(threading.Thread):
+    """Asks for a stream, and keeps what it gets."""
+
+    def __init__(self, url: str):
+        super().__init__()
+        self.url, self.begun, self.events, self.cut_off = url, threading.Event(), [], False
+        self.start()
+        assert self.begun.wait(20)
+
+    def run(self) -> None:
+        try:
+            self._read({"prompt": "x", "stream": True})
+        except httpx.TransportError:
+            self.cut_off = True
+
+    def _read(self, body: dict[str, object]) -> None:
+        with httpx.stream("POST", self.url, json=body, timeout=60) as response:
+            for line in filter(None, response.iter_lines()):
+                self.events.append(line.removeprefix("data: "))
+                self.begun.set()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_answers_under_way_are_finished_and_new_ones_refused(sent):
+    with started() as (process, url):
+        client = Client(url)
+        process.send_signal(sent)
+        wait_for(lambda: status(url) == "draining", 5)
+        refused = httpx.post(url, json={"prompt": "x"})
+        assert refused.status_code == 503
+        assert 1 <= int(refused.headers["retry-after"]) <= 31
+        assert "stopping" in refused.json()["error"]["message"]
+        assert process.wait(20) == 0
+        client.join(20)
+    assert client.events[-1] == "[DONE]"
+    assert json.loads(client.events[-2])["response"] == "x" * 20
+
+
+def test_those_who_wait_are_answered_too():
+    with started("--max-batch", "1", say="x" * 30) as (process, url):
+        clients = [Client(url)]
+        later = threading.Thread(target=lambda: clients.append(Client(url)))
+        later.start()
+        wait_for(lambda: httpx.get(f"{url}/health").json()["waiting"] == 1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        later.join(20)
+        for client in clients:
+            client.join(20)
+    assert [client.events[-1] for client in clients] == ["[DONE]", "[DONE]"]
+
+
+def test_an_answer_that_takes_too_long_is_ended_with_an_error():
+    with started("--drain-timeout", "0.5", say="x" * 300) as (process, url):
+        client = Client(url)
+        begun = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert time.monotonic() - begun < 10
+        client.join(20)
+    error = json.loads(client.events[-1])["error"]
+    assert (error["code"], error["message"]) == ("not_serving", "the server is stopping")
+
+
+def test_a_second_signal_ends_at_once():
+    with started(say="x" * 300) as (process, url):
+        client = Client(url)
+        process.send_signal(signal.SIGINT)
+        wait_for(lambda: status(url) == "draining", 5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(2) == 128 + signal.SIGINT
+        client.join(20)
+    assert client.cut_off
+
+
+@pytest.mark.parametrize("load", [0, 60])
+def test_an_idle_or_a_loading_server_stops_soon_and_without_noise(load):
+    with started(load=load) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+        assert process.stderr
+        noise = process.stderr.read()
+    assert "Traceback" not in noise
+    assert "terminate called" not in noise
+
+
+def test_a_real_model_that_is_loading_can_be_stopped(demo_folder):
+    port = str(free_port())
+    process = subprocess.Popen(
+        [sys.executable, "api.py", "--port", port], cwd=ROOT, text=True, stderr=subprocess.PIPE
+    )
+    wait_for(lambda: status(f"http://127.0.0.1:{port}") is not None, 60)
+    process.send_signal(signal.SIGTERM)
+    _, noise = process.communicate(timeout=20)
+    assert process.returncode == 0, noise
+    assert "terminate called" not in noise
+    assert Path(demo_folder).is_dir()
