@@ -2266,7 +2266,7 @@ class ErrorBody(BaseModel):
 
 # ---- Replies ----------------------------------------------------------------
 # How each call words what the engine says. There is one generation path: a
-# whole answer is a streamed one whose events nobody reads.
+# whole answer is a streamed one, joined.
 
 # One event: an object, or None for a comment that keeps proxies from hanging up.
 Events = AsyncGenerator[dict[str, Any] | None]
@@ -2285,6 +2285,7 @@ class Choice:
     tokens: list[Token] = field(default_factory=list)  # only with logprobs
     last: Delta | None = None
     begun: bool = False
+    spelled: int = 0  # characters of the tokens that were told
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
@@ -2315,6 +2316,12 @@ class Reply(Protocol):
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """The answer in one piece."""
+
+
+async def collect(deltas: AsyncGenerator[Delta], choices: list[Choice]) -> None:
+    async with aclosing(deltas):
+        async for delta in deltas:
+            choices[delta.index].add(delta)
 
 
 async def events_of(deltas: AsyncGenerator[Delta], choices: list[Choice], reply: Reply) -> Events:
@@ -2438,14 +2445,13 @@ class CompletionReply(OpenAIReply):
 
     def _logprobs(self, choice: Choice, tokens: list[Token]) -> dict[str, Any]:
         spell = self.model.tokenizer.spell
-        all_texts = [spell(token.id) for token in choice.tokens]
-        texts = all_texts[len(all_texts) - len(tokens) :]
-        ends = list(accumulate(map(len, all_texts)))[len(all_texts) - len(tokens) :]
+        texts = [spell(token.id) for token in tokens]
+        *offsets, choice.spelled = accumulate(map(len, texts), initial=choice.spelled)
         return {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [{spell(i): p for i, p in token.likeliest} for token in tokens],
-            "text_offset": [end - len(text) for end, text in zip(ends, texts, strict=True)],
+            "text_offset": offsets,
         }
 
 
@@ -3045,16 +3051,10 @@ class Serving:
         reply = reply_of(model, body, prompt)
         choices = [Choice(index) for index in range(n)]
         deltas = model.answer(prompt, n, call_of(request.scope))
-        events = events_of(deltas, choices, reply)
         if body.stream:
+            events = events_of(deltas, choices, reply)
             return await event_stream(request, events, partial(self.tell, request.scope))
-
-        async def drain() -> None:
-            async with aclosing(events):
-                async for _ in events:
-                    pass
-
-        await while_connected(request, drain())
+        await while_connected(request, collect(deltas, choices))
         return JSONResponse(reply.whole(choices))
 
     def tell(self, scope: Scope, error: ChatError) -> dict[str, Any]:
