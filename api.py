@@ -1156,9 +1156,9 @@ def pick_tokens(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tens
     """`pick`, and for the sequences that ask for it, what the model itself thought likely."""
     told = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
     own = logits[told].log_softmax(-1)
-    for seq, row_logits in zip(seqs, logits, strict=True):
+    for row, seq in enumerate(seqs):
         if seq.guide:
-            keep_to(seq.guide, row_logits)
+            keep_to(seq.guide, logits[row])
     tokens = [Token(i) for i in pick(seqs, logits, pool_ids)]
     if told:
         most = max(seqs[row].sampling.logprobs or 0 for row in told)
@@ -2961,6 +2961,12 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
         task.cancel()
 
 
+class JSONText(JSONResponse):
+    """JSON that says its encoding, without which Windows PowerShell takes it for Latin-1."""
+
+    media_type = "application/json; charset=utf-8"
+
+
 class EventStream(StreamingResponse):
     """Server-sent events, whose source is closed the moment that the client is gone."""
 
@@ -3039,7 +3045,7 @@ class Serving:
         reply_of: Callable[[ChatModel, Any, Prompt], Reply],
         name: str | None = None,
         n: int = 1,
-    ) -> JSONResponse | EventStream:
+    ) -> JSONText | EventStream:
         """Generate, and answer in a reply's words: in events, or at once."""
         model = self.model(name)
         # Before anything is spent on a request that would be refused.
@@ -3055,18 +3061,18 @@ class Serving:
             events = events_of(deltas, choices, reply)
             return await event_stream(request, events, partial(self.tell, request.scope))
         await while_connected(request, collect(deltas, choices))
-        return JSONResponse(reply.whole(choices))
+        return JSONText(reply.whole(choices))
 
     def tell(self, scope: Scope, error: ChatError) -> dict[str, Any]:
         """The body of an error, in the caller's dialect; the error is counted."""
         self.metrics.refused(call_of(scope), error)
         return error_body(error, openai=path_of(scope).startswith("/v1/"))
 
-    def refuse(self, scope: Scope, error: ChatError) -> JSONResponse:
+    def refuse(self, scope: Scope, error: ChatError) -> JSONText:
         headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
         if isinstance(error, Unauthorized):
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.tell(scope, error), error.status, headers)
+        return JSONText(self.tell(scope, error), error.status, headers)
 
     @property
     def draining(self) -> bool:
@@ -3145,7 +3151,7 @@ def add_error_handlers(app: FastAPI, serving: Serving) -> None:
     """Every error becomes a ChatError, and is told in the caller's dialect."""
 
     def told(kind: type[Exception], meaning: Callable[[Request, Any], ChatError]) -> None:
-        async def refuse(request: Request, error: Exception) -> JSONResponse:
+        async def refuse(request: Request, error: Exception) -> JSONText:
             return serving.refuse(request.scope, meaning(request, error))
 
         app.add_exception_handler(kind, refuse)
@@ -3195,9 +3201,9 @@ def build_app(
         return HTMLResponse(PAGE)
 
     @app.get("/health")
-    async def health() -> JSONResponse:
+    async def health() -> JSONText:
         state = serving.health
-        return JSONResponse(state, 200 if state["status"] == "ready" else 503)
+        return JSONText(state, 200 if state["status"] == "ready" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -390,3 +390,13 @@ def test_the_docs_need_no_other_host(server):
     for source in sources:
         assert source.startswith("/")
         assert httpx.get(f"{server}{source}").status_code == 200
+
+
+def test_every_answer_says_its_encoding(server):
+    """Windows PowerShell takes JSON for Latin-1 where it is not told."""
+    for response in (
+        post(server, {"prompt": "x"}),
+        post(server, {}),
+        httpx.get(f"{server}/health"),
+    ):
+        assert response.headers["content-type"] == "application/json; charset=utf-8"
