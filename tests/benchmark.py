@@ -27,7 +27,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -85,10 +85,10 @@ async def closed_loop(ask: Ask, clients: int, requests: int, first: int) -> Outc
 # ---- Over HTTP --------------------------------------------------------------
 
 
-def session(url: str) -> aiohttp.ClientSession:
+def session(url: str, seconds: float = 900) -> aiohttp.ClientSession:
     """A client that costs the machine little, as it shares the cores with the server."""
     connector = aiohttp.TCPConnector(limit=0)
-    return aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(900))
+    return aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(seconds))
 
 
 async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
@@ -398,21 +398,24 @@ def conversation(folder: str, turns: int, tokens: int) -> None:
             print(f"| {number} | {' | '.join(cells)} | {seconds[1] / seconds[0]:.1f} |", flush=True)
 
 
-async def rush_of(url: str, count: int, tokens: int) -> Counter[str]:
-    """How that many requests at once end."""
+async def rush_of(url: str, count: int, tokens: int, seconds: float) -> Counter[str]:
+    """How that many requests at once end; one that takes longer than the seconds is in none."""
     ends: Counter[str] = Counter()
 
-    async def one(client: aiohttp.ClientSession, number: int) -> None:
+    async def end_of(client: aiohttp.ClientSession, number: int) -> str:
         body = {"prompt": prompt(number), "max_length": tokens, "stream": True}
         async with client.post("/", json=body) as response:
             if response.status == 429:
-                ends["429, " + ("with" if "Retry-After" in response.headers else "no")] += 1
-                return
+                return "429, " + ("with" if "Retry-After" in response.headers else "no")
             text = await response.text()
             whole = response.status == 200 and text.endswith("data: [DONE]\n\n")
-            ends["served" if whole else f"failed with {response.status}"] += 1
+            return "served" if whole else f"failed with {response.status}"
 
-    async with session(url) as client:
+    async def one(client: aiohttp.ClientSession, number: int) -> None:
+        with suppress(aiohttp.ClientError, TimeoutError):
+            ends[await end_of(client, number)] += 1
+
+    async with session(url, seconds) as client:
         await asyncio.gather(*(one(client, number) for number in range(count)))
     return ends
 
@@ -430,7 +433,29 @@ def watch_health(url: str, pipe: Connection) -> None:
     pipe.send(seconds)
 
 
-def rush(server: Server, count: int, tokens: int) -> None:
+@dataclass
+class Rush:
+    """How so many requests at once ended, what that took, and each call of /health meanwhile."""
+
+    count: int
+    ends: Counter[str]
+    seconds: float
+    health: list[float]
+
+    @property
+    def lost(self) -> int:
+        return self.count - self.ends.total()
+
+    def __str__(self) -> str:
+        ends = ", ".join(f"{n} {end}" for end, n in sorted(self.ends.items()))
+        return (
+            f"{self.count} requests at once, {self.seconds:.1f} s: {ends}; {self.lost} lost\n"
+            f"/health meanwhile, {len(self.health)} times: p50 {quantile(self.health, 0.5):.3f} s,"
+            f" p99 {quantile(self.health, 0.99):.3f} s, longest {max(self.health):.3f} s"
+        )
+
+
+def rush(server: Server, count: int, tokens: int, deadline: float = 900) -> Rush:
     """That many requests at once; /health is asked from another process meanwhile."""
     server.load(1, 1, 8, 0)
     processes = get_context("spawn")
@@ -439,18 +464,12 @@ def rush(server: Server, count: int, tokens: int) -> None:
     watcher.start()
     pipe.recv()
     started = time.perf_counter()
-    ends = asyncio.run(rush_of(server.url, count, tokens))
+    ends = asyncio.run(rush_of(server.url, count, tokens, deadline))
     seconds = time.perf_counter() - started
     pipe.send("stop")
     health = pipe.recv()
     watcher.join()
-    print(f"{count} requests at once, {seconds:.1f} s: ", end="")
-    print(", ".join(f"{n} {end}" for end, n in sorted(ends.items())), end="; ")
-    print(f"{count - ends.total()} lost")
-    print(
-        f"/health meanwhile, {len(health)} times: p50 {quantile(health, 0.5):.3f} s,"
-        f" p99 {quantile(health, 0.99):.3f} s, longest {max(health):.3f} s"
-    )
+    return Rush(count, ends, seconds, health)
 
 
 def main() -> None:
@@ -479,7 +498,7 @@ def main() -> None:
         else:
             server = stack.enter_context(ours("chat-api", options.model))
         if options.rush:
-            return rush(server, options.rush, options.tokens)
+            return print(rush(server, options.rush, options.tokens))
         targets: list[Target] = [server]
         if options.engine:
             targets.append(EngineAlone(options.model, stack))
