@@ -453,6 +453,11 @@ def any_of(words: Iterable[str]) -> str:
     return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
 
 
+def ids_of(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
+    """A text's ids. `encode` would hold up all other threads until a long text is through."""
+    return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+
 class ChatTokenizer:
     """Turns messages into token ids; raises BadRequest where a chat template refuses them.
 
@@ -493,19 +498,19 @@ class ChatTokenizer:
         shielded = [m | {"content": self._shield(m["content"])} for m in messages]
         text = self._render(shielded, add_generation_prompt=True)
         if self._whole and SHIELD not in text:
-            return self.backend.encode(text, add_special_tokens=False).ids
+            return ids_of(self.backend, text)
         return [i for run in self._runs(text) for i in self._encode_run(run)]
 
     def encode_text(self, text: str) -> list[int]:
         """The ids of bare text, after the token that begins every text where the model has one."""
         if self.family is None:
-            return self.plain.encode(text).ids
+            return ids_of(self.plain, text, True)
         begin = [self.special[self.family.begin]] if self.family.begin else []
-        return begin + self.plain.encode(text, add_special_tokens=False).ids
+        return begin + ids_of(self.plain, text)
 
     def spell(self, token: int) -> str:
         """A token as the text that it adds to an answer, a leading space included."""
-        before = self.plain.encode("a", add_special_tokens=False).ids
+        before = ids_of(self.plain, "a")
         decode = partial(self.backend.decode, skip_special_tokens=False)
         return decode([*before, token]).removeprefix(decode(before))
 
@@ -554,7 +559,7 @@ class ChatTokenizer:
         if run in self.special:
             return [self.special[run]]
         spelled = re.sub(f"{SHIELD}(\\d+){SHIELD_END}", lambda m: self.words[int(m[1])], run)
-        return self.plain.encode(spelled, add_special_tokens=False).ids
+        return ids_of(self.plain, spelled)
 
 
 class Detokenizer:

@@ -1,6 +1,8 @@
 """Messages become ids, ids become text: nothing leaks in either direction."""
 
 import copy
+import threading
+import time
 from functools import cache
 
 import pytest
@@ -121,6 +123,25 @@ def test_a_special_token_cannot_be_spelled_in_other_letters():
     spelled.backend_tokenizer.add_special_tokens([AddedToken("<|sys|>", normalized=True)])
     text = api.ChatTokenizer(spelled)
     assert text.backend.token_to_id("<|sys|>") not in text.encode(user("＜|sys|＞"))
+
+
+def test_others_go_on_while_a_long_text_is_encoded(text):
+    """As the event loop and the engine must: the text is as long as a body may be, nearly."""
+    seconds: list[float] = []
+
+    def encode() -> None:
+        started = time.perf_counter()
+        text.encode(user("hello world " * 300_000))
+        seconds.append(time.perf_counter() - started)
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    longest, last = 0.0, time.perf_counter()
+    while thread.is_alive():
+        time.sleep(0.005)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    assert longest < seconds[0] / 2
 
 
 def test_special_tokens_are_not_text(text):
