@@ -3058,7 +3058,7 @@ class Serving:
         if self.settings.log_prompts:
             asked = body.model_dump(include={"prompt", "history", "system", "messages"})
             log.info("request_id=%s asked=%r", call_of(request.scope).id, asked)
-        prompt = await asyncio.to_thread(body.prepare, model)
+        prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
         reply = reply_of(model, body, prompt)
         choices = [Choice(index) for index in range(n)]
         deltas = model.answer(prompt, n, call_of(request.scope))
