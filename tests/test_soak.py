@@ -153,7 +153,10 @@ def test_a_delta_in_the_wrong_outbox_is_noticed(report, tokenizer, monkeypatch):
     def astray(items) -> None:
         nonlocal count
         count += 1
-        texts = [n for n, (_, item) in enumerate(items) if getattr(item, "text", "")]
+        # Not the last ones, for whose lack a stream would never end.
+        texts = [
+            n for n, (_, d) in enumerate(items) if isinstance(d, api.Delta) and not d.finish_reason
+        ]
         if count % 3 == 0 and len(texts) > 1:
             one, other = texts[:2]
             (a, x), (b, y) = items[one], items[other]
@@ -209,7 +212,7 @@ def test_a_server_that_serves_on_who_hung_up_is_noticed(report, slow, monkeypatc
 
 def test_a_slow_reader_costs_no_more_than_its_own_answer(report, tokenizer, monkeypatch):
     """What it does not read waits in its outbox, until it leaves."""
-    length, held = 1000, []
+    length, held = 3000, []
     ended = api.Metrics.ended
 
     def noted(metrics: api.Metrics, seq: api.Sequence) -> None:
@@ -218,11 +221,12 @@ def test_a_slow_reader_costs_no_more_than_its_own_answer(report, tokenizer, monk
 
     monkeypatch.setattr(api.Metrics, "ended", noted)
     with served(ScriptedRunner(tokenizer, "x" * 4000), tokenizer) as url:
-        asyncio.run(soak.slow_readers(report, ready(url), length, peers=2, rounds=1))
+        asyncio.run(soak.slow_readers(report, ready(url), length, peers=1, rounds=1))
         gc.collect()
-        left = [o for o in gc.get_objects() if isinstance(o, api.Delta)]
+        left = [o for o in gc.get_objects() if type(o) is api.Delta]
     assert not report.broken
-    assert 0 < max(held) <= length
+    print("at most", max(held), "pieces waited in an outbox")
+    assert length / 10 < max(held) <= length
     assert not left
 
 
