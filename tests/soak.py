@@ -773,7 +773,7 @@ def run_rush(report: Report, _: argparse.Namespace) -> None:
 
 def run_soak(report: Report, options: argparse.Namespace) -> None:
     # So few rows that one request can ask for all, and so few places that there is a queue. In
-    # bfloat16, torch would keep some memory for each new size of a step, up to a limit of its own.
+    # bfloat16 the process keeps some megabytes for each new size of a step, and so always grows.
     small = "--cache-memory", "64MiB", "--max-batch", "8", "--dtype", "float32"
     with ours("demo", str(DEMO), *small) as server:
         asyncio.run(soak(report, server.url, options.minutes))
