@@ -483,6 +483,7 @@ class ChatTokenizer:
         # The same, but blind to special tokens: it encodes them as the text they are.
         self.plain = Tokenizer.from_str(json.dumps(spec))
         self.plain.encode_special_tokens = True
+        self._before = ids_of(self.plain, "a")
         added = [token["content"] for token in spec["added_tokens"] if token["special"]]
         ids = {word: self.backend.token_to_id(word) for word in (*added, *markers)}
         self.special = {word: i for word, i in ids.items() if i is not None}
@@ -510,9 +511,8 @@ class ChatTokenizer:
 
     def spell(self, token: int) -> str:
         """A token as the text that it adds to an answer, a leading space included."""
-        before = ids_of(self.plain, "a")
         decode = partial(self.backend.decode, skip_special_tokens=False)
-        return decode([*before, token]).removeprefix(decode(before))
+        return decode([*self._before, token]).removeprefix(decode(self._before))
 
     def guide(self, schema: dict[str, Any], end_ids: set[int]) -> LLMatcher:
         """What keeps an answer to a JSON schema. Raises BadRequest if that is none."""

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import soak
@@ -201,13 +202,16 @@ def test_who_hangs_up_is_forgotten_at_every_stage(report, slow):
     assert not report.broken
 
 
+@pytest.mark.slow
 def test_a_server_that_serves_on_who_hung_up_is_noticed(report, slow, monkeypatch):
     async def deaf(request, work):
         return await work
 
     monkeypatch.setattr(api, "while_connected", deaf)
     monkeypatch.setattr(soak, "STAGES", [soak.whole])
-    asyncio.run(soak.hang_ups(report, slow, batch=2))
+    # The stage after it is not reached, as the two that serve on are in the way.
+    with suppress(SystemExit):
+        asyncio.run(soak.hang_ups(report, slow, batch=2))
     assert any("whole" in words for words in report.broken)
 
 
