@@ -33,6 +33,7 @@ import os
 import queue
 import random
 import re
+import socket
 import tempfile
 import threading
 import time
@@ -46,15 +47,17 @@ from collections.abc import (
     Callable,
     Iterable,
     Iterator,
+    Mapping,
     MutableMapping,
 )
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
 
 try:
@@ -70,12 +73,13 @@ try:
     from fastapi.responses import (
         HTMLResponse,
         JSONResponse,
+        PlainTextResponse,
         RedirectResponse,
         Response,
         StreamingResponse,
     )
     from fastapi_offline import FastAPIOffline
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
     from packaging.specifiers import SpecifierSet
     from pydantic import (
         AfterValidator,
@@ -92,6 +96,7 @@ try:
         model_validator,
     )
     from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+    from safetensors import SafetensorError, safe_open
     from sentencepiece import SentencePieceProcessor
     from starlette.datastructures import Headers, MutableHeaders
     from starlette.exceptions import HTTPException
@@ -1791,18 +1796,47 @@ for name, mapping in LLAMA_LIKE.items():
     register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
 
 
+@contextmanager
+def loading(folder: Path | str) -> Iterator[None]:
+    """Make one sentence with the remedy of whatever the libraries say of a folder's files."""
+    try:
+        yield
+    except (StartError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # there is hardly a kind that none of them raises
+        broken = first_broken(Path(folder)) if isinstance(error, SafetensorError) else folder
+        # Without what would colour a terminal.
+        said = re.sub(r"\x1b\[\d*m|[\x00-\x09\x0b-\x1f]", "", str(error)).strip()
+        reason = said.partition("\n")[0].rstrip(". :") or type(error).__name__
+        raise StartError(
+            f"the model could not be loaded from {broken} ({reason}); if its files are not whole,"
+            " run the download again, as with `python model_download.py NAME`"
+        ) from error
+
+
+def first_broken(folder: Path) -> Path:
+    """The first file of weights that cannot be opened, whose name safetensors does not tell."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            return file
+    return folder
+
+
 def load_model(
     folder: Path | str, *, dtype: str = "auto", device_map: str = "auto"
 ) -> tuple[Any, PreTrainedTokenizerFast | None]:
     """A checkpoint's model, a plain transformers one placed by accelerate, and its tokenizer.
 
     Nothing in the folder is executed. The tokenizer is None where the folder has none. Raises
-    StartError where the folder's files do not make a model.
+    StartError, ValueError, or whatever the libraries raise where its files do not make a model.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if ratio := getattr(config, "rope_ratio", None):  # Index's model for long texts
         config.rope_parameters["rope_theta"] *= ratio
-    model = AutoModelForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -1812,7 +1846,16 @@ def load_model(
         attn_implementation="sdpa",
         trust_remote_code=False,
         local_files_only=True,
+        # Both would be filled with chance, and only a line in the log would tell.
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
+    wrong = {"not there": report["missing_keys"], "of another shape": report["mismatched_keys"]}
+    for how, names in wrong.items():
+        if names:
+            # Of a mismatch the shapes are told too.
+            first = min(name if isinstance(name, str) else name[0] for name in names)
+            raise ValueError(f"{len(names)} of its tensors are {how}, {first} for one")
     return model.eval(), load_tokenizer(Path(folder))
 
 
@@ -1865,7 +1908,12 @@ def self_check(runner: Runner, alone: list[torch.Tensor]) -> float:
         for span, new, row, plain in zip(spans, news, logits, alone, strict=True):
             span.num_cached += new
             wanted = plain[span.num_cached - 1].to(row)
-            worst = max(worst, float((row - wanted).norm() / wanted.norm()))
+            # max would pass over the NaN that broken weights give.
+            worst = max(float((row - wanted).norm() / wanted.norm()), worst)
+    if worst != worst:
+        raise StartError(
+            "the model's logits are no numbers; try another --dtype, or download again"
+        )
     # In half precision two right answers differ by a few percent; a wrong one is far off.
     if not worst < (1e-3 if runner.model.dtype == torch.float32 else 0.1):
         raise StartError(f"this model does not batch: its logits come out {worst:.0%} off")
@@ -1889,7 +1937,10 @@ def chat_tokenizer(
 ) -> ChatTokenizer:
     """The tokenizer with the family's format, or else a chat template: a given one, its own."""
     if tokenizer is None:
-        raise StartError("the model's folder has no tokenizer.json and no tokenizer.model")
+        raise StartError(
+            "the model's folder has no tokenizer.json and no tokenizer.model;"
+            " run the download again"
+        )
     if settings.chat_template is None:
         return ChatTokenizer(tokenizer, family_of(model.config.model_type, tokenizer))
     tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
@@ -1920,9 +1971,10 @@ def load_chat_model(settings: Settings) -> ChatModel:
     check_versions()
     check_cards(settings.device_map)
     folder = find_model(settings.model)
-    model, tokenizer = load_model(folder, dtype=settings.dtype, device_map=settings.device_map)
-    text = chat_tokenizer(model, tokenizer, settings)
-    ends = text.end_ids(model.generation_config)
+    with loading(folder):
+        model, tokenizer = load_model(folder, dtype=settings.dtype, device_map=settings.device_map)
+        text = chat_tokenizer(model, tokenizer, settings)
+        ends = text.end_ids(model.generation_config)
     runner = start_runner(model, settings)
     context = min(context_length(model.config), runner.rows)
     engine = Engine(
@@ -3275,6 +3327,18 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def listener(host: str, port: int) -> socket.socket:
+    """The socket to serve on, taken before anything is loaded; exits with one sentence."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        sys.exit(
+            f"api.py: nobody can listen on {host!r}, port {port}: {error.strerror};"
+            " choose another --port or --host, or end the program that has it."
+        )
+
+
 def main() -> None:
     """Serve until told to stop."""
     settings = read_settings(sys.argv[1:])
@@ -3285,18 +3349,17 @@ def main() -> None:
         except StartError as error:
             sys.exit(f"api.py: {error}.")
         return
+    sockets = [listener(settings.host, settings.port)]
     app = build_app(settings)
     log.info("loading; http://127.0.0.1:%d/health tells when it is done", settings.port)
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         root_path=settings.root_path,
         log_level="warning",
         # Seconds for what is no answer: a page that is open, a body that never comes.
         timeout_graceful_shutdown=5,
     )
-    Server(config, app.state.serving).run()
+    Server(config, app.state.serving).run(sockets)
     logging.shutdown()
     # A model that is still loading cannot be interrupted, and torch would abort at the end.
     os._exit(0)
