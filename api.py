@@ -425,6 +425,10 @@ def checkpoint_defaults(config: GenerationConfig, family: Family | None = None) 
 
 # Like APART: around a number they stand in a message for a special token that the user spelled.
 SHIELD, SHIELD_END = "\ufdd0", "\ufdd1"
+# A longer JSON schema takes too long to make into a grammar.
+MAX_SCHEMA = 2**16
+# A pattern such as ^(a{1000}){1000}$ would hold up every answer for seconds, not for a tenth.
+GUIDE_LIMITS = LLParserLimits(initial_lexer_fuel=100_000)
 
 
 def modern(node: dict[str, Any]) -> dict[str, Any]:
@@ -461,6 +465,37 @@ def any_of(words: Iterable[str]) -> str:
 def ids_of(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
     """A text's ids. `encode` would hold up all other threads until a long text is through."""
     return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What keeps one answer to a JSON schema."""
+
+    matcher: LLMatcher
+    ends: list[int]
+    markers: list[int]  # the other special tokens
+
+    def copy(self) -> "Guide":
+        return replace(self, matcher=self.matcher.deep_copy())
+
+    def allowed(self) -> Any:
+        """Of each token, whether it may come next. Raises BadRequest if the guide has failed.
+
+        Where a schema asks for a text that spells a special token, the matcher asks for the token.
+        """
+        bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+        self.check()
+        allowed = np.unpackbits(bits, bitorder="little").astype(bool)
+        allowed[self.markers if self.matcher.is_accepting() else self.markers + self.ends] = False
+        if not allowed.any():
+            raise BadRequest("the JSON schema asks for a special token", "response_format")
+        return allowed
+
+    def check(self) -> None:
+        """Raise BadRequest if the matcher has failed, which never raises by itself."""
+        if self.matcher.is_error():
+            reason = self.matcher.get_error().partition("\n")[0]
+            raise BadRequest(f"the JSON schema: {reason}", "response_format")
 
 
 class ChatTokenizer:
@@ -519,18 +554,23 @@ class ChatTokenizer:
         decode = partial(self.backend.decode, skip_special_tokens=False)
         return decode([*self._before, token]).removeprefix(decode(self._before))
 
-    def guide(self, schema: dict[str, Any], end_ids: set[int]) -> LLMatcher:
+    def guide(self, schema: dict[str, Any], end_ids: set[int]) -> Guide:
         """What keeps an answer to a JSON schema. Raises BadRequest if that is none."""
         with self._lock:
             if self._trie is None:  # a second or two, so only for the first who asks
                 spec = self.backend.to_str()
                 self._trie = LLTokenizer(spec, eos_token=sorted(end_ids), slices=[])
+        if len(json.dumps(schema)) > MAX_SCHEMA:
+            most = f"{MAX_SCHEMA:,} characters"
+            raise BadRequest(f"the JSON schema is longer than {most}", "response_format")
         # Without a limit, a small model goes on indenting for ever.
         grammar = LLMatcher.grammar_from_json_schema(schema, {"whitespace_flexible": False})
-        matcher = LLMatcher(self._trie, grammar)
-        if matcher.is_error():
-            raise BadRequest(f"the JSON schema: {matcher.get_error()}", "response_format")
-        return matcher
+        matcher = LLMatcher(self._trie, grammar, log_level=0, limits=GUIDE_LIMITS)
+        guide = Guide(matcher, sorted(end_ids), sorted({*self.special.values()} - end_ids))
+        guide.check()
+        # Some of what is wrong only shows in use; and the first use takes the longest.
+        guide.copy().allowed()
+        return guide
 
     def end_ids(self, config: GenerationConfig) -> set[int]:
         """Every id that ends an answer: the checkpoint's own, and the template's end of turn."""
@@ -695,7 +735,7 @@ class Sequence(Span):
     outbox: "asyncio.Queue[Delta | ChatError]" = field(default_factory=asyncio.Queue)
     index: int = 0
     label: Any = None  # the caller's own, for when it ends
-    guide: LLMatcher | None = None
+    guide: Guide | None = None
     done: bool = False
     finish_reason: FinishReason | None = None
     failed: bool = False
@@ -725,7 +765,7 @@ class Sequence(Span):
         self.first_token = self.first_token or time.monotonic()
         self.tokens.append(token.id)
         if self.guide:
-            self.guide.consume_token(token.id)
+            self.guide.matcher.consume_token(token.id)
         ended = token.id in end_ids
         text = "" if ended else self.detokenizer.push(token.id)
         told = token if token.logprob is not None and not ended else None
@@ -1154,11 +1194,13 @@ def draw_ranked(
     return tokens
 
 
-def keep_to(guide: LLMatcher, logits: torch.Tensor) -> None:
-    """Rule out of one sequence's logits what its guide does not allow."""
-    bits = np.frombuffer(guide.compute_bitmask(), dtype=np.uint8)
-    allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(logits)])
-    ruled_out = F.pad(allowed == 0, (0, len(logits) - len(allowed)), value=True)
+def keep_to(guide: Guide, logits: torch.Tensor) -> None:
+    """Rule out of one sequence's logits what its guide does not allow.
+
+    Raises BadRequest where the guide has failed, which would end the answer anywhere.
+    """
+    allowed = torch.from_numpy(guide.allowed()[: len(logits)])
+    ruled_out = F.pad(~allowed, (0, len(logits) - len(allowed)), value=True)
     logits.masked_fill_(ruled_out.to(logits.device), -torch.inf)
 
 
@@ -1226,7 +1268,7 @@ class Engine:
         *,
         n: int = 1,
         label: Any = None,
-        guide: LLMatcher | None = None,
+        guide: Guide | None = None,
     ) -> AsyncGenerator[Delta]:
         """Yield an answer piece by piece, or n of them by turns; leaving the loop early cancels.
 
@@ -1250,12 +1292,7 @@ class Engine:
                 seq.done = True
 
     def _sequence(
-        self,
-        prompt: list[int],
-        sampling: Sampling,
-        index: int,
-        guide: LLMatcher | None,
-        **shared: Any,
+        self, prompt: list[int], sampling: Sampling, index: int, guide: Guide | None, **shared: Any
     ) -> Sequence:
         return Sequence(
             list(prompt),
@@ -1263,7 +1300,7 @@ class Engine:
             detokenizer=Detokenizer(self.tokenizer, sampling.stop),
             loop=asyncio.get_running_loop(),
             index=index,
-            guide=guide.deep_copy() if guide else None,
+            guide=guide.copy() if guide else None,
             **shared,
         )
 
@@ -1500,9 +1537,11 @@ class Engine:
         half = len(work) // 2
         return self._compute(work[:half]) + self._compute(work[half:])
 
-    def _failed(self, seq: Sequence, error: Exception) -> StepFailed:
-        log.error("a request of %d tokens failed", len(seq.tokens), exc_info=error)
+    def _failed(self, seq: Sequence, error: Exception) -> ChatError:
         seq.done = seq.failed = True
+        if isinstance(error, ChatError):
+            return error
+        log.error("a request of %d tokens failed", len(seq.tokens), exc_info=error)
         return StepFailed("the model failed on this request; try again")
 
     def _retire(self) -> None:
@@ -1568,7 +1607,7 @@ class Prompt:
     ids: list[int]
     sampling: Sampling
     open_ended: bool
-    guide: LLMatcher | None = None
+    guide: Guide | None = None
     dropped_turns: int = 0
 
 

@@ -1,0 +1,354 @@
+"""Faults at the start end it in one sentence; faults in service cost only who has them."""
+
+import asyncio
+import json
+import os
+import pickle
+import shutil
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve, tiny_llama, wait_for
+from safetensors.torch import load_file, save_file
+
+import api
+
+# ---- At the start
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A tiny checkpoint in several shards."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama().save_pretrained(folder, max_shard_size="30KB")
+    byte_tokenizer().save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+SHARD = "model-00002-of-00005.safetensors"
+
+
+def cut_short(folder: Path) -> None:
+    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-100])
+
+
+def change_norm(change, folder: Path) -> None:
+    (file,) = (f for f in folder.glob("*.safetensors") if "model.norm.weight" in load_file(f))
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+
+
+def write(name: str, content: str, folder: Path) -> None:
+    (folder / name).write_text(content)
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path(os.environ["CHAT_TEST_FLAG"]),)
+
+
+def plant_a_bomb(folder: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": Bomb()}))
+
+
+def plant_modules(model_type: str, folder: Path) -> None:
+    names = ("configuration_x", "modeling_x", "tokenization_x")
+    for name in names:
+        line = "import os, pathlib; pathlib.Path(os.environ['CHAT_TEST_FLAG']).touch()\n"
+        (folder / f"{name}.py").write_text(line)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": model_type}
+    config["auto_map"] = {"AutoConfig": "configuration_x.C", "AutoModelForCausalLM": "modeling_x.M"}
+    (folder / "config.json").write_text(json.dumps(config))
+    file = folder / "tokenizer_config.json"
+    its = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["tokenization_x.T", None]}}
+    file.write_text(json.dumps(its))
+
+
+ESCAPE = '{{ cycler.__init__.__globals__.os.popen("touch $CHAT_TEST_FLAG") }}'
+CLIMB = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+
+BROKEN = {
+    "cut short": (cut_short, SHARD),
+    "a page in place of a shard": (partial(write, SHARD, "<html>" * 99), SHARD),
+    "an empty shard": (partial(write, SHARD, ""), SHARD),
+    "a missing shard": (lambda folder: (folder / SHARD).unlink(), SHARD),
+    "a wrong shape": (
+        partial(change_norm, lambda weights: weights.update({"model.norm.weight": torch.ones(7)})),
+        "of another shape, model.norm.weight",
+    ),
+    "a missing tensor": (
+        partial(change_norm, lambda weights: weights.pop("model.norm.weight")),
+        "not there, model.norm.weight",
+    ),
+    "numbers that are none": (
+        partial(change_norm, lambda weights: weights["model.norm.weight"].fill_(torch.nan)),
+        "no numbers",
+    ),
+    "a config that is no JSON": (partial(write, "config.json", "garbage"), "config.json"),
+    "a config that is empty": (partial(write, "config.json", ""), "config.json"),
+    "a config that is a list": (partial(write, "config.json", "[]"), "config.json"),
+    "a config that is deep": (partial(write, "config.json", "[" * 200_000), "recursion"),
+    "a model nobody knows": (partial(write, "config.json", '{"model_type": "new"}'), "`new`"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
+    "a tokenizer that is none": (partial(write, "tokenizer.json", "{}"), "tiny"),
+    "a pickle that runs": (plant_a_bomb, "weights_only"),
+    "modules of a new kind": (partial(plant_modules, "x"), "custom code"),
+    "a template that leaves its sandbox": (partial(write, "chat_template.jinja", ESCAPE), "unsafe"),
+    "a template that climbs": (partial(write, "chat_template.jinja", CLIMB), "unsafe"),
+    "a template that loops": (
+        partial(write, "chat_template.jinja", "{% for i in range(10**9) %}{% endfor %}"),
+        "Range too big",
+    ),
+}  # fmt: skip
+
+
+def copy_of(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "tiny"))
+
+
+def load(folder: Path) -> api.ChatModel:
+    return api.load_chat_model(api.Settings(model=str(folder), cache_memory="1MiB"))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_folder_is_told_in_one_sentence_and_nothing_in_it_runs(
+    sound, tmp_path, monkeypatch, how
+):
+    flag = tmp_path / "executed"
+    monkeypatch.setenv("CHAT_TEST_FLAG", str(flag))
+    folder = copy_of(sound, tmp_path)
+    breaks, word = BROKEN[how]
+    breaks(folder)
+    with pytest.raises(api.StartError) as told:
+        load(folder)
+    message = str(told.value)
+    assert word in message
+    assert "download" in message
+    assert message.isprintable()
+    assert not flag.exists()
+
+
+def test_a_sound_folder_with_modules_of_a_known_kind_loads_without_them(
+    sound, tmp_path, monkeypatch
+):
+    flag = tmp_path / "executed"
+    monkeypatch.setenv("CHAT_TEST_FLAG", str(flag))
+    folder = copy_of(sound, tmp_path)
+    plant_modules("llama", folder)
+    load(folder).engine.close()
+    assert not flag.exists()
+
+
+def test_a_file_that_may_not_be_read_is_named(sound, tmp_path, monkeypatch):
+    folder = copy_of(sound, tmp_path)
+    read = Path.read_text
+
+    def refuse(path: Path, *args, **options) -> str:
+        if path.name == "tokenizer.json":  # root may read whatever its mode
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(api.StartError, match=r"Permission denied: .*tokenizer\.json"):
+        load(folder)
+
+
+def test_memory_that_runs_out_at_the_start_is_no_broken_file(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), api.loading(tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_host_that_is_none_and_a_port_that_is_taken(capsys):
+    with pytest.raises(SystemExit, match=r"'no\.such\.host\.invalid', port 1: .*--host"):
+        api.check_address("no.such.host.invalid", 1)
+    api.check_address("127.0.0.1", 0)
+
+
+# ---- In service
+
+
+class Frail(ScriptedRunner):
+    """Fails on prompts that begin with 7, while they are read or else once two tokens are said."""
+
+    def __init__(self, tokenizer, after: int, fault: BaseException):
+        super().__init__(tokenizer)
+        self.after, self.fault = after, fault
+
+    def forward(self, work):
+        for seq, _ in work:
+            if seq.tokens[0] == 7 and seq.num_completion == self.after:
+                raise self.fault
+        return super().forward(work)
+
+
+def whole_of(engine: api.Engine) -> int:
+    return engine._num_free() + sum(span.room for span in engine.running)
+
+
+@pytest.mark.parametrize("after", [0, 2], ids=["prefill", "decode"])
+@pytest.mark.parametrize("fault", [RuntimeError("a fault"), torch.OutOfMemoryError("full")])
+def test_a_fault_costs_its_own_request_in_either_phase(tokenizer, after, fault):
+    runner = Frail(tokenizer, after, fault)
+    with serve(lambda settings: chat_model(runner, tokenizer)) as url:
+        ready(url)
+
+        async def crowd() -> list[httpx.Response]:
+            async with httpx.AsyncClient(base_url=f"{url}/v1", timeout=30) as client:
+                prompts = [[1, 1], [7, 7], [2] * 40, [7] * 40, [3]]
+                asks = [client.post("/completions", json={"prompt": p}) for p in prompts]
+                return await asyncio.gather(*asks)
+
+        for _ in range(2):
+            answers = asyncio.run(crowd())
+            assert [a.status_code for a in answers] == [200, 500, 200, 500, 200]
+            assert all(a.json()["choices"][0]["text"] == "hello" for a in answers[::2])
+            assert all(a.json()["error"]["code"] == "step_failed" for a in answers[1::2])
+        wait_for(lambda: httpx.get(f"{url}/health").json()["running"] == 0)
+
+
+def test_rows_come_back_after_memory_ran_out(tokenizer):
+    runner = Frail(tokenizer, 2, torch.OutOfMemoryError("full"))
+    model = chat_model(runner, tokenizer)
+
+    async def ask() -> list[api.Delta]:
+        return [d async for d in model.engine.stream([7] * 30, api.Sampling(50))]
+
+    try:
+        for _ in range(3):
+            with pytest.raises(api.StepFailed):
+                asyncio.run(ask())
+        wait_for(lambda: not model.engine.running)
+        assert whole_of(model.engine) == runner.rows
+        assert model.engine.failure is None
+    finally:
+        model.engine.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("end", [SystemExit("the end"), KeyboardInterrupt(), MemoryError()])
+def test_nobody_hangs_when_the_engine_dies(tokenizer, end):
+    """One answers, four wait, one streams, one comes later."""
+    runner = ScriptedRunner(tokenizer)
+    with serve(lambda settings: chat_model(runner, tokenizer, max_batch=1)) as url:
+        ready(url)
+        runner.hold()
+        got: list[int] = []
+        ask = lambda: got.append(httpx.post(url, json={"prompt": "x"}, timeout=30).status_code)  # noqa: E731
+        askers = [threading.Thread(target=ask) for _ in range(5)]
+        for asker in askers:
+            asker.start()
+        wait_for(lambda: httpx.get(f"{url}/health").json()["waiting"] == 4)
+        runner.failure = end
+        if isinstance(end, MemoryError):  # one that is an Exception, on a device that is gone
+            runner.check_device = partial(next, iter(()))
+        started = time.monotonic()
+        runner.free()
+        for asker in askers:
+            asker.join(10)
+        assert got == [503] * 5
+        late = httpx.post(url, json={"prompt": "x"}, timeout=10)
+        assert late.status_code == 503
+        assert late.json()["error"]["code"] == "not_serving"
+        health = httpx.get(f"{url}/health")
+        assert (health.status_code, health.json()["status"]) == (503, "dead")
+        assert time.monotonic() - started < 5
+
+
+def one_fails(url: str, bad: str) -> None:
+    async def crowd() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+            return await asyncio.gather(
+                *(client.post("/", json={"prompt": p}) for p in ("good", bad, "fine"))
+            )
+
+    answers = asyncio.run(crowd())
+    assert [a.status_code for a in answers] == [200, 500, 200]
+    assert [a.json()["response"] for a in answers[::2]] == ["hello"] * 2
+    assert "secret" not in answers[1].text
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_a_tokenizer_that_fails_fails_one_request(server, monkeypatch):
+    encode = api.ChatTokenizer.encode
+
+    def broken(self, messages: list[api.Message]) -> list[int]:
+        if "boom" in messages[-1]["content"]:
+            raise RuntimeError("a secret")
+        return encode(self, messages)
+
+    monkeypatch.setattr(api.ChatTokenizer, "encode", broken)
+    one_fails(server, "boom")
+
+
+def test_a_detokenizer_that_fails_fails_one_request(server, monkeypatch):
+    append = api.Sequence.append
+
+    def fail(token: int) -> str:
+        raise RuntimeError("a secret")
+
+    def broken(self, token: api.Token, end_ids: set[int]) -> api.Delta:
+        if self.num_completion == 2 and self.num_prompt > 30:
+            self.detokenizer.push = fail
+        return append(self, token, end_ids)
+
+    monkeypatch.setattr(api.Sequence, "append", broken)
+    one_fails(server, "long" * 10)
+
+
+SCHEMAS = {
+    "needs too much at once": {"type": "string", "pattern": "^(a{1000}){1000}$"},
+    "needs too much later": {
+        "type": "array",
+        "prefixItems": [{"enum": ["hello"]}, {"type": "string", "pattern": "^(a{1000}){1000}$"}],
+        "minItems": 2,
+    },
+    "refers to itself": {"$ref": "#"},
+    "is too long": {"enum": ["x" * 70_000]},
+    "is deep": json.loads('{"items":' * 400 + "{}" + "}" * 400),
+    "is wide": {"properties": {f"p{i}": {"type": "string"} for i in range(10_000)}},
+    "cannot be met": {"type": "object", "properties": {"a": False}, "required": ["a"]},
+    "asks for a special token": {"enum": ["<|user|>"]},
+    "asks for a special token in the middle": {"enum": ["a <|end|> b"]},
+    "spells one as a pattern": {"type": "string", "pattern": "^\\x3c\\|end\\|\\x3e$"},
+}
+
+
+@pytest.mark.parametrize("how", SCHEMAS)
+def test_a_schema_that_cannot_be_kept_is_a_400_and_holds_up_nobody(server, how):
+    """It was once a 200 with an answer that ended at once."""
+    schema = {"type": "json_schema", "json_schema": {"schema": SCHEMAS[how]}}
+    body = {"messages": [{"role": "user", "content": "x"}], "response_format": schema}
+    waits: list[float] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            started = time.perf_counter()
+            httpx.get(f"{server}/health", timeout=30)
+            waits.append(time.perf_counter() - started)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    answer = httpx.post(f"{server}/v1/chat/completions", json=body, timeout=30)
+    took = time.perf_counter() - started
+    done.set()
+    watcher.join()
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "response_format"
+    assert "<state>" not in answer.text
+    assert ("longer than 65,536" in answer.text) == (how in ("is too long", "is wide"))
+    assert ("special token" in answer.text) == ("special" in how or "spells" in how)
+    assert took < 5
+    assert max(waits) < 2
+    assert httpx.post(server, json={"prompt": "x"}).json()["response"] == "hello"
