@@ -136,6 +136,7 @@ class ChatError(Exception):
     status = 500
     type = "server_error"
     code = "internal_error"
+    headers: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, message: str, param: str | None = None, retry_after: int | None = None):
         super().__init__(message)
@@ -164,6 +165,7 @@ class Unauthorized(ChatError):
     """The server asks for a key, and this is none of its keys."""
 
     status, type, code = 401, "authentication_error", "invalid_api_key"
+    headers = MappingProxyType({"WWW-Authenticate": "Bearer"})
 
 
 class ModelNotFound(BadRequest):
@@ -2346,7 +2348,7 @@ class CompletionRequest(OpenAIRequest):
         return model.prepare_text(self.prompt, self.given())
 
 
-class ErrorBody(BaseModel):
+class OpenAIError(BaseModel):
     """What went wrong, with which field, and what would be right."""
 
     class Detail(BaseModel):
@@ -2356,8 +2358,42 @@ class ErrorBody(BaseModel):
         code: str
 
     error: Detail
+
+
+class ErrorBody(OpenAIError):
+    """The same outside OpenAI's dialect."""
+
     status: int
     time: str
+
+
+def promised(schema: dict[str, Any] | None = None, error: type[OpenAIError] = OpenAIError) -> Any:
+    """What a call may answer, for the docs: with a schema JSON or events, and errors."""
+    # Named by hand, as FastAPI would have the errors of an HTML page be HTML.
+    shape = {"schema": {"$ref": f"#/components/schemas/{error.__name__}"}}
+    errors: dict[str, Any] = {"content": {"application/json": shape}}
+    answers: dict[int | str, Any] = {}
+    if schema is not None:
+        errors["model"] = error
+        kinds = {"application/json": schema, "text/event-stream": {}}
+        answers[200] = {"content": {kind: {"schema": shape} for kind, shape in kinds.items()}}
+    answers["4XX"] = errors | {"description": "Refused: 400, 401, 404, 405, 413 or 429"}
+    answers["5XX"] = errors | {"description": "Not served: 500, 503 or 504"}
+    return answers
+
+
+def object_of(**kinds: str) -> dict[str, Any]:
+    """The schema of an object with these fields, for the docs."""
+    shapes = {name: {"type": kind} for name, kind in kinds.items()}
+    return {"type": "object", "required": list(shapes), "properties": shapes}
+
+
+STATE = {"content": {"application/json": {"schema": object_of(
+    status="string", running="integer", waiting="integer"
+)}}}  # fmt: skip
+COMPLETION = object_of(
+    id="string", object="string", created="integer", model="string", choices="array", usage="object"
+)
 
 
 # ---- Replies ----------------------------------------------------------------
@@ -2939,9 +2975,13 @@ def from_http(error: HTTPException, path: str) -> ChatError:
             "the body is not UTF-8; save the script as UTF-8, and in PowerShell send"
             " [Text.Encoding]::UTF8.GetBytes($body)"
         )
+    if isinstance(error.__cause__, RecursionError):
+        return BadRequest("the body is nested too deeply")
+    if isinstance(error.__cause__, ValueError):
+        return BadRequest("the body has a number of too many digits")
     known = {404: f"there is nothing at {path!r}", 405: f"{path!r} does not take this method"}
     refusal = BadRequest(known.get(error.status_code, str(error.detail)))
-    refusal.status = error.status_code
+    refusal.status, refusal.headers = error.status_code, error.headers or {}
     refusal.code = {404: "not_found", 405: "method_not_allowed"}.get(refusal.status, refusal.code)
     return refusal
 
@@ -3166,9 +3206,7 @@ class Serving:
 
     def refuse(self, scope: Scope, error: ChatError) -> JSONText:
         headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
-        if isinstance(error, Unauthorized):
-            headers["WWW-Authenticate"] = "Bearer"
-        return JSONText(self.tell(scope, error), error.status, headers)
+        return JSONText(self.tell(scope, error), error.status, {**error.headers, **headers})
 
     @property
     def draining(self) -> bool:
@@ -3286,43 +3324,45 @@ def build_app(
             expose_headers=["X-Request-ID", "Retry-After"],
         )
     add_error_handlers(app, serving)
-    errors: Any = {status: {"model": ErrorBody} for status in ("4XX", "5XX")}
-
     has_page = settings.chat_page and mount_chat_page(app, serving.model, settings.keys)
 
-    @app.get("/", response_class=HTMLResponse)
+    elsewhere = {307: {"description": "A browser is sent to the chat page"}} if has_page else {}
+
+    @app.get("/", response_class=HTMLResponse, responses=promised(error=ErrorBody) | elsewhere)
     async def page(request: Request) -> Response:
         if has_page and "text/html" in request.headers.get("accept", ""):
             return RedirectResponse("chat/")
         return HTMLResponse(PAGE)
 
-    @app.get("/health")
+    @app.get(
+        "/health", responses={200: STATE, 503: STATE | {"description": "Loading, draining or dead"}}
+    )
     async def health() -> JSONText:
         state = serving.health
         return JSONText(state, 200 if state["status"] == "ready" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=promised(error=ErrorBody))
     async def metrics() -> Response:
         text = prometheus_client.generate_latest(serving.metrics.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    @app.post("/", response_model=ChatResponse, responses=errors)
+    @app.post("/", response_model=ChatResponse, responses=promised({}, ErrorBody))
     async def chat(body: ChatRequest, request: Request) -> Any:
         return await serving.answer(request, body, ClassicReply)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=promised())
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card_of(serving.model())]}
 
-    @app.get("/v1/models/{name:path}", responses=errors)
+    @app.get("/v1/models/{name:path}", responses=promised())
     async def model(name: str) -> dict[str, Any]:
         return card_of(serving.model(name))
 
-    @app.post("/v1/chat/completions", responses=errors)
+    @app.post("/v1/chat/completions", responses=promised(COMPLETION))
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any:
         return await serving.answer(request, body, ChatCompletionReply, body.model, body.n or 1)
 
-    @app.post("/v1/completions", responses=errors)
+    @app.post("/v1/completions", responses=promised(COMPLETION))
     async def completions(body: CompletionRequest, request: Request) -> Any:
         return await serving.answer(request, body, CompletionReply, body.model, body.n or 1)
 
