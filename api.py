@@ -3025,6 +3025,8 @@ class RequireKey:
         self.keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # there are none, whatever a library may bring
+            return await send({"type": "websocket.close"})
         if scope["type"] != "http" or self._open(scope) or self._known(scope):
             return await self.app(scope, receive, send)
         error = Unauthorized("send one of the server's keys as `Authorization: Bearer KEY`")

@@ -1,0 +1,258 @@
+"""What a stranger may try on the socket, and what a user may try with a prompt."""
+
+import asyncio
+import logging
+import re
+import socket
+import time
+
+import httpx
+import numpy as np
+import pytest
+from conftest import ScriptedRunner, chat_model, ready, serve
+from prometheus_client.parser import text_string_to_metric_families
+from test_families import FIXTURES, MARKERS, small, text_of
+from transformers import GenerationConfig
+
+import api
+
+KEY = "Authorization: Bearer sesame\r\n"
+BODY = b'{"prompt": "hi"}'
+CHUNKED = b"10\r\n" + BODY + b"\r\n0\r\n\r\n"
+
+
+def raw(url: str, request: bytes, seconds: float = 10) -> bytes:
+    """Whatever the server says to these bytes until it hangs up."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def status(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1])
+
+
+def asked(url: str, line: str, headers: str = "", body: bytes = b"") -> bytes:
+    head = f"{line} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\r\n"
+    return raw(url, head.encode() + body)
+
+
+# ---- The key
+
+
+@pytest.fixture(scope="module", params=["", "/model", "/health", "/chat"])
+def locked(request, tokenizer):
+    """A server with a key, plain and behind proxies' prefixes, two of them ill chosen."""
+    runner = ScriptedRunner(tokenizer)
+    load = lambda settings: chat_model(runner, tokenizer)  # noqa: E731
+    with serve(load, api_key="sesame", root_path=request.param) as url:
+        assert status(asked(url, "GET /metrics", KEY)) == 200
+        yield url
+
+
+TARGETS = [
+    "/metrics", "//metrics", "/metrics/", "//health", "/health;x", "/health/", "/HEALTH",
+    "/health/../metrics", "/health%2f..%2fmetrics", "/%2e%2e/metrics", "/health%00", "/health%0a",
+    "/metrics?/health", "/metrics#/health", "/metrics;/health", "/health/metrics", "/healthmetrics",
+    "/health/health", "/model/metrics", "/model/health", "/chat/", "/chat/../metrics",
+    "/chat/%2e%2e/metrics", "/chat/gradio_api/queue/join", "http://x/metrics", "http://health/docs",
+    "http://x/chat/../metrics", "*", "health", "x/metrics", "http://x", "\\\\metrics",
+]  # fmt: skip
+METHODS = ["HEAD", "OPTIONS", "TRACE", "CONNECT", "PUT", "DELETE", "PATCH", "POST", "BREW", "get"]
+
+
+def test_no_spelling_of_a_path_and_no_method_goes_round_the_key(locked):
+    for target in TARGETS:
+        answer = asked(locked, f"GET {target}")
+        assert status(answer) in (400, 401), (target, answer[:300])
+        assert b"chat_requests" not in answer
+    for method in METHODS:
+        for target in ("/", "/metrics", "/v1/models", "/chat/"):
+            answer = asked(locked, f"{method} {target}", "Content-Length: 0\r\n")
+            assert status(answer) in (400, 401), (method, target, answer[:300])
+    for prefix in ("X-Forwarded-Prefix", "X-Original-URL", "X-Rewrite-URL", "X-Forwarded-Path"):
+        assert status(asked(locked, "GET /metrics", f"{prefix}: /health\r\n")) == 401
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Bearer", "Bearer ", "", "sesame", "Basic sesame", "Bearer sesam", "Bearer sesame2",
+        "Bearer SESAME", "Bearer wrong\r\nAuthorization: Bearer sesame", "Bearer s\u00e9same",
+        "Bearer " + "x" * 60_000, "Bearer sesame, sesame", "Bearer,sesame", "Token sesame",
+    ],
+)  # fmt: skip
+def test_only_the_key_itself_is_a_key(locked, header):
+    assert status(asked(locked, "GET /metrics", f"Authorization: {header}\r\n")) == 401
+
+
+def test_a_second_request_on_a_connection_needs_the_key_too(locked):
+    first = f"GET /metrics HTTP/1.1\r\nHost: x\r\n{KEY}\r\n"
+    health = "GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    last = "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    statuses = re.findall(rb"HTTP/1\.1 (\d+) ", raw(locked, (first + health + last).encode()))
+    assert statuses == [b"200", b"200", b"401"]
+
+
+UPGRADE = (
+    "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+
+
+@pytest.mark.parametrize("target", ["/", "/v1/chat/completions", "/metrics", "/chat/"])
+def test_a_websocket_is_not_opened(locked, target):
+    head = f"GET {target} HTTP/1.1\r\nHost: x\r\n{UPGRADE}\r\n"
+    assert status(raw(locked, head.encode())) in (401, 403)
+
+
+def test_a_websocket_that_a_library_brings_stays_shut():
+    """There is none today, so the key's guard is asked directly."""
+    sent = []
+
+    async def app(*_: object) -> None:
+        pytest.fail("it was let through")
+
+    async def send(message: dict) -> None:
+        sent.append(message["type"])
+
+    guard = api.RequireKey(app, ("sesame",), True, lambda *_: None)
+    scope = {"type": "websocket", "path": "/chat/", "headers": [], "root_path": ""}
+    asyncio.run(guard(scope, None, send))
+    assert sent == ["websocket.close"]
+
+
+def test_keys_are_compared_in_a_time_that_tells_nothing(monkeypatch):
+    """Every key is compared, whichever is the right one, and by hmac."""
+    compared = []
+    compare = api.hmac.compare_digest
+    monkeypatch.setattr(
+        api.hmac, "compare_digest", lambda a, b: compared.append(b) or compare(a, b)
+    )
+    guard = api.RequireKey(None, ("a", "b", "c"), True, lambda *_: None)
+    assert guard._known({"type": "http", "headers": [(b"authorization", b"Bearer a")]})
+    assert compared == [b"a", b"b", b"c"]
+
+
+# ---- Requests that lie
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "wanted"),
+    [
+        ("Content-Length: 16", BODY, 200),
+        ("Content-Length: 10", BODY, 400),
+        ("Content-Length: -1", BODY, 400),
+        ("Content-Length: +16", BODY, 400),
+        ("Content-Length: abc", BODY, 400),
+        ("Content-Length: " + "9" * 5000, BODY, 400),
+        ("Content-Length: 99999999999999", BODY, 413),
+        ("Content-Length: 16\r\nContent-Length: 17", BODY, 400),
+        ("Content-Length: 16\r\nTransfer-Encoding: chunked", CHUNKED, 400),
+        ("Transfer-Encoding: chunked", CHUNKED, 200),
+        ("Transfer-Encoding: chunked", b"zz\r\n" + BODY, 400),
+        ("Content-Encoding: gzip\r\nContent-Length: 16", b"\x1f\x8b" + b"\0" * 14, 400),
+        ("Expect: 100-continue\r\nContent-Length: 99999999", b"", 413),
+    ],
+)  # fmt: skip
+def test_a_body_is_what_its_headers_say(server, headers, body, wanted):
+    answer = asked(server, "POST /", headers + "\r\n", body)
+    assert status(answer) == wanted, answer[:300]
+    assert b"Traceback" not in answer
+    assert httpx.post(server, json={"prompt": "hi"}).status_code == 200
+
+
+def test_what_is_sent_cannot_split_an_answer_or_a_line_of_the_log(server, caplog):
+    caplog.set_level(logging.INFO)
+    evil = "%0d%0aSet-Cookie:%20a=b%0d%0a%0d%0aforged"
+    for target in (f"/x{evil}", f"/health{evil}/", f"/v1/models/x{evil}", f"/health?{evil}"):
+        head = asked(server, f"GET {target}").partition(b"\r\n\r\n")[0]
+        assert b"set-cookie" not in head.lower()
+    for forged in ("a\x0bb", "a\x85b", "a b", "x" * 129, "é", "a%0ab", "${jndi:x}"):
+        head = asked(server, "GET /health", f"X-Request-ID: {forged}\r\n").partition(b"\r\n\r\n")[0]
+        assert not head or status(head) == 400 or re.search(rb"x-request-id: [0-9a-f]{32}", head)
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+
+
+def test_strangers_cannot_make_the_metrics_grow(server):
+    def series() -> int:
+        families = text_string_to_metric_families(httpx.get(f"{server}/metrics").text)
+        return sum(len(family.samples) for family in families)
+
+    def ask(number: int) -> None:
+        headers = {"X-Request-ID": f"id-{number}"}
+        httpx.get(f"{server}/nowhere/{number}", headers=headers)
+        httpx.post(f"{server}/v1/completions", json={"model": f"m{number}"}, headers=headers)
+        httpx.request(f"M{number}"[:2], f"{server}/", headers=headers)
+
+    ask(0)
+    before = series()
+    for number in range(1, 20):
+        ask(number)
+    assert series() == before
+
+
+# ---- What costs too much
+
+
+def test_the_most_that_one_request_may_ask_for_holds_up_nobody(tokenizer):
+    """Sixteen answers, a prompt that nearly fills the context, sixteen long stop strings."""
+    runner = ScriptedRunner(tokenizer, "a" * 300)
+    with serve(lambda settings: chat_model(runner, tokenizer, 100_000 // 16)) as url:
+        ready(url)
+        stop = [f"{'a' * 250}{i:02}" for i in range(16)]
+        body = {"prompt": "x" * 5000, "n": 16, "stop": stop}
+        started = time.perf_counter()
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert [c["text"] for c in answer.json()["choices"]] == ["a" * 300] * 16
+        assert time.perf_counter() - started < 30
+        for more in ({"n": 17}, {"stop": [*stop, "z"]}, {"stop": "a" * 257}, {"max_tokens": 10**9}):
+            assert httpx.post(f"{url}/v1/completions", json=body | more).status_code == 400
+
+
+# ---- Prompts with the model's own tokens
+
+
+def marked(text: api.ChatTokenizer, ids: list[int]) -> list[int]:
+    return [i for i in ids if i in set(text.special.values())]
+
+
+def family(name: str) -> api.ChatTokenizer:
+    return text_of(FIXTURES / "tokenizers" / name) if name.endswith("_like") else small(name)
+
+
+@pytest.mark.parametrize("name", [*MARKERS, "xverse_like", "index_like"])
+def test_no_text_becomes_a_special_token_in_any_call(name):
+    text = family(name)
+    for word in text.special:
+        for forged in (word, f"a{word}b", f" {word} ", word * 2, word[:-1] + word):
+            for role in ("system", "user", "assistant"):
+                turns = lambda said, role=role: [{"role": role, "content": said},  # noqa: E731
+                                                 {"role": "user", "content": said}]  # fmt: skip
+                assert marked(text, text.encode(turns(forged))) == marked(
+                    text, text.encode(turns("honest"))
+                )
+            assert marked(text, text.encode_text(forged)) == marked(text, text.encode_text("x"))
+
+
+@pytest.mark.parametrize("name", MARKERS)
+def test_no_schema_makes_an_answer_say_a_special_token(name):
+    """It is refused, or else spelled with ordinary tokens."""
+    text = family(name)
+    ends = text.end_ids(GenerationConfig())
+    for word in text.special:
+        spelled = "".join(f"\\x{{{ord(c):x}}}" for c in word)
+        for schema in ({"enum": [word]}, {"enum": [f"a{word}"]}, {"pattern": f"^{spelled}$"}):
+            said: list[int] = []
+            try:
+                guide = text.guide({"type": "string"} | schema, ends)
+                while (token := int(np.flatnonzero(guide.allowed())[0])) not in ends:
+                    said.append(token)
+                    guide.matcher.consume_token(token)
+            except api.BadRequest:
+                continue
+            finally:
+                assert not marked(text, said)
+            assert text.plain.decode(said)[-1] == '"'
