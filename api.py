@@ -3414,8 +3414,9 @@ def listener(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
+        why = (error.strerror or str(error)).partition(" (")[0]
         sys.exit(
-            f"api.py: nobody can listen on {host!r}, port {port}: {error.strerror};"
+            f"api.py: nobody can listen on {host!r}, port {port}: {why};"
             " choose another --port or --host, or end the program that has it."
         )
 
