@@ -3270,6 +3270,7 @@ class Serving:
         here = f"http://127.0.0.1:{port}"
         lines = model.facts | {
             "calls": f"{here} (prompt and history), {here}/v1 (OpenAI's), {here}/docs",
+            **({"chat page": f"{here}/chat"} if self.settings.chat_page else {}),
             "from a laptop": f"ssh -CNg -L {port}:127.0.0.1:{port} -p PORT USER@THIS-MACHINE",
         }
         for name, fact in lines.items():

@@ -142,7 +142,7 @@ def flags_of(file: str) -> set[str]:
     return set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source)) | {"--help"}
 
 
-OURS = ("api.py", "model_download.py", "request.py", "tests/benchmark.py")
+OURS = ("api.py", "model_download.py", "request.py", "tests/benchmark.py", "tests/soak.py")
 
 
 @each
