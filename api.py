@@ -2765,7 +2765,7 @@ class ChatPage:
         try:
             model = self.model()
             body = self._request(model, *asked)
-            prompt = await asyncio.to_thread(model.prepare, body.messages(), body.given(), True)
+            prompt = await asyncio.to_thread(body.prepare, model)
             if prompt.dropped_turns:
                 self.gradio.Info(PAGE_DROPPED, title="")
             said, due = "", 0.0
@@ -2792,7 +2792,7 @@ class ChatPage:
         given = {knob: x for knob, x in knobs if x not in (None, getattr(model.defaults, knob))}
         texts = {"prompt": text, "history": turns_of(history), "system": system or None}
         try:
-            return ChatRequest.model_validate(texts | given)
+            return ChatRequest.model_validate({**texts, **given, "truncate": True})
         except ValidationError as error:
             first = error.errors()[0]
             raise BadRequest(f"{first['loc'][0]}: {first['msg']}") from error
@@ -2892,6 +2892,12 @@ class PageGuard:
         await self.app(scope, receive, guarded)
 
 
+def is_key(given: bytes, keys: tuple[str, ...]) -> bool:
+    """Whether it is one of the keys; all are compared, so that the time tells nothing of any."""
+    matches = [hmac.compare_digest(given, key.encode()) for key in keys]
+    return any(matches)
+
+
 def mount_chat_page(
     app: FastAPI, model: Callable[[], ChatModel], keys: tuple[str, ...] = ()
 ) -> bool:
@@ -2903,7 +2909,7 @@ def mount_chat_page(
         return False
 
     def known(_: str, given: str) -> bool:
-        return any(hmac.compare_digest(given.encode(), key.encode()) for key in keys)
+        return is_key(given.encode(), keys)
 
     page.gradio.mount_gradio_app(
         app,
@@ -3022,7 +3028,7 @@ class RequireKey:
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...], page: bool, refuse: Callable[..., Any]):
         self.app, self.page, self.refuse = app, page, refuse
-        self.keys = [key.encode() for key in keys]
+        self.keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # there are none, whatever a library may bring
@@ -3041,9 +3047,7 @@ class RequireKey:
 
     def _known(self, scope: Scope) -> bool:
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        # All are compared, so that the time tells nothing about any.
-        matches = [hmac.compare_digest(given.strip().encode("latin-1"), key) for key in self.keys]
-        return kind.lower() == "bearer" and any(matches)
+        return is_key(given.strip().encode("latin-1"), self.keys) and kind.lower() == "bearer"
 
 
 class JSONBodies:
