@@ -56,6 +56,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import accumulate, groupby, pairwise
+from math import inf
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
@@ -118,6 +119,7 @@ try:
     from transformers.cache_utils import Cache, CacheLayerMixin
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
     from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 except ImportError as missing:
     sys.exit(f"api.py cannot start ({missing}); run `pip install -r requirements.txt`.")
 
@@ -153,6 +155,10 @@ class ContextTooLong(BadRequest):
 
 class BodyTooLarge(BadRequest):
     status, code = 413, "body_too_large"
+
+
+class BodyTooSlow(BadRequest):
+    status, code = 408, "body_too_slow"
 
 
 class NotServing(ChatError):
@@ -2377,7 +2383,7 @@ def promised(schema: dict[str, Any] | None = None, error: type[OpenAIError] = Op
         errors["model"] = error
         kinds = {"application/json": schema, "text/event-stream": {}}
         answers[200] = {"content": {kind: {"schema": shape} for kind, shape in kinds.items()}}
-    answers["4XX"] = errors | {"description": "Refused: 400, 401, 404, 405, 413 or 429"}
+    answers["4XX"] = errors | {"description": "Refused: 400, 401, 404, 405, 408, 413 or 429"}
     answers["5XX"] = errors | {"description": "Not served: 500, 503 or 504"}
     return answers
 
@@ -2937,6 +2943,7 @@ def mount_chat_page(
 # being computed, or still waits, is ended by `while_connected`.
 
 MAX_BODY = 8 * 2**20
+BODY_SECONDS = 120.0
 PAGE = """<!doctype html><meta charset="utf-8"><title>chat-api</title>
 <p>The chat server is up: <code>POST /</code> with <code>{"prompt": "..."}</code>.
 See <a href="docs">the fields of every call</a> and <a href="health">its health</a>."""
@@ -2976,6 +2983,8 @@ def from_http(error: HTTPException, path: str) -> ChatError:
     """Starlette's and FastAPI's own refusals, in our words."""
     if error.status_code == 413:
         return BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
+    if error.status_code == 408:
+        return BodyTooSlow(f"the body took more than {BODY_SECONDS:.0f} seconds; send it at once")
     if isinstance(error.__cause__, UnicodeDecodeError):
         return BadRequest(
             "the body is not UTF-8; save the script as UTF-8, and in PowerShell send"
@@ -3053,7 +3062,8 @@ class RequireKey:
 class JSONBodies:
     """Takes every body for JSON, as the tutorials' curl lines send it without saying so.
 
-    Refuses one that is too large: unread if its length is declared, else as it comes.
+    Refuses one that is too large, unread if its length is declared, else as it comes; and one
+    that comes too slowly.
     """
 
     def __init__(self, app: ASGIApp):
@@ -3067,13 +3077,20 @@ class JSONBodies:
         if not path_of(scope).startswith("/chat/"):
             headers["content-type"] = "application/json"
         size, declared = 0, headers.get("content-length", "")
+        deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def limited() -> MutableMapping[str, Any]:
-            nonlocal size
+            nonlocal size, deadline
             # HTTPException is the one kind that FastAPI lets through.
             if declared.isdecimal() and int(declared) > MAX_BODY:
                 raise HTTPException(413)
-            message = await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, headers={"Connection": "close"}) from None
+            if not message.get("more_body"):
+                deadline = None
             size += len(message.get("body", b""))
             if size > MAX_BODY:
                 raise HTTPException(413)
@@ -3384,6 +3401,10 @@ def card_of(model: ChatModel) -> dict[str, Any]:
 
 # ---- Main -------------------------------------------------------------------
 
+# What may come before a body.
+MAX_HEAD = 64 * 2**10
+HEAD_SECONDS = 30.0
+
 
 def start_log(as_json: bool) -> None:
     """Lines for a person, or one JSON object each."""
@@ -3393,6 +3414,42 @@ def start_log(as_json: bool) -> None:
         from pythonjsonlogger.json import JsonFormatter
 
         logging.getLogger().handlers[0].setFormatter(JsonFormatter(shape))
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's, but what comes before a body is limited, in bytes and in seconds."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.head: float = 0
+        self._have_patience()
+
+    def _have_patience(self) -> None:
+        self.patience = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        self.head += len(data)
+        if self.head > MAX_HEAD:
+            return self.send_400_response("The headers are too long.")
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        self.patience.cancel()
+        self._have_patience()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self.patience.cancel()
+        self.head = -inf  # the body has a limit of its own
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self.head = 0
+        super().on_message_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.patience.cancel()
+        super().connection_lost(exc)
 
 
 class Server(uvicorn.Server):
@@ -3443,6 +3500,7 @@ def main() -> None:
         app,
         root_path=settings.root_path,
         log_level="warning",
+        http=Connection,
         # Seconds for what is no answer: a page that is open, a body that never comes.
         timeout_graceful_shutdown=5,
     )

@@ -161,6 +161,7 @@ def serve(load: Callable[[api.Settings], api.ChatModel], **settings: object) -> 
             root_path=chosen.root_path,
             log_level="warning",
             lifespan="on",
+            http=api.Connection,
         )
     )
     thread = threading.Thread(target=server.run)

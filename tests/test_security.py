@@ -5,6 +5,7 @@ import logging
 import re
 import socket
 import time
+from contextlib import suppress
 
 import httpx
 import numpy as np
@@ -21,12 +22,21 @@ BODY = b'{"prompt": "hi"}'
 CHUNKED = b"10\r\n" + BODY + b"\r\n0\r\n\r\n"
 
 
+def peer(url: str, seconds: float = 10) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=seconds)
+
+
+def told(connection: socket.socket) -> bytes:
+    """All that comes until the server hangs up."""
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
 def raw(url: str, request: bytes, seconds: float = 10) -> bytes:
     """Whatever the server says to these bytes until it hangs up."""
-    host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
+    with peer(url, seconds) as connection:
         connection.sendall(request)
-        return b"".join(iter(lambda: connection.recv(65536), b""))
+        return told(connection)
 
 
 def status(answer: bytes) -> int:
@@ -210,6 +220,61 @@ def test_the_most_that_one_request_may_ask_for_holds_up_nobody(tokenizer):
         assert time.perf_counter() - started < 30
         for more in ({"n": 17}, {"stop": [*stop, "z"]}, {"stop": "a" * 257}, {"max_tokens": 10**9}):
             assert httpx.post(f"{url}/v1/completions", json=body | more).status_code == 400
+
+
+# ---- Those who take their time
+
+
+HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize("head", [b"", b"POST / HT", HEAD, HEAD + b"X-Long: a"])
+def test_a_caller_who_does_not_say_what_is_wanted_is_cut_off(server, monkeypatch, head):
+    monkeypatch.setattr(api, "HEAD_SECONDS", 0.3)
+    with peer(server) as connection:
+        connection.sendall(head)
+        started = time.monotonic()
+        assert told(connection) == b""
+        assert 0.2 < time.monotonic() - started < 5
+
+
+def test_a_second_request_is_waited_for_no_longer(server, monkeypatch):
+    monkeypatch.setattr(api, "HEAD_SECONDS", 0.3)
+    with peer(server) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"ready" in connection.recv(65536)
+        connection.sendall(HEAD)
+        assert told(connection) == b""
+
+
+def test_an_answer_may_take_longer_than_a_question(server, runner, monkeypatch):
+    monkeypatch.setattr(api, "HEAD_SECONDS", 0.2)
+    runner.pause, runner.say = 0.05, "x" * 20
+    answer = httpx.post(server, json={"prompt": "hi", "stream": True}, timeout=30)
+    assert answer.text.endswith("data: [DONE]\n\n")
+    assert answer.elapsed.total_seconds() > 0.5
+
+
+@pytest.mark.parametrize("size", [1, 4000])
+def test_headers_have_an_end(server, size):
+    with peer(server) as connection:
+        connection.sendall(HEAD)
+        with suppress(ConnectionError):
+            for n in range(100_000 // size):
+                connection.sendall(b"x" * size if size > 1 else b"X-%d: y\r\n" % n)
+        with suppress(ConnectionError):
+            assert told(connection).startswith(b"HTTP/1.1 400 ")
+    assert httpx.get(f"{server}/health").status_code == 200
+
+
+def test_a_body_that_does_not_come_is_a_408(server, runner, monkeypatch):
+    monkeypatch.setattr(api, "BODY_SECONDS", 0.3)
+    with peer(server) as connection:
+        connection.sendall(HEAD + b'Content-Length: 50\r\n\r\n{"prompt": ')
+        answer = told(connection)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"send it at once" in answer
+    assert not runner.steps
 
 
 # ---- Prompts with the model's own tokens
