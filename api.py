@@ -55,7 +55,8 @@ from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import accumulate, groupby, pairwise
+from inspect import signature
+from itertools import accumulate, groupby, pairwise, product
 from math import inf
 from pathlib import Path
 from types import MappingProxyType
@@ -122,6 +123,13 @@ try:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 except ImportError as missing:
     sys.exit(f"api.py cannot start ({missing}); run `pip install -r requirements.txt`.")
+
+try:
+    from torch.nn.attention import varlen
+
+    varlen_attn: Any = varlen.varlen_attn
+except ImportError:  # an older torch
+    varlen_attn = None
 
 log = logging.getLogger("chat")
 
@@ -657,11 +665,9 @@ class Detokenizer:
         return ready
 
 
-# ---- Batches ----------------------------------------------------------------
-# One thread owns the model. Every step is one forward pass over packed tokens:
-# the next token of each sequence that is answering, and a chunk of each prompt
-# that is not through yet. Keys and values lie in one pool a layer, in which a
-# sequence owns a span of rows; its attention reads that span and no other.
+# ---- Sequences --------------------------------------------------------------
+# A request inside the engine, and its room: keys and values lie in one pool a
+# layer, in which a sequence owns a span of rows.
 
 FinishReason = Literal["stop", "length"]
 
@@ -828,46 +834,27 @@ class Allocator:
         self.free.insert(at, (start, size))
 
 
-class Group(NamedTuple):
-    """A part of a step that is one call of attention: single tokens, padded, or one chunk."""
+# ---- Attention --------------------------------------------------------------
+# Every step is one forward pass over packed tokens: the next token of each
+# sequence that is answering, and a chunk of each prompt that is not through
+# yet. The attention of each reads the rows of its own span and no other's.
+
+
+class Gathered(NamedTuple):
+    """A part of a step whose rows are copied side by side for sdpa, on any device.
+
+    That is single tokens, padded to the longest, or one chunk.
+    """
 
     batch: int
     tokens: slice  # of the step's packed tokens
     rows: slice  # of the rows that the step reads
     mask: torch.Tensor | None  # bool, [batch, 1, 1, longest] or [new, total]
 
-
-def attended_as(item: tuple[Span, int]) -> tuple[bool, int]:
-    """Neighbours that agree in this are one group.
-
-    Single tokens are, if their lengths agree within a factor of two; a chunk is always alone.
-    """
-    span, new = item
-    return new > 1, id(span) if new > 1 else (span.num_cached + 1).bit_length()
-
-
-class Step:
-    """What one forward pass works on; a plain object, which accelerate's hooks leave alone."""
-
-    def __init__(self, work: Work):
-        self.ids = [i for span, n in work for i in span.tokens[span.num_cached :][:n]]
-        ends = [(span.num_cached, span.num_cached + new) for span, new in work]
-        self.positions = torch.cat([torch.arange(*both) for both in ends])
-        news = torch.tensor([new for _, new in work])
-        starts = torch.tensor([span.start for span, _ in work])
-        # The pool's row of each packed token, and the packed token that ends each sequence.
-        self.write = self.positions + starts.repeat_interleave(news)
-        self.last = (news.cumsum(0) - 1).tolist()
-        self.groups: list[Group] = []
-        self.read = torch.cat([self._group(list(part)) for _, part in groupby(work, attended_as)])
-        self.attended = 0
-        self._copies: dict[torch.device, Step] = {}
-
-    def _group(self, work: Work) -> torch.Tensor:
-        """Add the group of these spans; return the rows that it reads, [batch * longest]."""
-        token, row = (part.stop for part in self.groups[-1][1:3]) if self.groups else (0, 0)
-        new = work[0][1]
-        totals = torch.tensor([[span.num_cached + new] for span, _ in work])
+    @classmethod
+    def of(cls, work: Work, token: int, row: int) -> tuple[Self, torch.Tensor]:
+        """The group of these spans, and the pool's rows that are copied for it."""
+        new, totals = work[0][1], torch.tensor([[span.num_cached + new] for span, new in work])
         longest = torch.arange(int(totals.max()))
         # Where a span is shorter than the longest, its last row is read again, and masked.
         rows = torch.tensor([[span.start] for span, _ in work]) + longest.minimum(totals - 1)
@@ -877,18 +864,146 @@ class Step:
         elif len(work) > 1:
             mask = (longest < totals)[:, None, None]
         tokens = slice(token, token + len(work) * new)
-        self.groups.append(Group(len(work), tokens, slice(row, row + rows.numel()), mask))
-        return rows.flatten()
+        return cls(len(work), tokens, slice(row, row + rows.numel()), mask), rows.flatten()
+
+    def on(self, device: torch.device) -> Self:
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
+        return self._replace(mask=mask)
+
+    @property
+    def is_chunk(self) -> bool:
+        return self.tokens.stop - self.tokens.start > self.batch
+
+    def part_of(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Its own of the step's: [tokens, heads, width], and twice [rows, kv heads, width]."""
+        return query[self.tokens], key[self.rows], value[self.rows]
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        key, value = (x.unflatten(0, (self.batch, -1)).transpose(1, 2) for x in (key, value))
+        # The query heads that share a key head become the query's length, so that none is
+        # repeated: [batch, kv heads, sharing * new, width], as a masked enable_gqa is slow on CUDA.
+        new = len(query) // self.batch
+        query = query.unflatten(0, (self.batch, new)).unflatten(2, (key.shape[1], -1))
+        mask = self.mask if new == 1 or self.mask is None else self.mask.repeat(query.shape[3], 1)
+        stacked = query.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        out = F.scaled_dot_product_attention(stacked, key, value, mask, scale=scale)
+        return out.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+
+
+class InPlace(NamedTuple):
+    """A part of a step whose rows are read where they lie in the pool, on CUDA cards.
+
+    That is all single tokens, or all chunks; the names of sizes are varlen_attn's.
+    """
+
+    tokens: slice
+    max_q: int
+    max_k: int
+    cu_seq_q: torch.Tensor  # int32, [sequences + 1]: where each one's packed tokens begin
+    cu_seq_k: torch.Tensor  # int32, [sequences + 1]: where each one's span begins, in order
+    seqused_k: torch.Tensor  # int32, [sequences]: how many of its rows are read
+
+    @classmethod
+    def of(cls, work: Work, token: int) -> Self:
+        news = [new for _, new in work]
+        starts = [span.start for span, _ in work]
+        totals = [span.num_cached + new for span, new in work]
+        # Where the last span ends is of no account, as seqused_k says how long it is.
+        offsets = [*accumulate(news, initial=0)], [*starts, starts[-1]], totals
+        return cls(
+            slice(token, token + sum(news)),
+            max(news),
+            max(totals),
+            *(torch.tensor(numbers, dtype=torch.int32) for numbers in offsets),
+        )
+
+    def on(self, device: torch.device) -> Self:
+        return self._replace(
+            cu_seq_q=self.cu_seq_q.to(device, non_blocking=True),
+            cu_seq_k=self.cu_seq_k.to(device, non_blocking=True),
+            seqused_k=self.seqused_k.to(device, non_blocking=True),
+        )
+
+    @property
+    def is_chunk(self) -> bool:
+        return self.max_q > 1
+
+    def part_of(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Its own of the step's tokens [tokens, heads, width], and the whole pool."""
+        return query[self.tokens], key, value
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        out: torch.Tensor = varlen_attn(
+            query,
+            key,
+            value,
+            self.cu_seq_q,
+            self.cu_seq_k,
+            self.max_q,
+            self.max_k,
+            scale=scale,
+            # Causal from the last row on. Of one token that is the same as no window at all,
+            # with which FlashAttention splits long rows among more of the card.
+            window_size=(-1, 0) if self.max_q > 1 else (-1, -1),
+            enable_gqa=query.shape[1] != key.shape[1],
+            seqused_k=self.seqused_k,
+        )
+        return out
+
+
+class Step:
+    """What one forward pass works on; a plain object, which accelerate's hooks leave alone."""
+
+    def __init__(self, work: Work, in_place: bool = False):
+        self.in_place = in_place
+        # Neighbours that agree in the first part of the key share a call of attention: chunks in
+        # place, single tokens in place, or gathered ones whose lengths are alike.
+        order = sorted(range(len(work)), key=lambda n: self._neighbourhood(*work[n]))
+        work = [work[n] for n in order]
+        ends = [(span.num_cached, span.num_cached + new) for span, new in work]
+        news = torch.tensor([new for _, new in work])
+        starts = torch.tensor([span.start for span, _ in work])
+        self.ids = torch.tensor([i for span, n in work for i in span.tokens[span.num_cached :][:n]])
+        self.positions = torch.cat([torch.arange(*both) for both in ends])
+        # The pool's row of each packed token, and the packed token that ends each sequence.
+        self.write = self.positions + starts.repeat_interleave(news)
+        self.last = (news.cumsum(0) - 1)[torch.tensor(order).argsort()]
+        self.groups: list[Gathered | InPlace] = []
+        reads = [torch.empty(0, dtype=torch.long)]
+        for _, part in groupby(work, lambda item: self._neighbourhood(*item)[0]):
+            token = self.groups[-1].tokens.stop if self.groups else 0
+            if in_place:
+                self.groups.append(InPlace.of(list(part), token))
+            else:
+                group, rows = Gathered.of(list(part), token, sum(map(len, reads)))
+                self.groups.append(group)
+                reads.append(rows)
+        self.read = torch.cat(reads)  # the pool's rows that are copied
+        self.attended = 0
+        self._copies: dict[torch.device, Step] = {}
+
+    def _neighbourhood(self, span: Span, new: int) -> tuple[tuple[bool, int], int]:
+        if self.in_place:
+            return (new > 1, 0), span.start
+        # A chunk is always alone; the lengths of single tokens agree within a factor of two.
+        alike = span.start if new > 1 else (span.num_cached + 1).bit_length()
+        return (new > 1, alike), span.num_cached
 
     def on(self, device: torch.device) -> "Step":
         """The step with its tensors on a device; copied there once, for all its layers."""
         if device not in self._copies:
             there = self._copies[device] = copy(self)
-            there.write, there.read = self.write.to(device), self.read.to(device)
-            there.groups = [
-                group if group.mask is None else group._replace(mask=group.mask.to(device))
-                for group in self.groups
-            ]
+            for name in ("ids", "positions", "write", "read", "last"):
+                setattr(there, name, getattr(self, name).to(device, non_blocking=True))
+            there.groups = [group.on(device) for group in self.groups]
         return self._copies[device]
 
 
@@ -900,7 +1015,8 @@ class SpanLayer(CacheLayerMixin):
         self.pool = pool
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        shapes = [(self.pool.rows, x.shape[1], x.shape[3]) for x in (key_states, value_states)]
+        rows = self.pool.rows + 1  # the last one is nobody's
+        shapes = [(rows, x.shape[1], x.shape[3]) for x in (key_states, value_states)]
         # Not zeroed: no row is read before it is written, and an untouched page costs nothing.
         self.keys, self.values = map(key_states.new_empty, shapes)
         self.is_initialized = True
@@ -908,13 +1024,15 @@ class SpanLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the step's rows; return the rows that it reads, [1, heads, rows, width]."""
+        """Write the step's rows; return those that it reads, or all: [1, heads, rows, width]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         step = self.pool.step.on(key_states.device)
         self.keys.index_copy_(0, step.write, key_states[0].transpose(0, 1))
         self.values.index_copy_(0, step.write, value_states[0].transpose(0, 1))
-        keys, values = (x.index_select(0, step.read) for x in (self.keys, self.values))
+        keys, values = self.keys, self.values
+        if not step.in_place:
+            keys, values = keys.index_select(0, step.read), values.index_select(0, step.read)
         return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
 
     def row_bytes(self) -> int:
@@ -947,7 +1065,7 @@ class Pool(Cache):
 
 
 def packed_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -964,31 +1082,64 @@ def packed_attention(
         if kwargs.get(name) is not None:
             raise StartError(f"the model's attention uses {name}, which this server does not do")
     step.attended += 1
-    states = query[0].transpose(0, 1), key[0], value[0]
-    parts = [attend(group, *states, scaling) for group in step.on(key.device).groups]
+    latent = getattr(module, "expand_kv", None) is keep_latent
+    parts = []
+    for group in step.on(query.device).groups:
+        states = group.part_of(*(x[0].transpose(0, 1) for x in (query, key, value)))
+        attend = partial(attend_latent, module, group) if latent else group.attend
+        parts.append(attend(*states, scaling))
     return torch.cat(parts)[None], None
 
 
-def attend(
-    group: Group, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+def attend_latent(
+    module: Any,
+    group: Gathered | InPlace,
+    query: torch.Tensor,
+    latent: torch.Tensor,
+    rotated: torch.Tensor,
+    scale: float | None,
 ) -> torch.Tensor:
-    """One group's attention: query [tokens, heads, width], keys [kv heads, rows, width]."""
-    query = query[group.tokens]
-    key, value = (
-        x[:, group.rows].reshape(len(x), group.batch, -1, x.shape[-1]).transpose(0, 1)
-        for x in (key, value)
-    )
-    # The query heads that share a key head become the query's length, so that none is repeated:
-    # [batch, kv heads, sharing * new, width], as a masked enable_gqa is slow on CUDA.
-    new = len(query) // group.batch
-    query = query.unflatten(0, (group.batch, new)).unflatten(2, (key.shape[1], -1))
-    mask = group.mask if new == 1 or group.mask is None else group.mask.repeat(query.shape[3], 1)
-    stacked = query.permute(0, 2, 3, 1, 4).flatten(2, 3)
-    out = F.scaled_dot_product_attention(stacked, key, value, mask, scale=scaling)
-    return out.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+    """MLA over latents [rows, 1, rank] and rotated keys [rows, 1, width].
+
+    A chunk has keys and values made of its latents, as its many tokens share them. For single
+    tokens that would take most of a step, so their queries are brought to the latents: a query's
+    product with what a matrix makes of a latent is the latent's product with the query times that
+    matrix (section 2.1.2 of DeepSeek-V2's report, arXiv 2405.04434).
+    """
+    if group.is_chunk:
+        given = (x.transpose(0, 1)[None] for x in (latent, rotated))
+        key, value = (x[0].transpose(0, 1) for x in type(module).expand_kv(module, *given))
+        return group.attend(query, key, value, scale)
+    widths = [module.qk_nope_head_dim, module.v_head_dim]
+    make_key, make_value = module.kv_b_proj.weight.unflatten(0, (-1, sum(widths))).split(widths, 1)
+    plain, turned = query.split([widths[0], rotated.shape[-1]], dim=-1)
+    query = torch.cat([torch.einsum("thw,hwr->thr", plain, make_key), turned], dim=-1)
+    out = group.attend(query, torch.cat([latent, rotated], dim=-1), latent, scale)
+    return torch.einsum("thr,hwr->thw", out, make_value)
+
+
+def keep_latent(latent: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of MLA's expand_kv, as attend_latent does better."""
+    return latent, rotated
+
+
+def can_absorb(module: Any) -> bool:
+    """Whether it is MLA, with a matrix that is here and is no more than that."""
+    up = getattr(module, "kv_b_proj", None)
+    plain = type(up) is torch.nn.Linear and up.bias is None and not up.weight.is_meta
+    return plain and hasattr(module, "expand_kv")
 
 
 AttentionInterface.register("packed", packed_attention)
+
+
+# ---- Runner -----------------------------------------------------------------
+# One thread owns the model; this is what it does with it.
+
+
+def put(values: list[Any], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor of the values on a device, without waiting for what a card still computes."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def input_device(model: Any) -> torch.device:
@@ -998,6 +1149,72 @@ def input_device(model: Any) -> torch.device:
     return torch.device(getattr(hook, "execution_device", None) or embedding.weight.device)
 
 
+def why_not_in_place(layers: Iterable[SpanLayer]) -> str | None:
+    """Why varlen_attn cannot read these keys and values where they lie; None if it can."""
+    options = signature(varlen_attn).parameters if varlen_attn else {}
+    if not {"seqused_k", "enable_gqa"} <= options.keys():
+        return f"torch {torch.__version__} has no varlen_attn for it"
+    for keys, values in ((layer.keys, layer.values) for layer in layers):
+        if keys.device.type != "cuda":
+            return f"some of it is on {keys.device}"
+        if torch.cuda.get_device_capability(keys.device) < (8, 0):
+            return f"{torch.cuda.get_device_name(keys.device)} is older than Ampere"
+        if keys.dtype not in (torch.bfloat16, torch.float16):
+            return f"FlashAttention does not do {keys.dtype}"
+        if keys.shape != values.shape or keys.shape[2] % 8 or keys.shape[2] > 256:
+            return f"FlashAttention does not do keys {keys.shape[2]} wide, values {values.shape[2]}"
+    return None
+
+
+def record(
+    compute: Callable[[], torch.Tensor], device: torch.device, memory: Any
+) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Record what a computation does on a card; its output, and what computes it again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        compute()  # what is made on first use is not to be recorded
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+            return compute(), graph.replay
+
+
+class RecordedStep:
+    """A step of so many single tokens as a CUDA graph: one launch in place of hundreds.
+
+    Of the longest sequence the graph knows only the limit, by which the work is divided.
+    """
+
+    def __init__(self, runner: "Runner", size: int, longest: int, memory: Any):
+        self.size, self.longest = size, longest
+        self.step = Step([(runner.idle, 1)] * size, in_place=True).on(runner.device)
+        (group,) = self.step.groups
+        assert isinstance(group, InPlace)
+        self.group = group._replace(max_k=longest)
+        self.step.groups = [self.group]
+        compute = partial(runner.compute, self.step)
+        self.logits, self.replay = record(compute, runner.device, memory)
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        """Compute a step of its size; the logits are overwritten by the next."""
+        (given,) = step.groups
+        assert isinstance(given, InPlace)
+        for ours, theirs in (
+            (self.step.ids, step.ids),
+            (self.step.positions, step.positions),
+            (self.step.write, step.write),
+            (self.step.last, step.last),
+            (self.group.cu_seq_k, given.cu_seq_k),
+            (self.group.seqused_k, given.seqused_k),
+        ):
+            ours.copy_(theirs, non_blocking=True)
+        self.replay()
+        return self.logits
+
+
+def few_sizes(total: int) -> int:
+    """A size for a step of so many tokens, one of a few dozen."""
+    return total + -total % (1 if total <= 16 else 8 if total <= 64 else 32)
+
+
 class Runner:
     """Computes logits with the model, over the spans of its pool; knows nothing of requests."""
 
@@ -1005,24 +1222,33 @@ class Runner:
         self.model = model
         self.device = input_device(model)
         self.split = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+        # oneDNN keeps something of each new size of a half-precision product, without end.
+        self.pads = self.device.type == "cpu" and model.dtype != torch.float32
         config = model.config.get_text_config()
         self.num_layers = config.num_hidden_layers
         if other := {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
             raise StartError(f"the model has layers of {', '.join(other)}, which cannot be packed")
+        for module in filter(can_absorb, model.modules()):
+            module.expand_kv = keep_latent
         model.set_attn_implementation("packed")
         self.difference = 0.0  # to the plain forward pass, as the check at start found it
+        self.recorded: list[RecordedStep] = []
+        self.in_place = False
         self._make_room(8)
         # One token creates each layer's rows, whose size tells what a row costs on which device.
         self.forward([(Span([0]), 1)])
         rows = min(max_rows, self._affordable(cache_memory))
         if rows < 64:
             raise StartError(f"the cache memory holds {rows} tokens; raise --cache-memory")
+        self.gathers_because = why_not_in_place(self.pool.layers)
+        self.in_place = self.gathers_because is None
         self._make_room(rows)
 
     def _make_room(self, rows: int) -> None:
         self.pool = Pool(self.num_layers, rows)
-        # The token id in each row, for penalties.
-        self.ids = torch.zeros(rows, dtype=torch.long, device=self.device)
+        # The token id in each row, for penalties; and what fills a step up to a size.
+        self.ids = torch.zeros(rows + 1, dtype=torch.long, device=self.device)
+        self.idle = Span([0], rows, 1)
 
     @property
     def rows(self) -> int:
@@ -1032,22 +1258,56 @@ class Runner:
     @torch.inference_mode()
     def forward(self, work: Work) -> torch.Tensor:
         """Compute the work; return float32 logits [sequences, vocabulary] of the last tokens."""
-        step = self.pool.step = Step(work)
-        ids = torch.tensor(step.ids, device=self.device)
-        self.ids[step.on(self.device).write] = ids
+        total = sum(new for _, new in work)
+        longest = max(span.num_cached + new for span, new in work)
+        fitting = (r for r in self.recorded if r.size >= total and r.longest >= longest)
+        recorded = next(fitting, None) if total == len(work) else None
+        size = recorded.size if recorded else few_sizes(total) if self.pads else total
+        step = Step([*work, *[(self.idle, 1)] * (size - total)], self.in_place)
+        logits = recorded(step) if recorded else self.compute(step, len(work))
+        return logits[: len(work)]
+
+    def compute(self, step: Step, wanted: int | None = None) -> torch.Tensor:
+        """A step's logits: those of its first sequences, or of all."""
+        self.pool.step = step
+        here = step.on(self.device)
+        self.ids.index_copy_(0, here.write, here.ids)
         # On a split model the root hook would move a tensor to the first device, but not ints.
-        last = step.last if self.split else torch.tensor(step.last, device=self.device)
+        last = (step if self.split else here).last[:wanted]
+        before = step.attended
         out = self.model(
-            input_ids=ids[None],
-            position_ids=step.positions[None].to(self.device),
+            input_ids=here.ids[None],
+            position_ids=here.positions[None],
             past_key_values=self.pool,
             use_cache=True,
             step=step,
-            logits_to_keep=last,
+            logits_to_keep=last.tolist() if self.split else last,
         )
-        if step.attended != self.num_layers:
+        if step.attended - before != self.num_layers:
             raise StartError("the model's attention cannot be reached")
         return out.logits[0].float()
+
+    @torch.inference_mode()
+    def record(self, max_batch: int, context: int) -> None:
+        """Record steps of single tokens, for batches and lengths of a few sizes each."""
+        if not self.in_place or self.split:
+            return
+        sizes = sorted({*(2**n for n in range(11) if 2**n < max_batch), max_batch})
+        lengths = sorted({*(2048 * 4**n for n in range(6) if 2048 * 4**n < context), context})
+        log.info("recording decode steps of up to %d sequences as CUDA graphs", max_batch)
+        memory = torch.cuda.graph_pool_handle()
+        try:
+            # The largest first, as the others then fit into its memory.
+            for size, longest in reversed([*product(sizes, lengths)]):
+                self.recorded.insert(0, RecordedStep(self, size, longest, memory))
+        except Exception as error:  # what can be recorded is for the model's code to say
+            log.warning("decode steps are not recorded as CUDA graphs: %s", error)
+            self.recorded = []
+
+    def gather(self, reason: str) -> None:
+        """From now on copy rows for attention, as reading them in place went wrong."""
+        log.warning("attention in place is not used: %s", reason)
+        self.in_place, self.gathers_because, self.recorded = False, reason, []
 
     def check_device(self) -> None:
         """Raise if the device does not compute any more, as after some CUDA errors."""
@@ -1057,7 +1317,7 @@ class Runner:
     def copy(self, span: Span, start: int, count: int) -> None:
         """Copy the first rows of a span to where another starts."""
         self.pool.copy(span.start, start, count)
-        self.ids[start : start + count] = torch.tensor(span.tokens[:count])
+        self.ids[start : start + count] = put(span.tokens[:count], self.device)
 
     def _affordable(self, cache_memory: str) -> int:
         """Rows that the budget holds on the device where it holds the fewest."""
@@ -1086,7 +1346,7 @@ def cache_budget(setting: str, device: torch.device) -> int:
 
 def column(seqs: list[Sequence], knob: str, like: torch.Tensor) -> torch.Tensor:
     """One knob of every sequence, [sequences, 1]; a temperature is never nothing in float32."""
-    values = torch.tensor([[getattr(seq.sampling, knob)] for seq in seqs], device=like.device)
+    values = put([[getattr(seq.sampling, knob)] for seq in seqs], like.device)
     return values.clamp(min=1e-30) if knob == "temperature" else values
 
 
@@ -1094,26 +1354,34 @@ def pick(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> 
     """The next token of every sequence, by transformers' rules and in its order.
 
     Takes float32 logits [sequences, vocabulary], which it changes, and the token id in each of
-    the pool's rows.
+    the pool's rows. A card is waited for once, when all is picked.
     """
-    if not logits.amax(-1).isfinite().all():
-        raise ArithmeticError("the model's logits are not finite; try another --dtype")
+    sound = logits.amax(-1).isfinite()
     if any(seq.sampling.repetition_penalty != 1 for seq in seqs):
         penalise(seqs, logits, pool_ids)
     if any(seq.sampling.presence_penalty or seq.sampling.frequency_penalty for seq in seqs):
         penalise_said(seqs, logits, pool_ids)
-    tokens: list[int] = logits.argmax(-1).tolist()
-    warm = [row for row, seq in enumerate(seqs) if seq.sampling.temperature > 0]
+    # A number from [0, 1) for each, whoever else is in the batch; the greedy need none.
+    draws = [seq.random.random() if seq.sampling.temperature else 0.0 for seq in seqs]
+    warm = [row for row, seq in enumerate(seqs) if seq.sampling.temperature]
     free = [row for row in warm if not seqs[row].sampling.top_k and seqs[row].sampling.top_p >= 1]
-    for rows, draw in ((sorted({*warm} - {*free}), draw_ranked), (free, draw_any)):
-        if rows:
-            some = [seqs[row] for row in rows]
-            numbers = [[seq.random.random()] for seq in some]
-            draws = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
-            theirs = logits if len(rows) == len(seqs) else logits[rows]
-            for row, token in zip(rows, draw(some, theirs, draws), strict=True):
-                tokens[row] = token
-    return tokens
+    tokens, deeper = logits.argmax(-1), torch.zeros_like(sound)
+    # Which rows are drawn, and among how many candidates; 0 is all, without an order.
+    todo = [(free, 0), (sorted({*warm} - {*free}), FEW)]
+    while True:
+        for rows, depth in todo:
+            if rows:
+                there, some = put(rows, logits.device), [seqs[row] for row in rows]
+                theirs = logits if len(rows) == len(seqs) else logits.index_select(0, there)
+                numbers = put([[draws[row]] for row in rows], logits.device, torch.float64)
+                drawn = draw_ranked(some, theirs, numbers, depth) if depth else None
+                tokens[there], deeper[there] = drawn or draw_any(some, theirs, numbers)
+        picked, again, right = torch.stack([tokens, deeper.long(), sound.long()]).tolist()
+        if not all(right):
+            raise ArithmeticError("the model's logits are not finite; try another --dtype")
+        if not any(again):
+            return picked
+        todo = [([row for row, yes in enumerate(again) if yes], 8 * depth)]
 
 
 def held(
@@ -1123,10 +1391,11 @@ def held(
 
     All of it is in the pool by now. Shorter ones repeat their last token.
     """
-    ends = torch.tensor([[seq.start + len(seq.tokens) - 1] for seq in seqs], device=logits.device)
-    begins = [[seq.start + n] for seq, n in zip(seqs, first, strict=True)]
-    starts = torch.tensor(begins, device=logits.device)
-    longest = torch.arange(int((ends - starts).max()) + 1, device=logits.device)
+    begins = [seq.start + n for seq, n in zip(seqs, first, strict=True)]
+    lasts = [seq.start + len(seq.tokens) - 1 for seq in seqs]
+    starts, ends = put([begins, lasts], logits.device).unsqueeze(2)
+    most = max(last - begin for begin, last in zip(begins, lasts, strict=True))
+    longest = torch.arange(most + 1, device=logits.device)
     return pool_ids[(starts + longest).minimum(ends)]
 
 
@@ -1141,7 +1410,7 @@ def penalise(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor)
 def penalise_said(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> None:
     """Take OpenAI's penalties off the tokens of the answers, by the formula of its API guide."""
     said = held(seqs, [seq.num_prompt for seq in seqs], logits, pool_ids)
-    count = torch.tensor([[seq.num_completion] for seq in seqs], device=logits.device)
+    count = put([[seq.num_completion] for seq in seqs], logits.device)
     # A token that stands there twice is written twice, with the same score.
     presence = column(seqs, "presence_penalty", logits) * (count > 0)
     logits.scatter_(1, said, logits.gather(1, said) - presence)
@@ -1150,12 +1419,17 @@ def penalise_said(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Te
     logits.scatter_add_(1, said, -frequency.to(logits))
 
 
-def draw_any(seqs: list[Sequence], logits: torch.Tensor, draws: torch.Tensor) -> list[int]:
+# Tokens [sequences], and which of them are to be drawn again, among more candidates.
+Drawn = tuple[torch.Tensor, torch.Tensor]
+
+
+def draw_any(seqs: list[Sequence], logits: torch.Tensor, draws: torch.Tensor) -> Drawn:
     """Sample where neither top-k nor top-p cuts anything off, so that nothing is ranked."""
     scores = (logits - logits.amax(-1, True)) / column(seqs, "temperature", logits)
     mass = scores.exp()
     mass *= mass >= column(seqs, "min_p", logits)
-    return place_in(mass, draws)[:, 0].tolist()
+    tokens = place_in(mass, draws)[:, 0]
+    return tokens, torch.zeros_like(tokens, dtype=torch.bool)
 
 
 def place_in(mass: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
@@ -1166,18 +1440,18 @@ def place_in(mass: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 def draw_ranked(
-    seqs: list[Sequence], logits: torch.Tensor, draws: torch.Tensor, depth: int = FEW
-) -> list[int]:
+    seqs: list[Sequence], logits: torch.Tensor, draws: torch.Tensor, depth: int
+) -> Drawn:
     """Sample from logits [sequences, vocabulary] with draws [sequences, 1] from [0, 1).
 
     Only the likeliest `depth` tokens are ranked, as a sort of the vocabulary takes longer than
-    all else; a sequence whose top-p reaches deeper is drawn again, among more.
+    all else; a sequence whose top-p reaches deeper is to be drawn again.
     """
     temperature, top_k, top_p, min_p = (
         column(seqs, knob, logits) for knob in ("temperature", "top_k", "top_p", "min_p")
     )
     width = logits.shape[1]
-    depth = min(width, max(depth, int(top_k.max())))
+    depth = min(width, max(depth, *(seq.sampling.top_k for seq in seqs)))
     ranked, ids = logits.topk(depth)
     top = ranked[:, :1]
     # At most zero, so that no temperature can overflow it.
@@ -1185,21 +1459,15 @@ def draw_ranked(
     lowest = ranked.gather(1, top_k.clamp(1, depth) - 1)
     ranked = ranked.masked_fill((top_k > 0) & (ranked < lowest), -torch.inf)
     rivals = ranked.logsumexp(-1, True)
-    if not top_k.all():
+    if not all(seq.sampling.top_k for seq in seqs):
         everyone = ((logits - top) / temperature).logsumexp(-1, True)
         rivals = torch.where(top_k > 0, rivals, everyone)
     mass = (ranked - rivals).exp()
     before = mass.cumsum(-1, dtype=torch.float64) - mass
     keep = ((before < top_p) | (top_p >= 1)) & (mass >= min_p * mass[:, :1])
     keep[:, 0] = True
-    tokens: list[int] = ids.gather(1, place_in(mass * keep, draws))[:, 0].tolist()
-    deeper = (keep[:, -1] & (top_k[:, 0] == 0)).nonzero()[:, 0].tolist() if depth < width else []
-    if deeper:
-        some = [seqs[row] for row in deeper]
-        again = draw_ranked(some, logits[deeper], draws[deeper], 8 * depth)
-        for row, token in zip(deeper, again, strict=True):
-            tokens[row] = token
-    return tokens
+    tokens = ids.gather(1, place_in(mass * keep, draws))[:, 0]
+    return tokens, keep[:, -1] & (top_k[:, 0] == 0) & (depth < width)
 
 
 def keep_to(guide: Guide, logits: torch.Tensor) -> None:
@@ -1212,6 +1480,7 @@ def keep_to(guide: Guide, logits: torch.Tensor) -> None:
     logits.masked_fill_(ruled_out.to(logits.device), -torch.inf)
 
 
+@torch.inference_mode()
 def pick_tokens(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> list[Token]:
     """`pick`, and for the sequences that ask for it, what the model itself thought likely."""
     told = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
@@ -1222,7 +1491,7 @@ def pick_tokens(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tens
     tokens = [Token(i) for i in pick(seqs, logits, pool_ids)]
     if told:
         most = max(seqs[row].sampling.logprobs or 0 for row in told)
-        picked = torch.tensor([[tokens[row].id] for row in told], device=own.device)
+        picked = put([[tokens[row].id] for row in told], own.device)
         logprobs = own.gather(1, picked)[:, 0].tolist()
         values, ids = (x.tolist() for x in own.topk(most))
         for n, row in enumerate(told):
@@ -1516,8 +1785,7 @@ class Engine:
             left -= count if seq.pending > 1 else 0
             if count and not seq.done:
                 work.append((seq, count))
-        # Equals side by side, because neighbours share a call of attention.
-        return sorted(work, key=lambda item: (item[1] > 1, item[0].num_cached))
+        return work
 
     def _compute(
         self, work: list[tuple[Sequence, int]]
@@ -1532,7 +1800,9 @@ class Engine:
             logits = self.runner.forward(work)
             through = [row for row, (seq, new) in enumerate(work) if seq.pending == new]
             seqs = [work[row][0] for row in through]
-            tokens = pick_tokens(seqs, logits[through], self.runner.ids) if seqs else []
+            if 0 < len(seqs) < len(work):
+                logits = logits.index_select(0, put(through, logits.device))
+            tokens = pick_tokens(seqs, logits, self.runner.ids) if seqs else []
         except Exception as error:
             if len(work) == 1:
                 self.runner.check_device()
@@ -1975,7 +2245,14 @@ def start_runner(model: Any, settings: Settings) -> Runner:
         runner = Runner(model, settings.cache_memory, most)
     except (TypeError, ValueError) as error:
         raise StartError(f"{type(model).__name__} cannot be batched: {error}") from error
-    runner.difference = self_check(runner, alone)
+    runner.record(settings.max_batch, min(context_length(model.config), runner.rows))
+    try:
+        runner.difference = self_check(runner, alone)
+    except (StartError, RuntimeError) as error:
+        if not runner.in_place:
+            raise
+        runner.gather(str(error))
+        runner.difference = self_check(runner, alone)
     return runner
 
 
@@ -1994,6 +2271,14 @@ def chat_tokenizer(
     return ChatTokenizer(tokenizer)
 
 
+def how_attended(runner: Runner) -> str:
+    if runner.gathers_because:
+        return f"over copied rows ({runner.gathers_because})"
+    sizes = sorted({recorded.size for recorded in runner.recorded})
+    graphs = f"CUDA graphs for {', '.join(map(str, sizes)) or 'no'} sequences"
+    return f"over rows where they lie, {graphs}"
+
+
 def facts_of(
     name: str, text: ChatTokenizer, runner: Runner, context: int, ends: set[int]
 ) -> dict[str, str]:
@@ -2006,6 +2291,7 @@ def facts_of(
         "devices": placement(model),
         "context": f"{context:,} tokens; the cache holds {runner.rows:,}",
         "end ids": f"{sorted(ends)}",
+        "attention": how_attended(runner),
         "check": f"packed steps differ from plain ones by {runner.difference:.1e}",
     }
 

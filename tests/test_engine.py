@@ -76,6 +76,10 @@ class Alone:
         self.prompts.append([*long[:half], *turn, 4, 3])
         self.answers.append(self._generate(model, self.prompts[-1]))
         self.runner = api.Runner(model, "1GiB", max_rows=600)
+        # What CUDA cards do, by the letter of what torch says of its own parts.
+        with pytest.MonkeyPatch.context() as patch:
+            as_on_a_card(patch)
+            self.on_cards = api.Runner(model, "1GiB", max_rows=600)
 
     def _generate(self, model, prompt: list[int]) -> list[int]:
         ids = torch.tensor([prompt])
@@ -98,6 +102,61 @@ def alone(name: str) -> Alone:
     if name not in ALONE:
         ALONE[name] = Alone(name)
     return ALONE[name]
+
+
+def varlen_attn(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    scale,
+    window_size,
+    enable_gqa,
+    seqused_k,
+):
+    """What the documentation of torch.nn.attention.varlen says, in plain words."""
+    for numbers in (cu_seq_q, cu_seq_k, seqused_k):
+        assert numbers.dtype == torch.int32
+        assert numbers.is_contiguous()
+    begins, starts, used = cu_seq_q.tolist(), cu_seq_k.tolist(), seqused_k.tolist()
+    assert starts == sorted(starts)
+    assert len(begins) == len(starts) == len(used) + 1
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert begins[-1] == len(query)
+    assert max_k >= max(used)
+    assert max_q == max(end - begin for begin, end in pairwise(begins))
+    outs = []
+    for (begin, end), start, total in zip(pairwise(begins), starts, used, strict=False):
+        if window_size == (-1, 0):
+            mask = torch.ones(end - begin, total).tril(total - (end - begin)).bool()
+        else:
+            assert window_size == (-1, -1)
+            mask = None
+        states = query[begin:end], key[start : start + total], value[start : start + total]
+        q, k, v = (x.transpose(0, 1)[None] for x in states)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, scale=scale, enable_gqa=enable_gqa
+        )
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+def record(compute, device, memory):
+    """A CUDA graph's manners: only what lies in the same tensors counts when it is replayed."""
+    out = compute().clone()
+    return out, lambda: out.copy_(compute())
+
+
+def as_on_a_card(patch, attention=varlen_attn, recording=record):
+    """Let the CPU pass for a card, by the stand-ins above."""
+    patch.setattr(api, "why_not_in_place", lambda layers: None)
+    patch.setattr(api, "varlen_attn", attention)
+    patch.setattr(api, "record", recording)
+    patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 
 class Told(api.Detokenizer):
@@ -138,16 +197,29 @@ asks = st.lists(
     rows=st.integers(160, 600),
     batch=st.integers(1, 6),
     reuse=st.booleans(),
+    card=st.booleans(),
 )
-def test_a_batch_says_what_each_would_say_alone(monkeypatch, name, asks, chunk, rows, batch, reuse):
-    """Staggered arrivals, mixed lengths, chunks, tiny budgets, spans that move and are reused."""
+def test_a_batch_says_what_each_would_say_alone(
+    monkeypatch, name, asks, chunk, rows, batch, reuse, card
+):
+    """Staggered arrivals, mixed lengths, chunks, tiny budgets, spans that move and are reused.
+
+    Half of them as a card would do it: in place, and single tokens as recorded steps.
+    """
+    family = alone(name)
+    assert family.on_cards.in_place
+    assert not family.runner.in_place
+    as_on_a_card(monkeypatch)
     monkeypatch.setattr(api, "Detokenizer", Told)
     monkeypatch.setattr(api, "GROWTH", 5)
     monkeypatch.setattr(api, "WORTH_KEEPING", 2)
-    family = alone(name)
-    family.runner.pool.rows, whole = rows, family.runner.pool.rows
-    engine = api.Engine(family.runner, None, set(), max_batch=batch, chunk=chunk, reuse=reuse)
-    family.runner.pool.rows = whole
+    runner = family.on_cards if card else family.runner
+    if card and not runner.recorded:
+        runner.record(6, 200)
+        assert [r.size for r in runner.recorded] == [1, 2, 4, 6]
+    runner.pool.rows, whole = rows, runner.pool.rows
+    engine = api.Engine(runner, None, set(), max_batch=batch, chunk=chunk, reuse=reuse)
+    runner.pool.rows = whole
 
     async def ask_all():
         tasks, expected = [], []
@@ -268,7 +340,7 @@ def test_sampling_equals_transformers_processors(few, hows, seed):
     for seq in seqs:
         seq.random = Draws(count)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api.draw_ranked, "__defaults__", (few,))
+        patch.setattr(api, "FEW", few)
         for _ in range(count):
             for row, token in enumerate(picked(seqs, logits)):
                 picks[row, token] += 1
@@ -834,10 +906,107 @@ def test_a_model_with_layers_of_another_kind_is_refused():
 
 def test_a_model_that_comes_out_differently_is_refused(monkeypatch):
     """As one would whose attention read a neighbour's row."""
-    right = api.attend
-    monkeypatch.setattr(api, "attend", lambda *given: right(*given) * 1.01)
+    right = api.Gathered.attend
+    monkeypatch.setattr(api.Gathered, "attend", lambda *given: right(*given) * 1.01)
     with pytest.raises(api.StartError, match="does not batch"):
         start(tiny_llama())
+
+
+def test_a_card_is_used_for_what_it_can(monkeypatch):
+    as_on_a_card(monkeypatch)
+    runner = start(tiny_llama())
+    assert {r.size for r in runner.recorded} == {1, 2, 4, 8, 16, 32, 64}
+    assert api.how_attended(runner).endswith(
+        "lie, CUDA graphs for 1, 2, 4, 8, 16, 32, 64 sequences"
+    )
+
+
+def test_a_kernel_that_attends_otherwise_is_not_used(monkeypatch, caplog):
+    """As one would that aligns a chunk's first token with the span's first row."""
+    as_on_a_card(monkeypatch, lambda *given, **named: varlen_attn(*given, **named) * 1.01)
+    runner = start(tiny_llama())
+    assert not runner.in_place
+    assert not runner.recorded
+    assert runner.difference < 1e-5
+    assert "does not batch" in caplog.text
+    assert "over copied rows (this model does not batch" in api.how_attended(runner)
+
+
+def test_what_cannot_be_recorded_is_computed(monkeypatch, caplog):
+    def refuse(compute, device, memory):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    as_on_a_card(monkeypatch, recording=refuse)
+    runner = start(tiny_llama())
+    assert runner.in_place
+    assert not runner.recorded
+    assert "not permitted when stream is capturing" in caplog.text
+    assert api.how_attended(runner).endswith("CUDA graphs for no sequences")
+
+
+class Lying(torch.Tensor):
+    """A tensor of the CPU's that says it is a card's."""
+
+    device = torch.device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "dtype", "capability", "reason"),
+    [
+        ((2, 64), (2, 64), torch.bfloat16, (8, 6), None),
+        ((2, 64), (2, 64), torch.float16, (9, 0), None),
+        ((2, 64), (2, 64), torch.float32, (8, 6), "float32"),
+        ((2, 64), (2, 64), torch.float16, (7, 5), "older than Ampere"),
+        ((1, 512), (1, 64), torch.bfloat16, (8, 6), "512 wide, values 64"),
+        ((2, 264), (2, 264), torch.bfloat16, (8, 6), "264 wide"),
+        ((2, 20), (2, 20), torch.bfloat16, (8, 6), "20 wide"),
+    ],
+)
+def test_attention_is_in_place_where_the_kernel_can(
+    monkeypatch, key, value, dtype, capability, reason
+):
+    monkeypatch.setattr(api, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    layer = api.SpanLayer(None)
+    layer.keys, layer.values = (
+        torch.zeros(3, *shape, dtype=dtype).as_subclass(Lying) for shape in (key, value)
+    )
+    found = api.why_not_in_place([layer])
+    assert found is None if reason is None else reason in found
+    layer.keys = layer.keys.as_subclass(torch.Tensor)
+    assert api.why_not_in_place([layer]) == "some of it is on cpu"
+    monkeypatch.setattr(api, "varlen_attn", None)
+    assert "no varlen_attn" in api.why_not_in_place([layer])
+
+
+def test_steps_of_half_precision_have_few_sizes(monkeypatch):
+    """Of each size something stays in memory; and what fills a step up changes nothing in it."""
+    model = tiny_llama().bfloat16()
+    runner = api.Runner(model, "4MiB")
+    sizes, right = set(), api.Step
+
+    def step(work, in_place):
+        sizes.add(sum(new for _, new in work))
+        return right(work, in_place)
+
+    monkeypatch.setattr(api, "Step", step)
+    neighbour = api.Span(list(range(40)), 700, 40)
+    runner.forward([(neighbour, 40)])
+    kept = [x[700:740].clone() for layer in runner.pool.layers for x in (layer.keys, layer.values)]
+    for total in [*range(1, 200), 300, 500, 512, 576]:
+        work = [(api.Span([7] * total, 0, total), total)]
+        filled = runner.forward(work)
+        assert filled.shape == (1, 260)
+        runner.pads = False
+        assert torch.allclose(filled, runner.forward(work), atol=0.05)
+        runner.pads = True
+    for total in range(200, 577):
+        assert total <= api.few_sizes(total) < 1.5 * total
+    assert len({api.few_sizes(total) for total in range(1, 577)}) == 38
+    after = [x[700:740] for layer in runner.pool.layers for x in (layer.keys, layer.values)]
+    assert all(torch.equal(a, b) for a, b in zip(kept, after, strict=True))
+    assert not api.Runner(tiny_llama(), "4MiB").pads
 
 
 @pytest.mark.parametrize(("kind", "most"), [("dynamic", 64), ("longrope", 32), ("linear", 64)])
