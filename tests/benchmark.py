@@ -163,7 +163,7 @@ def started(name: str, command: list[str], port: int, model: str | None = None) 
     with tempfile.NamedTemporaryFile("w", prefix="benchmark-", delete=False) as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ, cwd=ROOT)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not asyncio.run(healthy(url)):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"{name} does not start; see {log.name}")
@@ -195,7 +195,8 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
+device = sys.argv[3]
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, device_map=device)
 app, lock = FastAPI(), threading.Lock()
 
 @app.get("/health")
@@ -207,7 +208,7 @@ def chat(body: dict):
         with lock:
             turns = [{"role": "user", "content": body["prompt"]}]
             ids = tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+                turns, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(device)
             streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
             count = []
             def run():
@@ -227,7 +228,7 @@ uvicorn.run(app, port=int(sys.argv[2]), log_level="error")
 
 def one_at_a_time(folder: str) -> Any:
     port = free_port()
-    return started("one at a time", [sys.executable, "-c", NAIVE, folder, str(port)], port)
+    return started("one at a time", [sys.executable, "-c", NAIVE, folder, str(port), "cpu"], port)
 
 
 def transformers_serve(folder: str) -> Any:
@@ -433,6 +434,21 @@ def watch_health(url: str, pipe: Connection) -> None:
     pipe.send(seconds)
 
 
+@contextmanager
+def watched_health(url: str) -> Iterator[list[float]]:
+    """The seconds of each call of /health meanwhile, from another process; known at the end."""
+    processes = get_context("spawn")
+    pipe, theirs = processes.Pipe()
+    watcher = processes.Process(target=watch_health, args=(url, theirs), daemon=True)
+    watcher.start()
+    pipe.recv()
+    seconds: list[float] = []
+    yield seconds
+    pipe.send("stop")
+    seconds += pipe.recv()
+    watcher.join()
+
+
 @dataclass
 class Rush:
     """How so many requests at once ended, what that took, and each call of /health meanwhile."""
@@ -458,17 +474,10 @@ class Rush:
 def rush(server: Server, count: int, tokens: int, deadline: float = 900) -> Rush:
     """That many requests at once; /health is asked from another process meanwhile."""
     server.load(1, 1, 8, 0)
-    processes = get_context("spawn")
-    pipe, theirs = processes.Pipe()
-    watcher = processes.Process(target=watch_health, args=(server.url, theirs), daemon=True)
-    watcher.start()
-    pipe.recv()
-    started = time.perf_counter()
-    ends = asyncio.run(rush_of(server.url, count, tokens, deadline))
-    seconds = time.perf_counter() - started
-    pipe.send("stop")
-    health = pipe.recv()
-    watcher.join()
+    with watched_health(server.url) as health:
+        started = time.perf_counter()
+        ends = asyncio.run(rush_of(server.url, count, tokens, deadline))
+        seconds = time.perf_counter() - started
     return Rush(count, ends, seconds, health)
 
 

@@ -1,5 +1,6 @@
 """The benchmark's sums are right, and it runs: its figures are in the README."""
 
+import os
 import re
 import subprocess
 import sys
@@ -36,3 +37,17 @@ def test_a_rush_loses_nobody(server, runner):
     out = run("--url", server, "--rush", "40", "--tokens", "8")
     assert "40 served; 0 lost" in out
     assert "/health meanwhile" in out
+
+
+def test_what_is_for_cards_runs_without_one():
+    """With stand-ins for a card's own parts: so much is sure, that the scripts are sound."""
+    command = [sys.executable, "-m", "pytest", "tests/gpu"]
+    environment = os.environ | {"CHAT_TEST_DEVICE": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout
+    command = [sys.executable, "tests/gpu/card.py", "--device", "cpu", "--clients", "1", "3"]
+    command += ["--only", "steps", "mla"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.search(r"^\| 3 \| 256 \| [\d.]+ ms \|", done.stdout, re.MULTILINE)
+    assert "TFLOP/s" in done.stdout
+    assert re.search(r"^\| a chunk of 512 \| [\d.]+ ms \|", done.stdout, re.MULTILINE)

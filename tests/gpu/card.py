@@ -1,0 +1,368 @@
+"""All that is worth knowing of a CUDA card, in some eight minutes; nothing is downloaded.
+
+    python tests/gpu/card.py               checks, steps, and servers side by side
+    python tests/gpu/card.py --only steps  one part of it: checks, steps, mla or servers
+    python tests/gpu/card.py --device cpu  a tiny model without a card, to see that this works
+
+The model has Llama-3-8B's shape, or with --tiny a small one, and random weights. The bounds are
+what this very card does: how fast it copies, so how often it could read the weights, and how fast
+it multiplies.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]
+
+import benchmark  # noqa: E402
+
+import api  # noqa: E402
+
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 2000,
+        "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+              "vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8,
+              "rope_theta": 500000.0}  # fmt: skip
+# Four of the 27 layers, at the width of the whole.
+DEEPSEEK = {"hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+            "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 16,
+            "n_shared_experts": 2, "n_routed_experts": 64, "num_experts_per_tok": 6,
+            "kv_lora_rank": 512, "q_lora_rank": None, "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 128, "v_head_dim": 128, "first_k_dense_replace": 1,
+            "topk_method": "greedy", "n_group": 1, "topk_group": 1,
+            "vocab_size": 102400}  # fmt: skip
+TINY_DEEPSEEK = DEEPSEEK | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+                            "moe_intermediate_size": 32, "n_routed_experts": 8,
+                            "vocab_size": 2000}  # fmt: skip
+
+
+def made(kind: type, config: object, device: torch.device) -> object:
+    """A model with random weights, made where it will be."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            return kind(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def llama(shape: dict[str, object], device: torch.device) -> object:
+    config = LlamaConfig(**shape, max_position_embeddings=8192, eos_token_id=0)
+    return made(LlamaForCausalLM, config, device)
+
+
+def save_checkpoint(model: object, folder: Path) -> None:
+    """The model with a tokenizer in which w7 is a word of one token."""
+    size = model.config.vocab_size
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(size)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} w1 {% endfor %}"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# ---- Measuring --------------------------------------------------------------
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, times: int = 20) -> float:
+    """The mean of so many, one after the other, after three that do not count."""
+    for _ in range(3):
+        work()
+    wait(device)
+    started = time.perf_counter()
+    for _ in range(times):
+        work()
+    wait(device)
+    return (time.perf_counter() - started) / times
+
+
+class Bounds:
+    """What the card could do at best."""
+
+    def __init__(self, model: object, device: torch.device):
+        size = 2**30 if device.type == "cuda" else 2**26
+        source = torch.empty(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        # A copy reads and writes.
+        self.bandwidth = 2 * size / seconds_of(lambda: target.copy_(source), device)
+        side = 8192 if device.type == "cuda" else 512
+        a = torch.randn(side, side, device=device).to(torch.bfloat16)
+        self.flops = 2 * side**3 / seconds_of(lambda: a @ a, device)
+        read = [p for n, p in model.named_parameters() if "embed_tokens" not in n]
+        self.weights = sum(p.numel() * p.element_size() for p in read)
+        self.operations = 2 * sum(p.numel() for p in read)
+
+    def rate(self, clients: int) -> float:
+        """Tokens a second of so many sequences, if only weights and products took time."""
+        step = max(self.weights / self.bandwidth, clients * self.operations / self.flops)
+        return clients / step
+
+    def __str__(self) -> str:
+        return (
+            f"It copies {self.bandwidth / 1e9:,.0f} GB/s, multiplies {self.flops / 1e12:,.0f}"
+            f" TFLOP/s; the weights that a token reads are {self.weights / 1e9:.1f} GB."
+        )
+
+
+def decode_work(batch: int, length: int) -> list[tuple[api.Span, int]]:
+    return [(api.Span([5] * (length + 1), n * (length + 1), length + 1, length), 1)
+            for n in range(batch)]  # fmt: skip
+
+
+def busy_share(work: Callable[[], object], device: torch.device) -> float:
+    """The part of the time in which the card computes something; no number without a card."""
+    if device.type != "cuda":
+        return float("nan")
+    work()
+    wait(device)
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        started = time.perf_counter()
+        for _ in range(10):
+            work()
+        wait(device)
+        took = time.perf_counter() - started
+    return sum(e.self_device_time_total for e in seen.key_averages()) / 1e6 / took
+
+
+# ---- The parts --------------------------------------------------------------
+
+
+def steps(model: object, options: argparse.Namespace) -> Bounds:
+    """What a step takes: recorded or not, in place or gathered; and the share of the bound."""
+    device, bounds = options.device, Bounds(model, options.device)
+    print(f"\n{bounds}\n")
+    settings = api.Settings(cache_memory=options.cache, max_batch=max(options.clients))
+    started = time.perf_counter()
+    runner = api.start_runner(model, settings)
+    print(f"Checked and recorded in {time.perf_counter() - started:.1f} s: packed steps differ from"
+          f" plain ones by {runner.difference:.1e}; {api.how_attended(runner)}.\n")  # fmt: skip
+    recorded, in_place = runner.recorded, runner.in_place
+    for layer in runner.pool.layers:  # some numbers, as nothing was computed for the steps below
+        for x in (layer.keys, layer.values):
+            x.normal_()
+    print("| sequences | of tokens | recorded | not recorded | gathered | with a pick | busy"
+          " | of the bound |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for batch in options.clients:
+        for length in (256, 4000):
+            if batch * (length + 1) > runner.rows:
+                continue
+            work = decode_work(batch, length)
+            seqs = [
+                api.Sequence(
+                    span.tokens, span.start, span.room, span.num_cached, loop=None,
+                    detokenizer=None, sampling=api.Sampling(512, 0.5, 0, 0.9),
+                )
+                for span, _ in work
+            ]  # fmt: skip
+
+            def forward(work: api.Work = work) -> torch.Tensor:
+                return runner.forward(work)
+
+            def picked(work: api.Work = work, seqs: list[api.Sequence] = seqs) -> object:
+                return api.pick_tokens(seqs, runner.forward(work), runner.ids)
+
+            whole, share = seconds_of(picked, device), busy_share(picked, device)
+            as_recorded = seconds_of(forward, device)
+            runner.recorded = []
+            eager = seconds_of(forward, device)
+            runner.in_place = False
+            gathered = seconds_of(forward, device, 5)
+            runner.recorded, runner.in_place = recorded, in_place
+            bound = batch / bounds.rate(batch)
+            cells = [f"{1e3 * x:.2f} ms" for x in (as_recorded, eager, gathered, whole)]
+            cells += [f"{share:.0%}", f"{bound / whole:.0%}"]
+            print(f"| {batch} | {length} | {' | '.join(cells)} |", flush=True)
+    chunk = [(api.Span([5] * 512, 0, 512), 512)]
+    took = seconds_of(lambda: runner.forward(chunk), device, 5)
+    rate = bounds.operations * 512 / took / bounds.flops
+    print(f"\nA chunk of 512 tokens takes {1e3 * took:.1f} ms, {rate:.0%} of the products' rate.")
+    if runner.in_place and device.type == "cuda":
+        kernels(model, device)
+    return bounds
+
+
+def kernels(model: object, device: torch.device) -> None:
+    """What varlen_attn makes of a limit far above the lengths, and of a window at one token."""
+    config = model.config
+    heads, kv, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    print("\n| varlen_attn, one token each | limit as long | limit 131,072 | causal window |")
+    print("| --- | --- | --- | --- |")
+    for batch, length in ((1, 300), (1, 8000), (16, 300), (16, 4000)):
+        keys = torch.randn(batch * length, kv, width, device=device).to(torch.bfloat16)
+        query = torch.randn(batch, heads, width, device=device).to(torch.bfloat16)
+        work = [(api.Span([5] * length, n * length, length, length - 1), 1) for n in range(batch)]
+        (group,) = api.Step(work, in_place=True).on(device).groups
+        cells = []
+        for limited, window in (
+            (group, (-1, -1)),
+            (group._replace(max_k=131_072), (-1, -1)),
+            (group, (-1, 0)),
+        ):
+            attend = partial(
+                api.varlen_attn, query, keys, keys, limited.cu_seq_q, limited.cu_seq_k, 1,
+                limited.max_k, window_size=window, enable_gqa=heads != kv,
+                seqused_k=limited.seqused_k,
+            )  # fmt: skip
+            cells.append(f"{1e6 * seconds_of(attend, device, 100):.0f} us")
+        print(f"| {batch} of {length} | {' | '.join(cells)} |")
+
+
+def mla(options: argparse.Namespace) -> None:
+    """DeepSeek's layers: latents read as they are or expanded, and the ways to run experts."""
+    device = options.device
+    shape = TINY_DEEPSEEK if options.tiny else DEEPSEEK
+    config = DeepseekV2Config(**shape, max_position_embeddings=8192)
+    model = made(DeepseekV2ForCausalLM, config, device)
+    runner = api.start_runner(model, api.Settings(cache_memory=options.cache, max_batch=64))
+    print(f"\nDeepSeek-V2-Lite's width, {config.num_hidden_layers} layers; packed steps differ by"
+          f" {runner.difference:.1e}; {api.how_attended(runner)}.\n")  # fmt: skip
+    attentions = [m for m in model.modules() if getattr(m, "expand_kv", None) is api.keep_latent]
+    experts = model.get_experts_implementation()[""]
+    ways = ["grouped_mm", "batched_mm", "eager"]
+    print(f"| step | latents | expanded | {' | '.join(ways)} |")
+    print(f"| --- | --- | --- | {' | '.join(['---'] * len(ways))} |")
+    chunk = [(api.Span([5] * 512, 0, 512), 512)]
+    for name, work in {
+        "1 token, 1,000 before it": decode_work(1, 1000),
+        "16 tokens, 1,000 before each": decode_work(16, 1000),
+        "64 tokens, 250 before each": decode_work(64, 250),
+        "a chunk of 512": chunk,
+    }.items():
+
+        def forward(work: api.Work = work) -> torch.Tensor:
+            return runner.forward(work)
+
+        took = [seconds_of(forward, device, 5)]
+        for module in attentions:
+            del module.expand_kv
+        took.append(seconds_of(forward, device, 5))
+        for module in attentions:
+            module.expand_kv = api.keep_latent
+        for way in ways:
+            model.set_experts_implementation(way)
+            took.append(seconds_of(forward, device, 5))
+        model.set_experts_implementation(experts)
+        print(f"| {name} | {' | '.join(f'{1e3 * x:.2f} ms' for x in took)} |", flush=True)
+    print(f"\nThe experts' own way here is {experts or 'eager'}.")
+
+
+@contextmanager
+def rival(name: str, folder: str, options: argparse.Namespace) -> Iterator[benchmark.Server]:
+    port = benchmark.free_port()
+    if name == "one at a time":
+        command = [sys.executable, "-c", benchmark.NAIVE, folder, str(port), str(options.device)]
+        speaks = None
+    elif name == "chat-api":
+        command = [sys.executable, "api.py", "--model", folder, "--host", "127.0.0.1",
+                   "--port", str(port), "--max-batch", str(max(options.clients)),
+                   "--device-map", str(options.device), "--no-chat-page"]  # fmt: skip
+        speaks = None
+    else:
+        program = str(Path(sys.executable).with_name("transformers"))
+        command = [program, "serve", "--host", "127.0.0.1", "--port", str(port), "--dtype",
+                   "bfloat16", "--device", str(options.device)]  # fmt: skip
+        command += ["--continuous-batching"] if "batching" in name else []
+        speaks = folder
+    with benchmark.started(name, command, port, speaks) as server:
+        yield server
+
+
+def servers(folder: str, bounds: Bounds, options: argparse.Namespace) -> None:
+    """Ours and others over HTTP, one after the other, as together they may not fit."""
+    benchmark.prompt = lambda number: " ".join(
+        f"w{2 + (number * 131 + n) % (options.vocabulary - 2)}" for n in range(options.prompt)
+    )
+    print(f"\n{options.prompt} tokens in, {options.tokens} out, greedy.\n")
+    print(
+        "| server | clients | tokens/s | of the bound | first p50 | later p50 | /health longest |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in options.servers:
+        try:
+            with rival(name, folder, options) as server:
+                server.load(1, 1, 8, 0)
+                for clients in options.clients:
+                    if clients > 8 and name in ("one at a time", "transformers serve"):
+                        continue  # they take one after the other: minutes, and nothing new
+                    watched = benchmark.watched_health(server.url)
+                    with watched as health:
+                        outcome = server.load(clients, clients, options.tokens, 1000 * clients)
+                    seen = benchmark.figures(outcome)
+                    share = seen["tokens/s"] / bounds.rate(clients)
+                    print(f"| {name} | {clients} | {seen['tokens/s']:.1f} | {share:.0%} |"
+                          f" {seen['first p50']:.3f} s | {seen['later p50']:.4f} s |"
+                          f" {max(health):.3f} s |", flush=True)  # fmt: skip
+        except (SystemExit, OSError, RuntimeError) as error:
+            print(f"| {name} | - | {str(error).splitlines()[0]} | | | | |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda:0"))
+    parser.add_argument("--tiny", action="store_true", help="a small model")
+    parts = ["checks", "steps", "mla", "servers"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--prompt", type=int, default=128, help="tokens in")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens out")
+    names = ["chat-api", "transformers serve --continuous-batching", "transformers serve",
+             "one at a time"]  # fmt: skip
+    parser.add_argument("--servers", nargs="+", choices=names, default=names)
+    options = parser.parse_args()
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA card; --device cpu tries this out without one")
+    options.tiny |= options.device.type == "cpu"
+    options.cache = "64MiB" if options.tiny else "0.5"
+    shape = TINY if options.tiny else LLAMA_3_8B
+    options.vocabulary = shape["vocab_size"]
+    name = torch.cuda.get_device_name() if options.device.type == "cuda" else "the CPU"
+    started = time.monotonic()
+    print(f"# {name}, torch {torch.__version__}\n", flush=True)
+    if "checks" in options.only:
+        subprocess.run([sys.executable, "-m", "pytest", "-q", str(HERE)], check=False)
+    if "mla" in options.only:
+        mla(options)
+    if {"steps", "servers"} & {*options.only}:
+        with tempfile.TemporaryDirectory() as folder:
+            model = llama(shape, options.device)
+            if "servers" in options.only:
+                save_checkpoint(model, Path(folder))
+            with torch.inference_mode():
+                bounds = steps(model, options)
+            del model
+            if options.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if "servers" in options.only:
+                servers(folder, bounds, options)
+    print(f"\n{(time.monotonic() - started) / 60:.1f} minutes.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""What only a CUDA card can show: kernels over spans, recorded steps, a split model, no waiting.
+
+Skipped where there is no card. `CHAT_TEST_DEVICE=cpu` runs them without one, with stand-ins for
+varlen_attn and CUDA graphs, which shows no more than that the tests themselves are sound.
+"""
+
+import asyncio
+import os
+import warnings
+
+import pytest
+import torch
+from test_engine import FAMILIES, FIXTURES, GREEDY, as_on_a_card
+
+import api
+
+DEVICE = torch.device(os.environ.get("CHAT_TEST_DEVICE", "cuda:0"))
+ON_CARD = DEVICE.type == "cuda"
+pytestmark = pytest.mark.skipif(
+    ON_CARD and not torch.cuda.is_available(), reason="there is no CUDA card"
+)
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    if not ON_CARD:
+        as_on_a_card(monkeypatch)
+
+
+def spans(lengths: list[tuple[int, int]], gap: int = 3) -> list[tuple[api.Span, int]]:
+    """Work of (cached, new) tokens each, whose spans lie in another order than they come."""
+    work, start = [], 0
+    for cached, new in lengths:
+        work.append((api.Span([7] * (cached + new), start, cached + new, cached), new))
+        start += cached + new + gap
+    return work[1::2] + work[::2]
+
+
+def attended(step: api.Step, query, keys, values, device) -> torch.Tensor:
+    """Attention as a layer has it: query [tokens, heads, width], and the pool's rows."""
+    there = step.on(device)
+    if not step.in_place:
+        keys, values = keys[there.read], values[there.read]
+    states = (query, keys, values)
+    return torch.cat([g.attend(*g.part_of(*states), None) for g in there.groups])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width"), [(32, 8, 128), (16, 16, 128), (9, 3, 64), (4, 1, 256)]
+)
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [(0, 1), (1, 1), (63, 1), (64, 1), (500, 1), (4000, 1)],
+        [(0, 17), (0, 1), (129, 64), (3, 2), (700, 333)],
+        [(10, 1), (0, 40), (2000, 1), (255, 5), (1, 1)],
+    ],
+    ids=["tokens", "chunks", "both"],
+)
+def test_attention_in_place_is_attention_over_copied_rows(heads, kv_heads, width, lengths):
+    """A chunk's last token sees all rows of its span, the one before all but one, and so on."""
+    generator = torch.Generator().manual_seed(0)
+    work = spans(lengths)
+    rows = max(span.start + span.room for span, _ in work) + 50
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE, torch.bfloat16)
+
+    keys, values = some(rows, kv_heads, width), some(rows, kv_heads, width)
+    by_span = {span.start: some(new, heads, width) for span, new in work}
+    outs = []
+    for in_place in (True, False):
+        step = api.Step(work, in_place)
+        # Each way packs the spans in an order of its own.
+        order = sorted(work, key=lambda item: step._neighbourhood(*item))
+        query = torch.cat([by_span[span.start] for span, _ in order])
+        parts = attended(step, query, keys, values, DEVICE).split([new for _, new in order])
+        outs.append({span.start: out for (span, _), out in zip(order, parts, strict=True)})
+    for start, out in outs[0].items():
+        torch.testing.assert_close(out, outs[1][start], atol=2e-2, rtol=2e-2)
+
+
+def runner_of(name: str, dtype: str) -> api.Runner:
+    model, _ = api.load_model(FIXTURES / name, dtype=dtype, device_map=str(DEVICE))
+    settings = api.Settings(cache_memory="64MiB", max_batch=8, device_map=str(DEVICE))
+    return api.start_runner(model, settings)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_batches_on_the_card(name):
+    """In float32, which has no kernel over spans: token for token what `generate` says."""
+    model, _ = api.load_model(FIXTURES / name, dtype="float32", device_map=str(DEVICE))
+    room = api.context_length(model.config) - 12
+    prompts = [list(range(20, 20 + n)) for n in (3, 17, min(40, room))]
+    alone = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=DEVICE)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            repetition_penalty=1.0,
+        )
+        alone.append(out[0, len(prompt) :].tolist())
+    runner = api.Runner(model, "64MiB")
+    assert together(runner, prompts) == alone
+
+
+def together(runner: api.Runner, prompts: list[list[int]]) -> list[list[int]]:
+    """What the engine says to all prompts at once, as ids."""
+    engine = api.Engine(runner, api.Tokenizer(api_vocabulary()), set(), chunk=16)
+
+    async def one(prompt: list[int]) -> list[int]:
+        sampling = api.replace(GREEDY, max_new_tokens=12, logprobs=0)
+        tokens = [d.token async for d in engine.stream(prompt, sampling)]
+        return [token.id for token in tokens if token]
+
+    async def everyone() -> list[list[int]]:
+        return await asyncio.gather(*map(one, prompts))
+
+    try:
+        return asyncio.run(everyone())
+    finally:
+        engine.close()
+
+
+def api_vocabulary():
+    from tokenizers import models
+
+    return models.WordLevel({"a": 0}, unk_token="a")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_starts_in_half_precision(name, dtype):
+    """Packed steps, in place and recorded where the widths allow it, agree with plain ones."""
+    runner = runner_of(name, dtype)
+    assert runner.difference < 0.05
+    if name != "deepseek_v2":
+        assert runner.in_place, runner.gathers_because
+        assert {r.size for r in runner.recorded} == {1, 2, 4, 8}
+
+
+def test_recorded_steps_compute_what_others_do():
+    runner = runner_of("llama", "bfloat16")
+    recorded, generator = runner.recorded, torch.Generator().manual_seed(3)
+    assert recorded
+    for batch in (1, 2, 3, 5, 8, 3, 1):
+        lengths = torch.randint(1, 60, (batch,), generator=generator).tolist()
+        work = spans([(n, 1) for n in lengths])
+        for span, _ in work:
+            count = len(span.tokens)
+            span.tokens = torch.randint(5, 290, (count,), generator=generator).tolist()
+            runner.forward([(api.Span(span.tokens, span.start), span.num_cached)])
+        replayed = runner.forward(work).clone()
+        runner.recorded = []
+        plain = runner.forward(work)
+        runner.recorded = recorded
+        torch.testing.assert_close(replayed, plain, atol=5e-2, rtol=5e-2)
+
+
+def test_a_model_on_two_devices_says_what_it_says_on_one():
+    """The second card where there is one, else the CPU."""
+    other = "cuda:1" if ON_CARD and torch.cuda.device_count() > 1 else "cpu"
+    whole, _ = api.load_model(FIXTURES / "llama", dtype="float32", device_map=str(DEVICE))
+    names = ["model.embed_tokens", "model.rotary_emb", "model.layers.0"]
+    later = [f"model.layers.{n}" for n in range(1, whole.config.num_hidden_layers)]
+    places = dict.fromkeys(names, str(DEVICE)) | dict.fromkeys(
+        [*later, "model.norm", "lm_head"], other
+    )
+    split, _ = api.load_model(
+        FIXTURES / "llama", dtype="float32", device_map=api.json.dumps(places)
+    )
+    prompts = [list(range(20, 20 + n)) for n in (3, 17, 40)]
+    runner = api.Runner(split, "64MiB")
+    assert runner.split == (str(DEVICE) != other)
+    assert together(runner, prompts) == together(api.Runner(whole, "64MiB"), prompts)
+    assert {str(layer.keys.device) for layer in runner.pool.layers} == {str(DEVICE), other}
+
+
+@pytest.mark.skipif(not ON_CARD, reason="only a card is waited for")
+def test_a_card_is_waited_for_once_a_pick():
+    hows = [
+        api.Sampling(temperature=0),
+        api.Sampling(top_k=0, top_p=1.0),
+        api.Sampling(top_k=5, repetition_penalty=1.1),
+        api.Sampling(top_k=0, top_p=0.5, min_p=0.1, presence_penalty=1.0),
+    ]
+    seqs = []
+    for n, how in enumerate(hows):
+        seq = api.Sequence([1, 2, 3], n * 8, 8, 2, sampling=how, detokenizer=None, loop=None)
+        seqs.append(seq)
+    logits = torch.randn(4, 128_256, device=DEVICE) * 5
+    ids = torch.arange(32, device=DEVICE)
+    api.pick(seqs, logits.clone(), ids)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            api.pick(seqs, logits, ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(caught) == 1, [str(w.message) for w in caught]
