@@ -85,7 +85,7 @@ def build(
         ray_actor_options={"num_cpus": cluster.cpus, "num_gpus": cluster.gpus},
         autoscaling_config={
             "min_replicas": cluster.min_replicas,
-            "max_replicas": cluster.max_replicas,
+            "max_replicas": max(cluster.min_replicas, cluster.max_replicas),
             "target_ongoing_requests": settings.max_batch / 2,
         },
         # Room for more than a server takes: it says itself when to come back, in each dialect.
