@@ -49,7 +49,7 @@ VARIABLES = {
 # ---- The servers
 
 
-SAID = "x" * 112
+SAID = "x" * 200
 
 
 def scripted(settings: Any) -> Any:

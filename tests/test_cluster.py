@@ -71,6 +71,7 @@ def test_a_conversation_whose_server_is_full_goes_elsewhere(two):
 
 def test_who_hangs_up_is_soon_forgotten_by_the_server(two):
     (name, other) = two.homes().values()
+    # By itself the answer would end after two seconds.
     with httpx.stream(
         "POST", two.url, json={"prompt": "x", "stream": True}, headers={"X-Session-Id": name}
     ) as response:
@@ -85,12 +86,12 @@ def test_who_hangs_up_is_soon_forgotten_by_the_server(two):
 
 
 def test_what_is_too_much_is_told_in_the_servers_own_words(two):
-    answers = ask_all(two.url, *[""] * 40)
+    answers = ask_all(two.url, *[""] * 40, max_length=40)
     served = [answer for answer in answers if answer.whole]
     refused = [answer for answer in answers if not answer.whole]
     assert len(served) >= 4
-    assert len(refused) >= 16
-    assert {answer.text[8:] for answer in served} == {SAID}
+    assert len(refused) >= 8
+    assert {answer.text[8:] for answer in served} == {SAID[:32]}
     assert {(answer.status, answer.error["code"]) for answer in refused} == {(429, "queue_full")}
     assert all(1 <= answer.retry_after <= 60 for answer in refused)
 
