@@ -9,9 +9,9 @@ from conftest import ROOT
 
 
 def table(text: str) -> list[list[float]]:
-    """The numbers of the lines that begin with one."""
-    rows = re.findall(r"^\| [\d,]+ \|.*\|.*\| [\d.]+ s \|.*$", text, re.MULTILINE)
-    return [[float(n.replace(",", "")) for n in re.findall(r"[\d.,]+", row)] for row in rows]
+    """The numbers of the table of users."""
+    lines = text[text.index("| users |") :].split("\n\n")[0].strip().splitlines()[2:]
+    return [[float(n.replace(",", "")) for n in re.findall(r"[\d.,]+", line)] for line in lines]
 
 
 def simulated(*arguments: str) -> list[list[float]]:
