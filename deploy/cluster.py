@@ -65,8 +65,8 @@ class Chat:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         api.start_log(self.settings.log_json)
-        # On a thread that ends, as in the app itself, which would end the process if this failed;
-        # raised here, the sentence is shown by `serve status`.
+        # On a thread that ends, as in the app itself, which would end the process if this failed:
+        # Serve would log that it died, and not the sentence that says why.
         with ThreadPoolExecutor(1) as loader:
             model = await asyncio.wrap_future(loader.submit(self.load, self.settings))
         return api.build_app(self.settings, lambda _: model)
