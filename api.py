@@ -38,6 +38,7 @@ import tempfile
 import threading
 import time
 import uuid
+import warnings
 from bisect import bisect_left, insort
 from collections import Counter, abc, deque
 from collections.abc import (
@@ -950,8 +951,8 @@ class InPlace(NamedTuple):
             self.max_q,
             self.max_k,
             scale=scale,
-            # Causal from the last row on. Of one token that is the same as no window at all,
-            # with which FlashAttention splits long rows among more of the card.
+            # Causal from the last row on. Of one token that is the same as no window at all, with
+            # which FlashAttention splits long rows among more of the card, if heads share keys.
             window_size=(-1, 0) if self.max_q > 1 else (-1, -1),
             enable_gqa=query.shape[1] != key.shape[1],
             seqused_k=self.seqused_k,
@@ -968,14 +969,14 @@ class Step:
         # place, single tokens in place, or gathered ones whose lengths are alike.
         order = sorted(range(len(work)), key=lambda n: self._neighbourhood(*work[n]))
         work = [work[n] for n in order]
-        ends = [(span.num_cached, span.num_cached + new) for span, new in work]
-        news = torch.tensor([new for _, new in work])
-        starts = torch.tensor([span.start for span, _ in work])
+        places = [(span.start, span.num_cached + n) for span, new in work for n in range(new)]
+        ends = dict(zip(order, accumulate(new for _, new in work), strict=True))
+        # Lists before tensors: a step has too few tokens for torch to be quicker.
         self.ids = torch.tensor([i for span, n in work for i in span.tokens[span.num_cached :][:n]])
-        self.positions = torch.cat([torch.arange(*both) for both in ends])
+        self.positions = torch.tensor([position for _, position in places])
         # The pool's row of each packed token, and the packed token that ends each sequence.
-        self.write = self.positions + starts.repeat_interleave(news)
-        self.last = (news.cumsum(0) - 1)[torch.tensor(order).argsort()]
+        self.write = torch.tensor([start + position for start, position in places])
+        self.last = torch.tensor([ends[n] - 1 for n in range(len(work))])
         self.groups: list[Gathered | InPlace] = []
         reads = [torch.empty(0, dtype=torch.long)]
         for _, part in groupby(work, lambda item: self._neighbourhood(*item)[0]):
@@ -1131,6 +1132,8 @@ def can_absorb(module: Any) -> bool:
 
 
 AttentionInterface.register("packed", packed_attention)
+# It makes a plan for each new length, and gathered keys have a new one at every step.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 # ---- Runner -----------------------------------------------------------------
@@ -1145,8 +1148,8 @@ def put(values: list[Any], device: torch.device, dtype: torch.dtype | None = Non
 def input_device(model: Any) -> torch.device:
     """Where token ids go: to the embedding, or to where accelerate brings it to compute."""
     embedding = model.get_input_embeddings()
-    hook = getattr(embedding, "_hf_hook", None)
-    return torch.device(getattr(hook, "execution_device", None) or embedding.weight.device)
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return torch.device(embedding.weight.device if device is None else device)
 
 
 def why_not_in_place(layers: Iterable[SpanLayer]) -> str | None:
@@ -1169,10 +1172,21 @@ def why_not_in_place(layers: Iterable[SpanLayer]) -> str | None:
 def record(
     compute: Callable[[], torch.Tensor], device: torch.device, memory: Any
 ) -> tuple[torch.Tensor, Callable[[], None]]:
-    """Record what a computation does on a card; its output, and what computes it again."""
+    """Record what a computation does on a card; its output, and what computes it again.
+
+    Raises RuntimeError where it cannot be recorded.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         compute()  # what is made on first use is not to be recorded
+        # A wait for the card cannot be, and in a recording it would leave torch's memory in
+        # disorder: so it is looked for before. torch warns that looking is a prototype.
+        with warnings.catch_warnings(action="ignore"):
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            compute()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
             return compute(), graph.replay
 
@@ -1228,8 +1242,13 @@ class Runner:
         self.num_layers = config.num_hidden_layers
         if other := {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
             raise StartError(f"the model has layers of {', '.join(other)}, which cannot be packed")
-        for module in filter(can_absorb, model.modules()):
-            module.expand_kv = keep_latent
+        for module in model.modules():
+            if can_absorb(module):
+                module.expand_kv = keep_latent
+            # Within its first length, to which it is held, such rope does not move; to look
+            # whether it should would wait for the card in every step.
+            if getattr(module, "rope_type", None) == "dynamic":
+                module.rope_type = "default"
         model.set_attn_implementation("packed")
         self.difference = 0.0  # to the plain forward pass, as the check at start found it
         self.recorded: list[RecordedStep] = []
@@ -1330,14 +1349,14 @@ class Runner:
 def cache_budget(setting: str, device: torch.device) -> int:
     """Bytes for keys and values on a device: auto, a fraction of what is free, or a size."""
     on_card = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_card else psutil.virtual_memory().available
     if setting == "auto":
-        setting = "0.85" if on_card else "2GiB"
+        # What is left is for the steps themselves, and what is recorded of them.
+        return int(min(0.85 * free, max(free / 2, free - 2**30))) if on_card else 2**31
     try:
-        fraction = float(setting)
+        return int(free * float(setting))
     except ValueError:
         return int(convert_file_size_to_int(setting))
-    free = torch.cuda.mem_get_info(device)[0] if on_card else psutil.virtual_memory().available
-    return int(free * fraction)
 
 
 # ---- Sampling ---------------------------------------------------------------
@@ -1477,14 +1496,14 @@ def keep_to(guide: Guide, logits: torch.Tensor) -> None:
     """
     allowed = torch.from_numpy(guide.allowed()[: len(logits)])
     ruled_out = F.pad(~allowed, (0, len(logits) - len(allowed)), value=True)
-    logits.masked_fill_(ruled_out.to(logits.device), -torch.inf)
+    logits.masked_fill_(ruled_out.to(logits.device, non_blocking=True), -torch.inf)
 
 
 @torch.inference_mode()
 def pick_tokens(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> list[Token]:
     """`pick`, and for the sequences that ask for it, what the model itself thought likely."""
     told = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
-    own = logits[told].log_softmax(-1)
+    own = logits.index_select(0, put(told, logits.device, torch.long)).log_softmax(-1)
     for row, seq in enumerate(seqs):
         if seq.guide:
             keep_to(seq.guide, logits[row])

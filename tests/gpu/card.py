@@ -1,7 +1,7 @@
 """All that is worth knowing of a CUDA card, in some eight minutes; nothing is downloaded.
 
     python tests/gpu/card.py               checks, steps, and servers side by side
-    python tests/gpu/card.py --only steps  one part of it: checks, steps, mla or servers
+    python tests/gpu/card.py --only steps  one part of it: checks, mla, steps or servers
     python tests/gpu/card.py --device cpu  a tiny model without a card, to see that this works
 
 The model has Llama-3-8B's shape, or with --tiny a small one, and random weights. The bounds are
@@ -10,17 +10,19 @@ it multiplies.
 """
 
 import argparse
+import gc
+import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     DeepseekV2Config,
@@ -31,9 +33,8 @@ from transformers import (
 )
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent.parent))
 
-import benchmark  # noqa: E402
 
 import api  # noqa: E402
 
@@ -147,13 +148,14 @@ def busy_share(work: Callable[[], object], device: torch.device) -> float:
             work()
         wait(device)
         took = time.perf_counter() - started
-    return sum(e.self_device_time_total for e in seen.key_averages()) / 1e6 / took
+    kernels = (e for e in seen.key_averages() if e.device_type == DeviceType.CUDA)
+    return sum(e.self_device_time_total for e in kernels) / 1e6 / took
 
 
 # ---- The parts --------------------------------------------------------------
 
 
-def steps(model: object, options: argparse.Namespace) -> Bounds:
+def steps(model: object, options: argparse.Namespace) -> None:
     """What a step takes: recorded or not, in place or gathered; and the share of the bound."""
     device, bounds = options.device, Bounds(model, options.device)
     print(f"\n{bounds}\n")
@@ -177,7 +179,7 @@ def steps(model: object, options: argparse.Namespace) -> Bounds:
             seqs = [
                 api.Sequence(
                     span.tokens, span.start, span.room, span.num_cached, loop=None,
-                    detokenizer=None, sampling=api.Sampling(512, 0.5, 0, 0.9),
+                    detokenizer=None, sampling=api.Sampling(512, 0.05, 0, 0.9),
                 )
                 for span, _ in work
             ]  # fmt: skip
@@ -205,7 +207,6 @@ def steps(model: object, options: argparse.Namespace) -> Bounds:
     print(f"\nA chunk of 512 tokens takes {1e3 * took:.1f} ms, {rate:.0%} of the products' rate.")
     if runner.in_place and device.type == "cuda":
         kernels(model, device)
-    return bounds
 
 
 def kernels(model: object, device: torch.device) -> None:
@@ -266,6 +267,9 @@ def mla(options: argparse.Namespace) -> None:
         for module in attentions:
             module.expand_kv = api.keep_latent
         for way in ways:
+            if way == "batched_mm" and len(work) < 16 < work[0][1]:
+                took.append(float("nan"))  # it would copy the experts of each of 512 tokens
+                continue
             model.set_experts_implementation(way)
             took.append(seconds_of(forward, device, 5))
         model.set_experts_implementation(experts)
@@ -273,95 +277,54 @@ def mla(options: argparse.Namespace) -> None:
     print(f"\nThe experts' own way here is {experts or 'eager'}.")
 
 
-@contextmanager
-def rival(name: str, folder: str, options: argparse.Namespace) -> Iterator[benchmark.Server]:
-    port = benchmark.free_port()
-    if name == "one at a time":
-        command = [sys.executable, "-c", benchmark.NAIVE, folder, str(port), str(options.device)]
-        speaks = None
-    elif name == "chat-api":
-        command = [sys.executable, "api.py", "--model", folder, "--host", "127.0.0.1",
-                   "--port", str(port), "--max-batch", str(max(options.clients)),
-                   "--device-map", str(options.device), "--no-chat-page"]  # fmt: skip
-        speaks = None
-    else:
-        program = str(Path(sys.executable).with_name("transformers"))
-        command = [program, "serve", "--host", "127.0.0.1", "--port", str(port), "--dtype",
-                   "bfloat16", "--device", str(options.device)]  # fmt: skip
-        command += ["--continuous-batching"] if "batching" in name else []
-        speaks = folder
-    with benchmark.started(name, command, port, speaks) as server:
-        yield server
-
-
-def servers(folder: str, bounds: Bounds, options: argparse.Namespace) -> None:
-    """Ours and others over HTTP, one after the other, as together they may not fit."""
-    benchmark.prompt = lambda number: " ".join(
-        f"w{2 + (number * 131 + n) % (options.vocabulary - 2)}" for n in range(options.prompt)
-    )
-    print(f"\n{options.prompt} tokens in, {options.tokens} out, greedy.\n")
-    print(
-        "| server | clients | tokens/s | of the bound | first p50 | later p50 | /health longest |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name in options.servers:
-        try:
-            with rival(name, folder, options) as server:
-                server.load(1, 1, 8, 0)
-                for clients in options.clients:
-                    if clients > 8 and name in ("one at a time", "transformers serve"):
-                        continue  # they take one after the other: minutes, and nothing new
-                    watched = benchmark.watched_health(server.url)
-                    with watched as health:
-                        outcome = server.load(clients, clients, options.tokens, 1000 * clients)
-                    seen = benchmark.figures(outcome)
-                    share = seen["tokens/s"] / bounds.rate(clients)
-                    print(f"| {name} | {clients} | {seen['tokens/s']:.1f} | {share:.0%} |"
-                          f" {seen['first p50']:.3f} s | {seen['later p50']:.4f} s |"
-                          f" {max(health):.3f} s |", flush=True)  # fmt: skip
-        except (SystemExit, OSError, RuntimeError) as error:
-            print(f"| {name} | - | {str(error).splitlines()[0]} | | | | |", flush=True)
+def servers(model: object, options: argparse.Namespace) -> None:
+    """rivals.py, from a process that has left the card."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(model, Path(folder))
+        most = {clients: Bounds(model, options.device).rate(clients) for clients in options.clients}
+        del model
+        gc.collect()
+        if options.device.type == "cuda":
+            torch.cuda.empty_cache()
+        given = {"folder": folder, "device": str(options.device), "most": most}
+        given |= {"prompt": options.prompt, "tokens": options.tokens}
+        subprocess.run([sys.executable, str(HERE / "rivals.py"), json.dumps(given)], check=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda:0"))
     parser.add_argument("--tiny", action="store_true", help="a small model")
-    parts = ["checks", "steps", "mla", "servers"]
+    parts = ["checks", "mla", "steps", "servers"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 128])
-    parser.add_argument("--prompt", type=int, default=128, help="tokens in")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens out")
-    names = ["chat-api", "transformers serve --continuous-batching", "transformers serve",
-             "one at a time"]  # fmt: skip
-    parser.add_argument("--servers", nargs="+", choices=names, default=names)
+    parser.add_argument("--prompt", type=int, default=128, help="tokens in, of servers")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens out, of servers")
     options = parser.parse_args()
     if options.device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA card; --device cpu tries this out without one")
+    if len(options.only) > 1:
+        # Each in a process of its own, so that one that fails takes no other with it.
+        started = time.monotonic()
+        rest = sys.argv[1:]
+        for part in options.only:
+            subprocess.run([sys.executable, __file__, *rest, "--only", part], check=False)
+        return print(f"\n{(time.monotonic() - started) / 60:.1f} minutes.")
     options.tiny |= options.device.type == "cpu"
-    options.cache = "64MiB" if options.tiny else "0.5"
-    shape = TINY if options.tiny else LLAMA_3_8B
-    options.vocabulary = shape["vocab_size"]
+    options.cache = "64MiB" if options.tiny else "0.7"
     name = torch.cuda.get_device_name() if options.device.type == "cuda" else "the CPU"
-    started = time.monotonic()
-    print(f"# {name}, torch {torch.__version__}\n", flush=True)
-    if "checks" in options.only:
-        subprocess.run([sys.executable, "-m", "pytest", "-q", str(HERE)], check=False)
-    if "mla" in options.only:
-        mla(options)
-    if {"steps", "servers"} & {*options.only}:
-        with tempfile.TemporaryDirectory() as folder:
-            model = llama(shape, options.device)
-            if "servers" in options.only:
-                save_checkpoint(model, Path(folder))
-            with torch.inference_mode():
-                bounds = steps(model, options)
-            del model
-            if options.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if "servers" in options.only:
-                servers(folder, bounds, options)
-    print(f"\n{(time.monotonic() - started) / 60:.1f} minutes.")
+    (part,) = options.only
+    print(f"\n# {part}: {name}, torch {torch.__version__}\n", flush=True)
+    if part == "checks":
+        sys.exit(subprocess.call([sys.executable, "-m", "pytest", "-q", str(HERE)]))
+    with torch.inference_mode():
+        if part == "mla":
+            return mla(options)
+        model = llama(TINY if options.tiny else LLAMA_3_8B, options.device)
+        if part == "steps":
+            return steps(model, options)
+    # The only reference goes along, so that the card can be left.
+    servers(model, options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""Our server and others over HTTP on one card, one after the other, as together they may not fit.
+
+Started by card.py, with what it found out of the card as JSON. Imports nothing heavy, as the
+process that watches /health begins with the same imports.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import benchmark  # noqa: E402
+
+SERVERS = (
+    "chat-api",
+    "transformers serve --continuous-batching",
+    "transformers serve",
+    "one at a time",
+)
+
+
+@contextmanager
+def started(name: str, given: dict[str, Any]) -> Iterator[benchmark.Server]:
+    port, folder, speaks = benchmark.free_port(), given["folder"], None
+    if name == "one at a time":
+        command = [sys.executable, "-c", benchmark.NAIVE, folder, str(port), given["device"]]
+    elif name == "chat-api":
+        command = [sys.executable, "api.py", "--model", folder, "--host", "127.0.0.1"]
+        command += ["--port", str(port), "--device-map", given["device"], "--no-chat-page"]
+        command += ["--max-batch", max(given["most"], key=int)]
+    else:
+        program = str(Path(sys.executable).with_name("transformers"))
+        command = [program, *name.split()[1:], "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--dtype", "bfloat16", "--device", given["device"]]
+        speaks = folder
+    with benchmark.started(name, command, port, speaks) as server:
+        yield server
+
+
+def rows(name: str, given: dict[str, Any]) -> Iterator[str]:
+    with started(name, given) as server:
+        server.load(1, 1, 8, 0)
+        for clients, most in given["most"].items():
+            if int(clients) > 8 and name in SERVERS[2:]:
+                continue  # they take one after the other: minutes, and nothing new
+            with benchmark.watched_health(server.url) as health:
+                first = 1000 * int(clients)
+                outcome = server.load(int(clients), int(clients), given["tokens"], first)
+            seen = benchmark.figures(outcome)
+            yield (
+                f"| {name} | {clients} | {seen['tokens/s']:.1f} | {seen['tokens/s'] / most:.0%}"
+                f" | {seen['first p50']:.3f} s | {seen['later p50']:.4f} s | {max(health):.3f} s |"
+            )
+
+
+def main() -> None:
+    given = json.loads(sys.argv[1])
+    benchmark.prompt = lambda number: " ".join(
+        f"w{2 + (number * 131 + n) % 1900}" for n in range(given["prompt"])
+    )
+    print(f"{given['prompt']} tokens in, {given['tokens']} out, greedy.\n")
+    print(
+        "| server | clients | tokens/s | of the bound | first p50 | later p50 | longest /health |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name in SERVERS:
+        try:
+            for row in rows(name, given):
+                print(row, flush=True)
+        except (Exception, SystemExit) as error:  # a rival's fault is no reason to end
+            print(f"| {name} | - | {repr(error)[:100]} | | | | |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
