@@ -3734,9 +3734,10 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self.head += len(data)
-        if self.head > MAX_HEAD:
-            return self.send_400_response("The headers are too long.")
         super().data_received(data)
+        # Asked when it is known how much of it was body.
+        if self.head > MAX_HEAD and not self.transport.is_closing():
+            self.send_400_response("The headers are too long.")
 
     def on_message_begin(self) -> None:
         self.patience.cancel()

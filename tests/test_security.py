@@ -267,6 +267,20 @@ def test_headers_have_an_end(server, size):
     assert httpx.get(f"{server}/health").status_code == 200
 
 
+@pytest.mark.parametrize("pieces", [1, 2, 50])
+def test_a_body_may_be_longer_than_headers(server, pieces):
+    """Also where the first read brings both."""
+    body = b'{"prompt": "' + b"x" * 300_000 + b'"}'
+    request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    size = len(request) // pieces + 1
+    with peer(server) as connection:
+        for at in range(0, len(request), size):
+            connection.sendall(request[at : at + size])
+        assert b"context_length_exceeded" in connection.recv(65536)
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY)
+        assert b'"response"' in connection.recv(65536)
+
+
 def test_a_body_that_does_not_come_is_a_408(server, runner, monkeypatch):
     monkeypatch.setattr(api, "BODY_SECONDS", 0.3)
     with peer(server) as connection:
