@@ -1159,7 +1159,7 @@ def why_not_in_place(layers: Iterable[SpanLayer]) -> str | None:
         return f"torch {torch.__version__} has no varlen_attn for it"
     for keys, values in ((layer.keys, layer.values) for layer in layers):
         if keys.device.type != "cuda":
-            return f"some of it is on {keys.device}"
+            return f"layers on {keys.device}"
         if torch.cuda.get_device_capability(keys.device) < (8, 0):
             return f"{torch.cuda.get_device_name(keys.device)} is older than Ampere"
         if keys.dtype not in (torch.bfloat16, torch.float16):
