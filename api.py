@@ -1084,11 +1084,11 @@ def packed_attention(
             raise StartError(f"the model's attention uses {name}, which this server does not do")
     step.attended += 1
     latent = getattr(module, "expand_kv", None) is keep_latent
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     parts = []
     for group in step.on(query.device).groups:
-        states = group.part_of(*(x[0].transpose(0, 1) for x in (query, key, value)))
         attend = partial(attend_latent, module, group) if latent else group.attend
-        parts.append(attend(*states, scaling))
+        parts.append(attend(*group.part_of(query, key, value), scaling))
     return torch.cat(parts)[None], None
 
 

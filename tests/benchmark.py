@@ -59,6 +59,11 @@ def prompt(number: int) -> str:
     return f"Write a long story, number {number}, about {TOPICS[number % len(TOPICS)]}."
 
 
+def details(number: int) -> str:
+    """What makes one turn of a conversation long, and unlike the others."""
+    return " and ".join(f"{topic}, seen from place {number}" for topic in TOPICS)
+
+
 async def timed(counts: AsyncIterator[int]) -> Reply:
     """A reply of which each piece yields its number of tokens, or 0 until the whole is known."""
     started, times, total = time.perf_counter(), [], 0
@@ -226,16 +231,17 @@ uvicorn.run(app, port=int(sys.argv[2]), log_level="error")
 """
 
 
-def one_at_a_time(folder: str) -> Any:
+def one_at_a_time(folder: str, device: str = "cpu") -> Any:
     port = free_port()
-    return started("one at a time", [sys.executable, "-c", NAIVE, folder, str(port), "cpu"], port)
+    return started("one at a time", [sys.executable, "-c", NAIVE, folder, str(port), device], port)
 
 
-def transformers_serve(folder: str) -> Any:
+def transformers_serve(folder: str, device: str = "cpu", batching: bool = True) -> Any:
     port = free_port()
     program = str(Path(sys.executable).with_name("transformers"))
     command = [program, "serve", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--continuous-batching", "--dtype", "bfloat16", "--device", "cpu"]
+    command += ["--continuous-batching"] if batching else []
+    command += ["--dtype", "bfloat16", "--device", device]
     return started("transformers serve", command, port, folder)
 
 
@@ -388,8 +394,7 @@ def conversation(folder: str, turns: int, tokens: int) -> None:
         for server in (fast, slow):
             server.load(1, 1, 8, 0)
         for number in range(1, turns + 1):
-            details = " and ".join(f"{topic}, seen from place {number}" for topic in TOPICS)
-            question = f"Go on with the story, now with {details}."
+            question = f"Go on with the story, now with {details(number)}."
             cells, seconds = [], []
             for url, history in histories.items():
                 first, answer = asyncio.run(turn(url, question, history, tokens))
@@ -443,10 +448,13 @@ def watched_health(url: str) -> Iterator[list[float]]:
     watcher.start()
     pipe.recv()
     seconds: list[float] = []
-    yield seconds
-    pipe.send("stop")
-    seconds += pipe.recv()
-    watcher.join()
+    try:
+        yield seconds
+        pipe.send("stop")
+        seconds += pipe.recv()
+    finally:
+        watcher.kill()
+        watcher.join()
 
 
 @dataclass

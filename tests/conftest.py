@@ -58,6 +58,22 @@ def tiny_llama(**changes: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
 
 
+def greedy(model: LlamaForCausalLM, prompt: list[int], count: int) -> list[int]:
+    """So many tokens that `generate` says to a prompt by itself, whatever ends an answer."""
+    ids = torch.tensor([prompt], device=model.device)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        max_length=None,
+        do_sample=False,
+        repetition_penalty=1.0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()

@@ -30,7 +30,7 @@ from typing import Any
 
 import httpx
 import psutil
-from benchmark import TOPICS, free_port
+from benchmark import details, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = {
@@ -236,8 +236,8 @@ def conversation(cluster: Cluster, repeats: int, turns: int = 10) -> None:
         for named in (True, False):
             name, history, firsts = uuid.uuid4().hex, [], []
             for number in range(1, turns + 1):
-                details = " and ".join(f"{topic}, seen from place {number}" for topic in TOPICS)
-                question = f"In conversation {name}, go on with the story, now with {details}."
+                asked = f"go on with the story, now with {details(number)}."
+                question = f"In conversation {name}, {asked}"
                 body = {"history": history, "max_length": 64, "temperature": 0}
                 answer = ask(cluster.url, name if named else "", question, **body)
                 assert answer.whole

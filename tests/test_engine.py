@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import ROOT, ScriptedRunner, chat_model, tiny_llama, wait_for
+from conftest import ROOT, ScriptedRunner, chat_model, greedy, tiny_llama, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -71,28 +71,18 @@ class Alone:
         long = max(self.prompts, key=len)
         half = len(long) // 2
         self.prompts += [long[:half], [*long[:half], 9, 8, 7], [*long[: half + 3], 6, 5]]
-        self.answers = [self._generate(model, prompt) for prompt in self.prompts]
+        self.answers = [self._greedy(model, prompt) for prompt in self.prompts]
         turn = self.answers[-3][:6]
         self.prompts.append([*long[:half], *turn, 4, 3])
-        self.answers.append(self._generate(model, self.prompts[-1]))
+        self.answers.append(self._greedy(model, self.prompts[-1]))
         self.runner = api.Runner(model, "1GiB", max_rows=600)
         # What CUDA cards do, by the letter of what torch says of its own parts.
         with pytest.MonkeyPatch.context() as patch:
             as_on_a_card(patch)
             self.on_cards = api.Runner(model, "1GiB", max_rows=600)
 
-    def _generate(self, model, prompt: list[int]) -> list[int]:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=min(24, self.context - len(prompt)),
-            do_sample=False,
-            repetition_penalty=1.0,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        return out[0, len(prompt) :].tolist()
+    def _greedy(self, model, prompt: list[int]) -> list[int]:
+        return greedy(model, prompt, min(24, self.context - len(prompt)))
 
 
 ALONE: dict[str, Alone] = {}

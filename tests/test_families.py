@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, byte_tokenizer, ready, serve
+from conftest import ROOT, byte_tokenizer, greedy, ready, serve
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
@@ -97,18 +97,7 @@ def test_greedy_answers_are_the_original_codes(name):
     for ids, mask, answer in zip(
         expected["input_ids"], expected["attention_mask"], expected["greedy"], strict=True
     ):
-        prompt = torch.tensor(ids[mask.astype(bool)])[None]
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=32,
-            max_length=None,
-            do_sample=False,
-            repetition_penalty=1.0,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        assert out[0, prompt.shape[1] :].tolist() == answer.tolist()
+        assert greedy(model, ids[mask.astype(bool)].tolist(), 32) == answer.tolist()
 
 
 def plain_split(self, input_dict, source_patterns, target_patterns, config, **_):

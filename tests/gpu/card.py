@@ -67,9 +67,10 @@ def made(kind: type, config: object, device: torch.device) -> object:
         torch.set_default_dtype(torch.float32)
 
 
-def llama(shape: dict[str, object], device: torch.device) -> object:
+def llama(options: argparse.Namespace) -> object:
+    shape = TINY if options.tiny else LLAMA_3_8B
     config = LlamaConfig(**shape, max_position_embeddings=8192, eos_token_id=0)
-    return made(LlamaForCausalLM, config, device)
+    return made(LlamaForCausalLM, config, options.device)
 
 
 def save_checkpoint(model: object, folder: Path) -> None:
@@ -277,18 +278,24 @@ def mla(options: argparse.Namespace) -> None:
     print(f"\nThe experts' own way here is {experts or 'eager'}.")
 
 
-def servers(model: object, options: argparse.Namespace) -> None:
-    """rivals.py, from a process that has left the card."""
+def servers(options: argparse.Namespace) -> None:
+    """rivals.py, once this process has left the card."""
     with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(model, Path(folder))
-        most = {clients: Bounds(model, options.device).rate(clients) for clients in options.clients}
-        del model
+        most = left_on_disk(Path(folder), options)
         gc.collect()
         if options.device.type == "cuda":
             torch.cuda.empty_cache()
         given = {"folder": folder, "device": str(options.device), "most": most}
         given |= {"prompt": options.prompt, "tokens": options.tokens}
         subprocess.run([sys.executable, str(HERE / "rivals.py"), json.dumps(given)], check=False)
+
+
+def left_on_disk(folder: Path, options: argparse.Namespace) -> dict[int, float]:
+    """Save the model, which is gone afterwards; the most tokens a second of so many clients."""
+    model = llama(options)
+    save_checkpoint(model, folder)
+    bounds = Bounds(model, options.device)
+    return {clients: bounds.rate(clients) for clients in options.clients}
 
 
 def main() -> None:
@@ -320,11 +327,9 @@ def main() -> None:
     with torch.inference_mode():
         if part == "mla":
             return mla(options)
-        model = llama(TINY if options.tiny else LLAMA_3_8B, options.device)
         if part == "steps":
-            return steps(model, options)
-    # The only reference goes along, so that the card can be left.
-    servers(model, options)
+            return steps(llama(options), options)
+    servers(options)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ process that watches /health begins with the same imports.
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +16,30 @@ sys.path.insert(0, str(HERE.parent))
 
 import benchmark  # noqa: E402
 
-SERVERS = (
-    "chat-api",
-    "transformers serve --continuous-batching",
-    "transformers serve",
-    "one at a time",
-)
+
+def chat_api(given: dict[str, Any]) -> Any:
+    flags = ["--device-map", given["device"], "--max-batch", max(given["most"], key=int)]
+    return benchmark.ours("chat-api", given["folder"], *flags, "--no-chat-page")
 
 
-@contextmanager
-def started(name: str, given: dict[str, Any]) -> Iterator[benchmark.Server]:
-    port, folder, speaks = benchmark.free_port(), given["folder"], None
-    if name == "one at a time":
-        command = [sys.executable, "-c", benchmark.NAIVE, folder, str(port), given["device"]]
-    elif name == "chat-api":
-        command = [sys.executable, "api.py", "--model", folder, "--host", "127.0.0.1"]
-        command += ["--port", str(port), "--device-map", given["device"], "--no-chat-page"]
-        command += ["--max-batch", max(given["most"], key=int)]
-    else:
-        program = str(Path(sys.executable).with_name("transformers"))
-        command = [program, *name.split()[1:], "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--dtype", "bfloat16", "--device", given["device"]]
-        speaks = folder
-    with benchmark.started(name, command, port, speaks) as server:
-        yield server
+def transformers_serve(given: dict[str, Any], batching: bool) -> Any:
+    return benchmark.transformers_serve(given["folder"], given["device"], batching)
+
+
+SERVERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "chat-api": chat_api,
+    "transformers serve --continuous-batching": partial(transformers_serve, batching=True),
+    "transformers serve": partial(transformers_serve, batching=False),
+    "one at a time": lambda given: benchmark.one_at_a_time(given["folder"], given["device"]),
+}
+ONE_BY_ONE = ("transformers serve", "one at a time")
 
 
 def rows(name: str, given: dict[str, Any]) -> Iterator[str]:
-    with started(name, given) as server:
+    with SERVERS[name](given) as server:
         server.load(1, 1, 8, 0)
         for clients, most in given["most"].items():
-            if int(clients) > 8 and name in SERVERS[2:]:
+            if int(clients) > 8 and name in ONE_BY_ONE:
                 continue  # they take one after the other: minutes, and nothing new
             with benchmark.watched_health(server.url) as health:
                 first = 1000 * int(clients)

@@ -5,12 +5,16 @@ varlen_attn and CUDA graphs, which shows no more than that the tests themselves 
 """
 
 import asyncio
+import json
 import os
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import greedy
 from test_engine import FAMILIES, FIXTURES, GREEDY, as_on_a_card
+from tokenizers import Tokenizer, models
 
 import api
 
@@ -92,29 +96,18 @@ def test_each_family_batches_on_the_card(name):
     model, _ = api.load_model(FIXTURES / name, dtype="float32", device_map=str(DEVICE))
     room = api.context_length(model.config) - 12
     prompts = [list(range(20, 20 + n)) for n in (3, 17, min(40, room))]
-    alone = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt], device=DEVICE)
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=12,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            repetition_penalty=1.0,
-        )
-        alone.append(out[0, len(prompt) :].tolist())
+    alone = [greedy(model, prompt, 12) for prompt in prompts]
     runner = api.Runner(model, "64MiB")
     assert together(runner, prompts) == alone
 
 
 def together(runner: api.Runner, prompts: list[list[int]]) -> list[list[int]]:
     """What the engine says to all prompts at once, as ids."""
-    engine = api.Engine(runner, api.Tokenizer(api_vocabulary()), set(), chunk=16)
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    engine = api.Engine(runner, words, set(), chunk=16)
 
     async def one(prompt: list[int]) -> list[int]:
-        sampling = api.replace(GREEDY, max_new_tokens=12, logprobs=0)
+        sampling = replace(GREEDY, max_new_tokens=12, logprobs=0)
         tokens = [d.token async for d in engine.stream(prompt, sampling)]
         return [token.id for token in tokens if token]
 
@@ -125,12 +118,6 @@ def together(runner: api.Runner, prompts: list[list[int]]) -> list[list[int]]:
         return asyncio.run(everyone())
     finally:
         engine.close()
-
-
-def api_vocabulary():
-    from tokenizers import models
-
-    return models.WordLevel({"a": 0}, unk_token="a")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -171,9 +158,7 @@ def test_a_model_on_two_devices_says_what_it_says_on_one():
     places = dict.fromkeys(names, str(DEVICE)) | dict.fromkeys(
         [*later, "model.norm", "lm_head"], other
     )
-    split, _ = api.load_model(
-        FIXTURES / "llama", dtype="float32", device_map=api.json.dumps(places)
-    )
+    split, _ = api.load_model(FIXTURES / "llama", dtype="float32", device_map=json.dumps(places))
     prompts = [list(range(20, 20 + n)) for n in (3, 17, 40)]
     runner = api.Runner(split, "64MiB")
     assert runner.split == (str(DEVICE) != other)
