@@ -56,7 +56,6 @@ from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import version
-from inspect import signature
 from itertools import accumulate, groupby, pairwise, product
 from math import inf
 from pathlib import Path
@@ -125,12 +124,9 @@ try:
 except ImportError as missing:
     sys.exit(f"api.py cannot start ({missing}); run `pip install -r requirements.txt`.")
 
-try:
-    from torch.nn.attention import varlen
-
-    varlen_attn: Any = varlen.varlen_attn
-except ImportError:  # an older torch
-    varlen_attn = None
+# FlashAttention over spans; torch's varlen_attn, which wraps it, has no seqused_k before 2.13, and
+# on some cards turns to cuDNN, which has none at all.
+flash_attention: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
 
 log = logging.getLogger("chat")
 
@@ -898,7 +894,7 @@ class Gathered(NamedTuple):
 class InPlace(NamedTuple):
     """A part of a step whose rows are read where they lie in the pool, on CUDA cards.
 
-    That is all single tokens, or all chunks; the names of sizes are varlen_attn's.
+    That is all single tokens, or all chunks; the names of sizes are those of torch's varlen_attn.
     """
 
     tokens: slice
@@ -942,7 +938,9 @@ class InPlace(NamedTuple):
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
-        out: torch.Tensor = varlen_attn(
+        # Causal from the last row on. One token needs no mask, and without one the kernel splits
+        # long rows among more of the card, if heads share keys.
+        out: torch.Tensor = flash_attention(
             query,
             key,
             value,
@@ -950,13 +948,12 @@ class InPlace(NamedTuple):
             self.cu_seq_k,
             self.max_q,
             self.max_k,
+            0.0,  # of the weights are dropped
+            self.is_chunk,
+            False,  # nor is a mask returned
             scale=scale,
-            # Causal from the last row on. Of one token that is the same as no window at all, with
-            # which FlashAttention splits long rows among more of the card, if heads share keys.
-            window_size=(-1, 0) if self.max_q > 1 else (-1, -1),
-            enable_gqa=query.shape[1] != key.shape[1],
             seqused_k=self.seqused_k,
-        )
+        )[0]
         return out
 
 
@@ -1153,10 +1150,9 @@ def input_device(model: Any) -> torch.device:
 
 
 def why_not_in_place(layers: Iterable[SpanLayer]) -> str | None:
-    """Why varlen_attn cannot read these keys and values where they lie; None if it can."""
-    options = signature(varlen_attn).parameters if varlen_attn else {}
-    if not {"seqused_k", "enable_gqa"} <= options.keys():
-        return f"torch {torch.__version__} has no varlen_attn for it"
+    """Why FlashAttention cannot read these keys and values where they lie; None if it can."""
+    if flash_attention is None or "seqused_k" not in str(flash_attention.default._schema):
+        return f"torch {torch.__version__} has no FlashAttention for it"
     for keys, values in ((layer.keys, layer.values) for layer in layers):
         if keys.device.type != "cuda":
             return f"layers on {keys.device}"

@@ -94,7 +94,7 @@ def alone(name: str) -> Alone:
     return ALONE[name]
 
 
-def varlen_attn(
+def flash_attention(
     query,
     key,
     value,
@@ -102,37 +102,37 @@ def varlen_attn(
     cu_seq_k,
     max_q,
     max_k,
+    dropout_p,
+    is_causal,
+    return_debug_mask,
     *,
     scale,
-    window_size,
-    enable_gqa,
     seqused_k,
 ):
-    """What the documentation of torch.nn.attention.varlen says, in plain words."""
+    """What the documentation of torch.nn.attention.varlen says of its kernel, in plain words."""
+    assert not dropout_p
+    assert not return_debug_mask
     for numbers in (cu_seq_q, cu_seq_k, seqused_k):
         assert numbers.dtype == torch.int32
         assert numbers.is_contiguous()
     begins, starts, used = cu_seq_q.tolist(), cu_seq_k.tolist(), seqused_k.tolist()
     assert starts == sorted(starts)
     assert len(begins) == len(starts) == len(used) + 1
-    assert enable_gqa == (query.shape[1] != key.shape[1])
     assert begins[-1] == len(query)
     assert max_k >= max(used)
     assert max_q == max(end - begin for begin, end in pairwise(begins))
     outs = []
     for (begin, end), start, total in zip(pairwise(begins), starts, used, strict=False):
-        if window_size == (-1, 0):
+        mask = None
+        if is_causal:
             mask = torch.ones(end - begin, total).tril(total - (end - begin)).bool()
-        else:
-            assert window_size == (-1, -1)
-            mask = None
         states = query[begin:end], key[start : start + total], value[start : start + total]
         q, k, v = (x.transpose(0, 1)[None] for x in states)
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, mask, scale=scale, enable_gqa=enable_gqa
+            q, k, v, mask, scale=scale, enable_gqa=True
         )
         outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs)
+    return torch.cat(outs), *[torch.empty(0)] * 4
 
 
 def record(compute, device, memory):
@@ -141,10 +141,10 @@ def record(compute, device, memory):
     return out, lambda: out.copy_(compute())
 
 
-def as_on_a_card(patch, attention=varlen_attn, recording=record):
+def as_on_a_card(patch, attention=flash_attention, recording=record):
     """Let the CPU pass for a card, by the stand-ins above."""
     patch.setattr(api, "why_not_in_place", lambda layers: None)
-    patch.setattr(api, "varlen_attn", attention)
+    patch.setattr(api, "flash_attention", attention)
     patch.setattr(api, "record", recording)
     patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
@@ -913,7 +913,7 @@ def test_a_card_is_used_for_what_it_can(monkeypatch):
 
 def test_a_kernel_that_attends_otherwise_is_not_used(monkeypatch, caplog):
     """As one would that aligns a chunk's first token with the span's first row."""
-    as_on_a_card(monkeypatch, lambda *given, **named: varlen_attn(*given, **named) * 1.01)
+    as_on_a_card(monkeypatch, lambda *given, **named: [1.01 * flash_attention(*given, **named)[0]])
     runner = start(tiny_llama())
     assert not runner.in_place
     assert not runner.recorded
@@ -955,7 +955,6 @@ class Lying(torch.Tensor):
 def test_attention_is_in_place_where_the_kernel_can(
     monkeypatch, key, value, dtype, capability, reason
 ):
-    monkeypatch.setattr(api, "varlen_attn", varlen_attn)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     layer = api.SpanLayer(None)
@@ -966,8 +965,18 @@ def test_attention_is_in_place_where_the_kernel_can(
     assert found is None if reason is None else reason in found
     layer.keys = layer.keys.as_subclass(torch.Tensor)
     assert api.why_not_in_place([layer]) == "layers on cpu"
-    monkeypatch.setattr(api, "varlen_attn", None)
-    assert "no varlen_attn" in api.why_not_in_place([layer])
+    monkeypatch.setattr(api, "flash_attention", None)
+    assert "no FlashAttention" in api.why_not_in_place([layer])
+
+
+@pytest.mark.parametrize("news", [(1, 1), (5, 3)])
+def test_the_kernel_takes_what_it_is_given(news):
+    """Torch's own, which here is told shapes alone: its arguments, and the shape of its answer."""
+    work = [(api.Span([7] * (9 + new), n * 20, 20, 9), new) for n, new in enumerate(news)]
+    (group,) = api.Step(work, in_place=True).on(torch.device("meta")).groups
+    query = torch.empty(sum(news), 4, 64, dtype=torch.bfloat16, device="meta")
+    keys = torch.empty(50, 2, 64, dtype=torch.bfloat16, device="meta")
+    assert group.attend(query, keys, keys, 0.5).shape == query.shape
 
 
 def test_steps_of_half_precision_have_few_sizes(monkeypatch):

@@ -211,10 +211,10 @@ def steps(model: object, options: argparse.Namespace) -> None:
 
 
 def kernels(model: object, device: torch.device) -> None:
-    """What varlen_attn makes of a limit far above the lengths, and of a window at one token."""
+    """What the kernel makes of a limit far above the lengths, and of a causal mask at one token."""
     config = model.config
     heads, kv, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    print("\n| varlen_attn, one token each | limit as long | limit 131,072 | causal window |")
+    print("\n| kernel over spans, one token each | limit as long | limit 131,072 | causal |")
     print("| --- | --- | --- | --- |")
     for batch, length in ((1, 300), (1, 8000), (16, 300), (16, 4000)):
         keys = torch.randn(batch * length, kv, width, device=device).to(torch.bfloat16)
@@ -222,15 +222,10 @@ def kernels(model: object, device: torch.device) -> None:
         work = [(api.Span([5] * length, n * length, length, length - 1), 1) for n in range(batch)]
         (group,) = api.Step(work, in_place=True).on(device).groups
         cells = []
-        for limited, window in (
-            (group, (-1, -1)),
-            (group._replace(max_k=131_072), (-1, -1)),
-            (group, (-1, 0)),
-        ):
+        for limit, causal in ((length, False), (131_072, False), (length, True)):
             attend = partial(
-                api.varlen_attn, query, keys, keys, limited.cu_seq_q, limited.cu_seq_k, 1,
-                limited.max_k, window_size=window, enable_gqa=heads != kv,
-                seqused_k=limited.seqused_k,
+                api.flash_attention, query, keys, keys, group.cu_seq_q, group.cu_seq_k, 1, limit,
+                0.0, causal, False, seqused_k=group.seqused_k,
             )  # fmt: skip
             cells.append(f"{1e6 * seconds_of(attend, device, 100):.0f} us")
         print(f"| {batch} of {length} | {' | '.join(cells)} |")

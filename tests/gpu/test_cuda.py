@@ -1,7 +1,7 @@
 """What only a CUDA card can show: kernels over spans, recorded steps, a split model, no waiting.
 
 Skipped where there is no card. `CHAT_TEST_DEVICE=cpu` runs them without one, with stand-ins for
-varlen_attn and CUDA graphs, which shows no more than that the tests themselves are sound.
+FlashAttention and CUDA graphs, which shows no more than that the tests themselves are sound.
 """
 
 import asyncio
