@@ -626,6 +626,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
         self.tokenizer, self.stop = tokenizer, stop
         self.stopped = False
+        self._most, self._firsts = max(map(len, stop), default=0), {s[0] for s in stop}
         self._stream = DecodeStream(skip_special_tokens=True)
         self._held = ""
 
@@ -653,9 +654,9 @@ class Detokenizer:
 
     def _doubtful(self) -> int:
         """How many characters at the end may be the beginning of a stop string."""
-        most = max(map(len, self.stop), default=0)
-        ends = (n for n in range(min(most, len(self._held)), 0, -1))
-        return next((n for n in ends if any(s.startswith(self._held[-n:]) for s in self.stop)), 0)
+        last = range(max(0, len(self._held) - self._most), len(self._held))
+        ends = (self._held[at:] for at in last if self._held[at] in self._firsts)
+        return next((len(end) for end in ends if any(s.startswith(end) for s in self.stop)), 0)
 
     def _release(self, count: int) -> str:
         ready, self._held = self._held[:count], self._held[count:]
@@ -668,7 +669,7 @@ class Detokenizer:
 
 FinishReason = Literal["stop", "length"]
 
-# After so many seconds without text a stream yields an empty Delta, as a sign of life.
+# Every so many seconds a stream yields an empty Delta, as a sign of life.
 HEARTBEAT = 15.0
 # An answer of no stated length reserves room for so many tokens at a time.
 GROWTH = 1024
@@ -718,12 +719,15 @@ class Span:
     room: int = 0
     num_cached: int = 0
 
-    def shared(self, tokens: list[int], among: int | None = None) -> int:
+    def shared(self, tokens: list[int], among: int | None = None, beyond: int = 0) -> int:
         """How many of its cached tokens, or of its first `among`, are also the first of these.
 
-        The last of these is left over, since its logits are wanted.
+        The last of these is left over, since its logits are wanted. It may say 0 where there are
+        no more than `beyond` or than are worth keeping.
         """
         most = min(self.num_cached if among is None else among, len(tokens) - 1)
+        if most <= beyond or self.tokens[beyond] != tokens[beyond]:
+            return 0
         mine, other = self.tokens[:most], tokens[:most]
         if mine == other or mine[:WORTH_KEEPING] != other[:WORTH_KEEPING]:
             return most if mine == other else 0
@@ -771,25 +775,30 @@ class Sequence(Span):
         """An end token counts, as it was computed."""
         return len(self.tokens) - self.num_prompt
 
-    def append(self, token: Token, end_ids: set[int]) -> Delta:
-        """Take the next token; return what it adds to the answer."""
+    def take(self, token: Token, end_ids: set[int]) -> None:
+        """Take the next token, which may be the last."""
         self.first_token = self.first_token or time.monotonic()
         self.tokens.append(token.id)
         if self.guide:
             self.guide.matcher.consume_token(token.id)
-        ended = token.id in end_ids
+        if token.id in end_ids:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.most:
+            self.finish_reason = "length"
+        self.done = self.done or self.finish_reason is not None
+
+    def tell(self, token: Token) -> Delta:
+        """What the token that was last taken adds to the answer; the text may end it, too."""
+        ended = self.finish_reason == "stop"
         text = "" if ended else self.detokenizer.push(token.id)
         told = token if token.logprob is not None and not ended else None
-        if ended or self.detokenizer.stopped:
-            return self._finish(text, told, "stop")
-        if len(self.tokens) == self.most:
-            return self._finish(text, told, "length")
-        return Delta(text, token=told, index=self.index)
-
-    def _finish(self, text: str, told: Token | None, reason: FinishReason) -> Delta:
-        self.done, self.finish_reason = True, reason
+        if self.detokenizer.stopped:
+            self.done, self.finish_reason = True, "stop"
+        if not self.finish_reason:
+            return Delta(text, token=told, index=self.index)
         text += self.detokenizer.flush()
-        return Delta(text, reason, self.num_prompt, self.num_completion, told, self.index)
+        counts = self.num_prompt, self.num_completion
+        return Delta(text, self.finish_reason, *counts, told, self.index)
 
 
 # A step's work: the spans in it, and how many of each one's pending tokens are computed.
@@ -883,12 +892,15 @@ class Gathered(NamedTuple):
         key, value = (x.unflatten(0, (self.batch, -1)).transpose(1, 2) for x in (key, value))
         # The query heads that share a key head become the query's length, so that none is
         # repeated: [batch, kv heads, sharing * new, width], as a masked enable_gqa is slow on CUDA.
-        new = len(query) // self.batch
-        query = query.unflatten(0, (self.batch, new)).unflatten(2, (key.shape[1], -1))
-        mask = self.mask if new == 1 or self.mask is None else self.mask.repeat(query.shape[3], 1)
-        stacked = query.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        query = query.unflatten(1, (key.shape[1], -1))
+        if not self.is_chunk:
+            out = F.scaled_dot_product_attention(query, key, value, self.mask, scale=scale)
+            return out.flatten(1, 2)
+        assert self.mask is not None
+        new, sharing = len(query), query.shape[2]
+        stacked, mask = query.permute(1, 2, 0, 3).flatten(1, 2)[None], self.mask.repeat(sharing, 1)
         out = F.scaled_dot_product_attention(stacked, key, value, mask, scale=scale)
-        return out.unflatten(2, (-1, new)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+        return out[0].unflatten(1, (sharing, new)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 class InPlace(NamedTuple):
@@ -1266,6 +1278,11 @@ class Runner:
         self.idle = Span([0], rows, 1)
 
     @property
+    def queues(self) -> bool:
+        """Whether what is computed has only begun when a call returns, as on a card."""
+        return self.device.type == "cuda"
+
+    @property
     def rows(self) -> int:
         """How many tokens the pool holds."""
         return self.pool.rows
@@ -1365,11 +1382,16 @@ def column(seqs: list[Sequence], knob: str, like: torch.Tensor) -> torch.Tensor:
     return values.clamp(min=1e-30) if knob == "temperature" else values
 
 
-def pick(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> list[int]:
+def pick(
+    seqs: list[Sequence],
+    logits: torch.Tensor,
+    pool_ids: torch.Tensor,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> list[int]:
     """The next token of every sequence, by transformers' rules and in its order.
 
     Takes float32 logits [sequences, vocabulary], which it changes, and the token id in each of
-    the pool's rows. A card is waited for once, when all is picked.
+    the pool's rows. A card is waited for once, when all is picked, after `meanwhile`.
     """
     sound = logits.amax(-1).isfinite()
     if any(seq.sampling.repetition_penalty != 1 for seq in seqs):
@@ -1391,6 +1413,7 @@ def pick(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> 
                 numbers = put([[draws[row]] for row in rows], logits.device, torch.float64)
                 drawn = draw_ranked(some, theirs, numbers, depth) if depth else None
                 tokens[there], deeper[there] = drawn or draw_any(some, theirs, numbers)
+        meanwhile()
         picked, again, right = torch.stack([tokens, deeper.long(), sound.long()]).tolist()
         if not all(right):
             raise ArithmeticError("the model's logits are not finite; try another --dtype")
@@ -1496,14 +1519,19 @@ def keep_to(guide: Guide, logits: torch.Tensor) -> None:
 
 
 @torch.inference_mode()
-def pick_tokens(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> list[Token]:
+def pick_tokens(
+    seqs: list[Sequence],
+    logits: torch.Tensor,
+    pool_ids: torch.Tensor,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> list[Token]:
     """`pick`, and for the sequences that ask for it, what the model itself thought likely."""
     told = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
     own = logits.index_select(0, put(told, logits.device, torch.long)).log_softmax(-1)
     for row, seq in enumerate(seqs):
         if seq.guide:
             keep_to(seq.guide, logits[row])
-    tokens = [Token(i) for i in pick(seqs, logits, pool_ids)]
+    tokens = [Token(i) for i in pick(seqs, logits, pool_ids, meanwhile)]
     if told:
         most = max(seqs[row].sampling.logprobs or 0 for row in told)
         picked = put([[tokens[row].id] for row in told], own.device)
@@ -1547,6 +1575,8 @@ class Engine:
         self.on_end: Callable[[Sequence], None] = lambda seq: None
         self._ended: deque[float] = deque(maxlen=64)
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
+        # What the last step gave, until it is told.
+        self._untold: list[tuple[Sequence, Token | ChatError]] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -1572,14 +1602,16 @@ class Engine:
         shared = {"outbox": outbox, "open_ended": open_ended, "label": label}
         seqs = [self._sequence(prompt, sampling, index, guide, **shared) for index in range(n)]
         self._put(seqs)
+        beating = asyncio.create_task(beat(outbox))
         try:
             while n:
-                item = await self._next(outbox)
+                item = await outbox.get()
                 if isinstance(item, ChatError):
                     raise item
                 yield item
                 n -= item.finish_reason is not None
         finally:
+            beating.cancel()
             for seq in seqs:
                 seq.done = True
 
@@ -1604,13 +1636,6 @@ class Engine:
             self._inbox.put(seq)
         if self.failure:
             raise self._dead()
-
-    async def _next(self, outbox: "asyncio.Queue[Delta | ChatError]") -> Delta | ChatError:
-        try:
-            async with asyncio.timeout(HEARTBEAT):
-                return await outbox.get()
-        except TimeoutError:
-            return Delta("")
 
     def check_queue(self) -> None:
         """Raise QueueFull if no more may wait; it says when the queue should be half empty."""
@@ -1686,11 +1711,11 @@ class Engine:
         size = seq.wanted_room
         if size > self._num_free():
             return False
-        donors = [*self.kept, *self.running] if self.reuse else []
-        shared, _, donor = max(
-            ((span.shared(seq.tokens), -n, span) for n, span in enumerate(donors)),
-            default=(0, 0, None),
-        )
+        shared, donor = 0, None
+        for span in [*self.kept, *self.running] if self.reuse else []:
+            count = span.shared(seq.tokens, beyond=shared)
+            if count > shared:
+                shared, donor = count, span
         if self.reuse and self._will_share(seq, shared):
             return False
         if shared < WORTH_KEEPING:
@@ -1715,9 +1740,10 @@ class Engine:
         Then it is worth the wait: of n answers to one prompt, or of a class that asks at once
         with the same system text, one computes what the others copy.
         """
+        least = shared + WORTH_KEEPING
         return any(
             other.pending > 1
-            and other.shared(seq.tokens, len(other.tokens)) >= shared + WORTH_KEEPING
+            and other.shared(seq.tokens, len(other.tokens), beyond=least - 1) >= least
             for other in self.running
         )
 
@@ -1765,16 +1791,29 @@ class Engine:
         return start
 
     def _step(self) -> None:
-        """Compute one step, and send what it adds to each answer."""
+        """Compute one step; its tokens are told at once, or while a card computes the next."""
         for seq in [seq for seq in self.running if len(seq.tokens) > seq.room]:
             self._grow(seq)
+        computed = self._compute(self._plan())
+        self._tell()  # if nothing was waited for
+        for seq, token in computed:
+            if isinstance(token, Token):
+                if seq.done:  # its text, or its client, ended it meanwhile
+                    continue
+                seq.take(token, self.end_ids)
+            self._untold.append((seq, token))
+        if not self.runner.queues:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Send what is untold to those who wait for it."""
         items: list[tuple[Sequence, Delta | ChatError]] = []
-        for seq, token in self._compute(self._plan()):
+        for seq, token in self._untold:
             try:
-                item = token if isinstance(token, ChatError) else seq.append(token, self.end_ids)
+                items.append((seq, seq.tell(token) if isinstance(token, Token) else token))
             except Exception as error:  # from the detokenizer: it is this request's alone
-                item = self._failed(seq, error)
-            items.append((seq, item))
+                items.append((seq, self._failed(seq, error)))
+        self._untold = []
         self._deliver(items)
 
     def _grow(self, seq: Sequence) -> None:
@@ -1817,7 +1856,8 @@ class Engine:
             seqs = [work[row][0] for row in through]
             if 0 < len(seqs) < len(work):
                 logits = logits.index_select(0, put(through, logits.device))
-            tokens = pick_tokens(seqs, logits, self.runner.ids) if seqs else []
+            # While a card computes, there is time to tell what came before.
+            tokens = pick_tokens(seqs, logits, self.runner.ids, self._tell) if seqs else []
         except Exception as error:
             if len(work) == 1:
                 self.runner.check_device()
@@ -1844,8 +1884,9 @@ class Engine:
         for seq in late:
             seq.done = seq.failed = True
         self._deliver([(seq, TimedOut("the answer took too long")) for seq in late])
+        untold = {id(seq) for seq, _ in self._untold}
         # Asked once: a client may leave at any moment, also between two looks.
-        gone = {id(seq) for seq in [*self.running, *self.waiting] if seq.done}
+        gone = {id(seq) for seq in [*self.running, *self.waiting] if seq.done} - untold
         for seq in [seq for seq in self.running if id(seq) in gone]:
             self._release(seq)
             self._ended.append(time.monotonic())
@@ -1881,6 +1922,13 @@ class Engine:
         if isinstance(self.failure, NotServing):
             return self.failure
         return NotServing(f"the engine died ({self.failure!r}); restart the server")
+
+
+async def beat(outbox: "asyncio.Queue[Delta | ChatError]") -> None:
+    """Put a sign of life among the pieces now and then, until cancelled."""
+    while True:
+        await asyncio.sleep(HEARTBEAT)
+        outbox.put_nowait(Delta(""))
 
 
 def put_all(items: list[tuple[Sequence, Delta | ChatError]]) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -143,6 +144,7 @@ def record(compute, device, memory):
 
 def as_on_a_card(patch, attention=flash_attention, recording=record):
     """Let the CPU pass for a card, by the stand-ins above."""
+    patch.setattr(api.Runner, "queues", True)
     patch.setattr(api, "why_not_in_place", lambda layers: None)
     patch.setattr(api, "flash_attention", attention)
     patch.setattr(api, "record", recording)
@@ -419,11 +421,13 @@ def test_no_room_is_lost_in_ten_thousand_operations():
     assert allocator.free == [(0, 1000)]
 
 
-def test_no_room_is_lost_whatever_becomes_of_requests(tokenizer, monkeypatch):
+@pytest.mark.parametrize("queues", [False, True])
+def test_no_room_is_lost_whatever_becomes_of_requests(tokenizer, monkeypatch, queues):
     """Add, step, cancel, finish, move and fail at random, 10,000 operations in all."""
     monkeypatch.setattr(api, "GROWTH", 3)
     chance = random.Random(1)
     runner = ScriptedRunner(tokenizer, "x" * 30, rows=300)
+    runner.queues = queues
     text = api.ChatTokenizer(tokenizer)
     monkeypatch.setattr(api.threading.Thread, "start", lambda self: None)
     engine = api.Engine(runner, text.plain, {256}, max_batch=6, chunk=16)
@@ -459,6 +463,7 @@ def test_no_room_is_lost_whatever_becomes_of_requests(tokenizer, monkeypatch):
         seq.done = True
     engine._inbox.put(live[-1])
     engine._take_in()
+    engine._tell()
     engine._retire()
     assert whole_of(engine) == 300
     assert engine.num_reused > 100
@@ -536,6 +541,40 @@ def test_those_who_leave_are_told_of_once_wherever_they_were(make, runner):
         ("c", "stop", False),
         ("d", None, False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("queues", "order"),
+    [
+        (False, "compute tell compute tell compute tell"),
+        (True, "compute compute tell compute tell"),
+    ],
+)
+def test_a_card_computes_while_the_text_before_is_told(make, runner, monkeypatch, queues, order):
+    done, forward, tell = [], runner.forward, api.Sequence.tell
+    runner.queues = queues
+
+    def noted(self: api.Sequence, token: api.Token) -> api.Delta:
+        done.append("tell")
+        return tell(self, token)
+
+    monkeypatch.setattr(runner, "forward", lambda work: done.append("compute") or forward(work))
+    monkeypatch.setattr(api.Sequence, "tell", noted)
+    assert asyncio.run(reply(make(runner), [1]))[0] == "hello"
+    assert " ".join(done).startswith(order)
+    assert done.count("tell") == 6
+
+
+def test_what_a_card_computed_beyond_a_stop_string_is_not_told(make, runner):
+    runner.queues = True
+    model = make(runner)
+    text, last = asyncio.run(reply(model, [1], replace(GREEDY, stop=("ll",))))
+    assert (text, last.finish_reason, last.completion_tokens) == ("he", "stop", 4)
+    assert len(runner.steps) == 5
+    # A stop string at the very end is still the reason.
+    text, last = asyncio.run(reply(model, [2], replace(GREEDY, stop=("ll",), max_new_tokens=4)))
+    assert (text, last.finish_reason, last.completion_tokens) == ("he", "stop", 4)
+    wait_for(lambda: not model.engine.running)
 
 
 def test_a_prompt_waits_for_one_that_computes_the_same(make, tokenizer):

@@ -291,17 +291,17 @@ def test_a_tokenizer_that_fails_fails_one_request(server, monkeypatch):
 
 
 def test_a_detokenizer_that_fails_fails_one_request(server, monkeypatch):
-    append = api.Sequence.append
+    tell = api.Sequence.tell
 
     def fail(token: int) -> str:
         raise RuntimeError("a secret")
 
-    def broken(self, token: api.Token, end_ids: set[int]) -> api.Delta:
-        if self.num_completion == 2 and self.num_prompt > 30:
+    def broken(self, token: api.Token) -> api.Delta:
+        if self.num_completion == 3 and self.num_prompt > 30:
             self.detokenizer.push = fail
-        return append(self, token, end_ids)
+        return tell(self, token)
 
-    monkeypatch.setattr(api.Sequence, "append", broken)
+    monkeypatch.setattr(api.Sequence, "tell", broken)
     one_fails(server, "long" * 10)
 
 
