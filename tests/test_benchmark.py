@@ -18,8 +18,8 @@ def test_figures_are_those_of_the_replies():
     )
 
 
-def run(*arguments: str) -> str:
-    command = [sys.executable, "tests/benchmark.py", *arguments]
+def run(*arguments: str, script: str = "tests/benchmark.py") -> str:
+    command = [sys.executable, script, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -37,6 +37,14 @@ def test_a_rush_loses_nobody(server, runner):
     out = run("--url", server, "--rush", "40", "--tokens", "8")
     assert "40 served; 0 lost" in out
     assert "/health meanwhile" in out
+
+
+def test_what_the_host_adds_to_a_card_is_measured():
+    arguments = ["--step", "20", "--clients", "1", "3", "--tokens", "20"]
+    out = run(*arguments, script="tests/host.py")
+    steps = [float(step) for step in re.findall(r"^\| [13] \| [\d.]+ \| ([\d.]+) ms", out, re.M)]
+    assert len(steps) == 2
+    assert min(steps) >= 20
 
 
 def test_what_is_for_cards_runs_without_one():
