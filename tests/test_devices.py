@@ -134,16 +134,19 @@ def test_a_step_is_computed_on_the_card_and_nobody_waits(card, name):
     plain = api.Runner(loaded(name), "1MiB")
     plain.in_place = False
     expected = computed(plain, some_work())
-    runner = api.Runner(moved(loaded(name)), "1MiB")
+    chosen = api.Settings(cache_memory="1MiB", max_batch=8)
+    runner = api.start_runner(moved(loaded(name)), chosen)
     assert runner.device == CARD
+    assert runner.difference < 1e-4
+    recorded, runner.recorded = runner.recorded, []
+    assert {step.size for step in recorded} == {1, 2, 4, 8}
     card.waits.clear()
     for runner.in_place in (True, False):
         torch.testing.assert_close(computed(runner, some_work()), expected)
     runner.in_place = True
     singles = [(span, new) for span, new in some_work() if new == 1]
     expected = computed(runner, singles)
-    runner.record(4, 64)
-    assert {recorded.size for recorded in runner.recorded} == {1, 2, 4}
+    runner.recorded = recorded
     torch.testing.assert_close(computed(runner, singles), expected)
     runner.copy(singles[0][0], 100, 5)
     assert card.waits == []
