@@ -3,12 +3,14 @@
 Nothing is downloaded but the demo model, once, into models/demo.
 """
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import httpx
 import pytest
@@ -182,15 +184,18 @@ def serve(load: Callable[[api.Settings], api.ChatModel], **settings: object) -> 
         )
     )
     thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        wait_for(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
+    # A server that cannot load ends its process, which here is the tests', with what they found.
+    ended = AssertionError("the server ended the process; see what it said on stderr")
+    with patch.object(os, "_exit", side_effect=ended):
+        thread.start()
+        try:
+            wait_for(lambda: server.started)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()
 
 
 def ready(url: str) -> str:
