@@ -303,10 +303,6 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # so many likely tokens are told beside each; None tells nothing
 
-    def override(self, given: dict[str, Any]) -> Self:
-        """The same sampling but for the values given, zero included."""
-        return replace(self, **given)
-
     def of_answer(self, index: int) -> Self:
         """For one of several answers to a request, which would else all say the same."""
         return self if self.seed is None else replace(self, seed=self.seed + index)
@@ -428,7 +424,7 @@ def checkpoint_defaults(config: GenerationConfig, family: Family | None = None) 
     found = {knob.name: getattr(config, knob.name, None) for knob in fields(Sampling)}
     if config.do_sample is False:
         found["temperature"] = 0.0
-    return base.override({name: x for name, x in found.items() if x is not None})
+    return replace(base, **{name: x for name, x in found.items() if x is not None})
 
 
 # ---- Text -------------------------------------------------------------------
@@ -553,7 +549,8 @@ class ChatTokenizer:
         text = self._render(shielded, add_generation_prompt=True)
         if self._whole and SHIELD not in text:
             return ids_of(self.backend, text)
-        return [i for run in self._runs(text) for i in self._encode_run(run)]
+        # The format's own special tokens are runs of their own.
+        return [i for run in self._part.split(text) if run for i in self._encode_run(run)]
 
     def encode_text(self, text: str) -> list[int]:
         """The ids of bare text, after the token that begins every text where the model has one."""
@@ -608,10 +605,6 @@ class ChatTokenizer:
 
     def _shield(self, content: str) -> str:
         return self._word.sub(lambda m: f"{SHIELD}{self.words.index(m[0])}{SHIELD_END}", content)
-
-    def _runs(self, text: str) -> list[str]:
-        """The text cut at the format's own special tokens, which are runs of their own."""
-        return [run for run in self._part.split(text) if run]
 
     def _encode_run(self, run: str) -> list[int]:
         if run in self.special:
@@ -785,7 +778,8 @@ class Sequence(Span):
             self.finish_reason = "stop"
         elif len(self.tokens) == self.most:
             self.finish_reason = "length"
-        self.done = self.done or self.finish_reason is not None
+        if self.finish_reason:
+            self.done = True
 
     def tell(self, token: Token) -> Delta:
         """What the token that was last taken adds to the answer; the text may end it, too."""
@@ -1011,6 +1005,7 @@ class Step:
         """The step with its tensors on a device; copied there once, for all its layers."""
         if device not in self._copies:
             there = self._copies[device] = copy(self)
+            there._copies = {}  # in this one it would hold itself, and a card's memory with it
             for name in ("ids", "positions", "write", "read", "last"):
                 setattr(there, name, getattr(self, name).to(device, non_blocking=True))
             there.groups = [group.on(device) for group in self.groups]
@@ -1044,9 +1039,6 @@ class SpanLayer(CacheLayerMixin):
         if not step.in_place:
             keys, values = keys.index_select(0, step.read), values.index_select(0, step.read)
         return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-
-    def row_bytes(self) -> int:
-        return sum(x[0].numel() * x.element_size() for x in (self.keys, self.values))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
@@ -1185,6 +1177,7 @@ def record(
     Raises RuntimeError where it cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
+    # The present stream again at the end: a recording that fails would leave us on its own.
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         compute()  # what is made on first use is not to be recorded
         # A wait for the card cannot be, and in a recording it would leave torch's memory in
@@ -1355,7 +1348,7 @@ class Runner:
         """Rows that the budget holds on the device where it holds the fewest."""
         costs: Counter[torch.device] = Counter()
         for layer in self.pool.layers:
-            costs[layer.keys.device] += layer.row_bytes()
+            costs[layer.keys.device] += sum(x[0].nbytes for x in (layer.keys, layer.values))
         return min(cache_budget(cache_memory, device) // cost for device, cost in costs.items())
 
 
@@ -1404,7 +1397,7 @@ def pick(
     free = [row for row in warm if not seqs[row].sampling.top_k and seqs[row].sampling.top_p >= 1]
     tokens, deeper = logits.argmax(-1), torch.zeros_like(sound)
     # Which rows are drawn, and among how many candidates; 0 is all, without an order.
-    todo = [(free, 0), (sorted({*warm} - {*free}), FEW)]
+    todo = [(free, 0), ([row for row in warm if row not in free], FEW)]
     while True:
         for rows, depth in todo:
             if rows:
@@ -1677,17 +1670,16 @@ class Engine:
         while not self._inbox.empty():
             if seq := self._inbox.get():
                 self.waiting.append(seq)
+        self._tell()
         self._deliver([(seq, self._dead()) for seq in [*self.running, *self.waiting]])
 
     def _take_in(self) -> bool:
         """Let the inbox in, and wait for it where there is nothing to do; False at the end."""
-        idle = not (self.running or self.waiting)
-        while idle or not self._inbox.empty():
+        while not (self.running or self.waiting) or not self._inbox.empty():
             seq = self._inbox.get()
             if seq is None:
                 return False
             self.waiting.append(seq)
-            idle = False
         return True
 
     def _admit(self) -> None:
@@ -1697,8 +1689,9 @@ class Engine:
             full = len(self.running) == self.max_batch
             if full or (first_left and first_left.passed >= MAX_PASSES):
                 return
-            if not self._place(seq):
-                first_left = first_left or seq
+            placed = self._place(seq)
+            if not placed:
+                first_left = first_left or (seq if placed is False else None)
                 continue
             if first_left:
                 first_left.passed += 1
@@ -1706,8 +1699,11 @@ class Engine:
             self.running.append(seq)
             seq.admitted = seq.admitted or time.monotonic()
 
-    def _place(self, seq: Sequence) -> bool:
-        """Give a sequence a span, with what is cached already of its first tokens."""
+    def _place(self, seq: Sequence) -> bool | None:
+        """Give a sequence a span, with what is cached already of its first tokens.
+
+        False if there is no room, None if it had better wait for what another computes.
+        """
         size = seq.wanted_room
         if size > self._num_free():
             return False
@@ -1717,20 +1713,19 @@ class Engine:
             if count > shared:
                 shared, donor = count, span
         if self.reuse and self._will_share(seq, shared):
-            return False
+            return None
         if shared < WORTH_KEEPING:
-            shared, donor = 0, None
+            donor = None
         if donor in self.kept and shared == donor.num_cached and self._take_over(seq, donor):
             return True
         start = self._make_room(size, spare=donor)
         if start is None:
             return False
-        seq.start, seq.room, seq.num_cached = start, size, 0
+        seq.start, seq.room = start, size
         # The donor may have been given up for the room.
         if donor in self.kept:
             self.kept.append(self.kept.pop(self.kept.index(donor)))
-        alive = donor and (donor in self.kept or donor in self.running)
-        if donor and alive and self._copied(donor, seq, shared):
+        if donor in [*self.kept, *self.running] and self._copied(donor, seq, shared):
             self._reuse(seq, shared)
         return True
 
@@ -1748,8 +1743,10 @@ class Engine:
         )
 
     def _reuse(self, seq: Sequence, count: int) -> None:
-        seq.num_cached = seq.num_reused = count
-        self.num_reused += count
+        seq.num_cached = count
+        if not seq.admitted:  # what it finds of itself, once it had to wait again, is no reuse
+            seq.num_reused = count
+            self.num_reused += count
 
     def _copied(self, source: Span, seq: Sequence, count: int) -> bool:
         """Copy rows to a sequence's span; where that fails, they can be computed again."""
@@ -1792,7 +1789,7 @@ class Engine:
 
     def _step(self) -> None:
         """Compute one step; its tokens are told at once, or while a card computes the next."""
-        for seq in [seq for seq in self.running if len(seq.tokens) > seq.room]:
+        for seq in [seq for seq in self.running if len(seq.tokens) > seq.room and not seq.done]:
             self._grow(seq)
         computed = self._compute(self._plan())
         self._tell()  # if nothing was waited for
@@ -1879,22 +1876,21 @@ class Engine:
 
     def _retire(self) -> None:
         """Take back the room of those who are done, have left, or took too long."""
+        everyone = [*self.running, *self.waiting]
         oldest = time.monotonic() - self.timeout
-        late = [seq for seq in [*self.running, *self.waiting] if seq.arrived < oldest]
+        late = [seq for seq in everyone if seq.arrived < oldest and not seq.done]
         for seq in late:
             seq.done = seq.failed = True
         self._deliver([(seq, TimedOut("the answer took too long")) for seq in late])
-        untold = {id(seq) for seq, _ in self._untold}
         # Asked once: a client may leave at any moment, also between two looks.
-        gone = {id(seq) for seq in [*self.running, *self.waiting] if seq.done} - untold
-        for seq in [seq for seq in self.running if id(seq) in gone]:
-            self._release(seq)
-            self._ended.append(time.monotonic())
+        gone = {seq for seq in everyone if seq.done} - {seq for seq, _ in self._untold}
+        for seq in [seq for seq in everyone if seq in gone]:
+            if seq.room:
+                self._release(seq)
+                self._ended.append(time.monotonic())
             self.on_end(seq)
-        for seq in [seq for seq in self.waiting if id(seq) in gone]:
-            self.on_end(seq)
-        self.running = [seq for seq in self.running if id(seq) not in gone]
-        self.waiting = deque(seq for seq in self.waiting if id(seq) not in gone)
+        self.running = [seq for seq in self.running if seq not in gone]
+        self.waiting = deque(seq for seq in self.waiting if seq not in gone)
 
     def _forget(self, span: Span) -> None:
         self.kept.remove(span)
@@ -2004,7 +2000,7 @@ class ChatModel:
         return self._fitted(ids, given, whole_context=True)
 
     def _fitted(self, ids: list[int], given: dict[str, Any], whole_context: bool) -> Prompt:
-        sampling = self.defaults.override(given)
+        sampling = replace(self.defaults, **given)
         asked = "max_new_tokens" in given
         most = sampling.max_new_tokens if asked or not whole_context else self.context_length
         room = self.context_length - len(ids)
@@ -2091,7 +2087,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def find_model(name: str) -> Path:
     """The folder of a model, given as a path or by its name under models/."""
     places = Path(name).expanduser(), HERE / "models" / name
-    found = next(filter(None, map(checkpoints_in, places)), [])
+    found = checkpoints_in(places[0]) or checkpoints_in(places[1])
     if len(found) > 1:
         several = ", ".join(map(str, found))
         raise StartError(f"{name} holds several models; give --model one of {several}")
@@ -2244,8 +2240,8 @@ def placement(model: Any) -> str:
     parts = Counter(map(str, getattr(model, "hf_device_map", {"": model.device}).values()))
     said = []
     for name, count in parts.items():
-        device = torch.device("cuda", int(name)) if name.isdigit() else name
-        free = torch.cuda.mem_get_info(device)[0] if "cuda" in str(device) else 0
+        device = f"cuda:{name}" if name.isdigit() else name
+        free = torch.cuda.mem_get_info(device)[0] if "cuda" in device else 0
         left = f", {free / 2**30:.1f} GiB left" if free else ""
         said.append(f"{device} ({count} {'part' if count == 1 else 'parts'}{left})")
     return ", ".join(said)
@@ -2401,7 +2397,7 @@ def check_model(model: ChatModel) -> str:
         {"role": "assistant", "content": "hello"},
         {"role": "user", "content": "你好"},
     ]
-    prompt = model.prepare(messages, {"max_new_tokens": 8, "temperature": 0.0}, False)
+    prompt = model.prepare(messages, {"max_new_tokens": 8, "temperature": 0.0})
 
     async def answer() -> str:
         return "".join([delta.text async for delta in model.answer(prompt)])

@@ -1,8 +1,10 @@
 """The engine: what each request gets, whoever else is there."""
 
 import asyncio
+import gc
 import random
 import threading
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 
@@ -514,6 +516,75 @@ def test_a_client_that_leaves_while_others_are_retired_loses_no_room(tokenizer, 
     assert engine.allocator.free == [(0, 100)]
 
 
+@pytest.fixture
+def by_hand(tokenizer, monkeypatch):
+    """An engine beside a pretended card, without a thread, and one sequence in it."""
+    monkeypatch.setattr(api.threading.Thread, "start", lambda self: None)
+    runner = ScriptedRunner(tokenizer, rows=100)
+    runner.queues = True
+    engine = api.Engine(runner, tokenizer.backend_tokenizer, {256}, reuse=False)
+    loop = asyncio.new_event_loop()
+    detokenizer = api.Detokenizer(engine.tokenizer)
+    seq = api.Sequence(
+        [1], sampling=replace(GREEDY, max_new_tokens=1), detokenizer=detokenizer, loop=loop
+    )
+    engine._inbox.put(seq)
+    engine._take_in()
+    engine._admit()
+    yield engine, seq
+    loop.close()
+
+
+def said(seq: api.Sequence) -> list[api.Delta | api.ChatError]:
+    seq.loop.run_until_complete(asyncio.sleep(0))
+    return [seq.outbox.get_nowait() for _ in range(seq.outbox.qsize())]
+
+
+def test_an_answer_that_is_through_is_told_though_the_engine_ends(by_hand):
+    engine, seq = by_hand
+    engine._step()
+    assert said(seq) == []
+    engine._inbox.put(None)
+    engine._run()
+    (last, dead) = said(seq)
+    assert (last.text, last.finish_reason) == ("h", "length")
+    assert isinstance(dead, api.NotServing)
+
+
+def test_an_answer_that_is_through_is_not_late(by_hand):
+    engine, seq = by_hand
+    ended = []
+    engine.timeout, engine.on_end = 0.0, ended.append
+    engine._step()
+    engine._retire()
+    assert not ended, "its text is not told yet"
+    engine._step()
+    engine._retire()
+    assert ended == [seq]
+    assert not seq.failed
+    assert [item.finish_reason for item in said(seq)] == ["length"]
+    assert engine.allocator.free == [(0, 100)]
+
+
+def test_what_a_request_finds_of_itself_is_no_reuse(by_hand):
+    engine, seq = by_hand
+    engine._reuse(seq, 1)
+    assert (seq.num_cached, seq.num_reused, engine.num_reused) == (1, 0, 0)
+
+
+def test_a_steps_memory_is_free_as_soon_as_it_is_done():
+    """Not at a collection, which may be hundreds of steps away."""
+    gc.disable()
+    try:
+        step = api.Step([(api.Span([1, 2], room=2), 2)])
+        there = weakref.ref(step.on(torch.device("meta")).read)
+        assert there() is not None
+        del step
+        assert there() is None
+    finally:
+        gc.enable()
+
+
 def test_those_who_leave_are_told_of_once_wherever_they_were(make, runner):
     """Running, waiting, served or failed: each sequence is accounted for once, with its label."""
     ended: list[tuple[str, str | None, bool]] = []
@@ -595,6 +666,28 @@ def test_a_prompt_waits_for_one_that_computes_the_same(make, tokenizer):
     computed = sum(n for step in runner.steps for n in step)
     assert computed == 121 + 4 * 1 + 5 * 5
     assert model.engine.num_reused == 4 * 120
+
+
+def test_who_waits_for_another_keeps_nobody_from_passing(make, tokenizer, monkeypatch):
+    """As many as like: it needs no room, and will have what it waits for."""
+    monkeypatch.setattr(api, "MAX_PASSES", 2)
+    runner = ScriptedRunner(tokenizer)
+    model = make(runner, chunk=16)
+    prompt = list(range(60, 260)) * 2
+
+    async def main() -> None:
+        runner.hold()
+        asking = [asyncio.create_task(reply(model, [*prompt, n])) for n in range(2)]
+        await asyncio.to_thread(wait_for, lambda: model.engine.num_waiting == 1)
+        asking += [asyncio.create_task(reply(model, [n])) for n in range(5)]
+        await asyncio.sleep(0.1)
+        runner.permits.release(2)
+        await asyncio.to_thread(wait_for, lambda: len(model.engine.running) == 6)
+        assert len(model.engine.waiting) == 1
+        runner.free()
+        await asyncio.gather(*asking)
+
+    asyncio.run(main())
 
 
 def test_who_waits_for_another_goes_on_when_that_one_leaves(make, tokenizer):

@@ -27,12 +27,6 @@ DATA = os.environ.get("CHAT_TEST_DATA")
 # ---- Values
 
 
-def test_a_value_given_is_used_zero_included():
-    sampling = api.Sampling().override({"temperature": 0.0, "top_k": 0, "seed": 0})
-    assert (sampling.temperature, sampling.top_k, sampling.seed) == (0.0, 0, 0)
-    assert sampling.top_p == api.Sampling().top_p
-
-
 def test_a_checkpoint_sets_the_defaults_and_we_fill_the_rest():
     defaults = api.checkpoint_defaults(
         GenerationConfig(do_sample=True, temperature=0.3, top_k=7, max_new_tokens=33)
