@@ -2,7 +2,7 @@
 
     python api.py                          the small demo model, on port 6006
     python api.py --model ./my-model       any causal LM that transformers knows
-    uvicorn --factory api:build_app        the same, with settings from CHAT_... variables
+    uvicorn --factory api:build_app        the same app, with settings from CHAT_... variables
 
     POST /                         prompt, history and sampling fields in; response, history,
                                    status and time out
@@ -164,6 +164,7 @@ class BodyTooLarge(BadRequest):
 
 class BodyTooSlow(BadRequest):
     status, code = 408, "body_too_slow"
+    headers = MappingProxyType({"Connection": "close"})
 
 
 class NotServing(ChatError):
@@ -570,11 +571,17 @@ class ChatTokenizer:
             if self._trie is None:  # a second or two, so only for the first who asks
                 spec = self.backend.to_str()
                 self._trie = LLTokenizer(spec, eos_token=sorted(end_ids), slices=[])
-        if len(json.dumps(schema)) > MAX_SCHEMA:
+        spelled = json.dumps(schema)
+        if len(spelled) > MAX_SCHEMA:
             most = f"{MAX_SCHEMA:,} characters"
             raise BadRequest(f"the JSON schema is longer than {most}", "response_format")
-        # Without a limit, a small model goes on indenting for ever.
-        grammar = LLMatcher.grammar_from_json_schema(schema, {"whitespace_flexible": False})
+        try:
+            # Without a limit, a small model goes on indenting for ever.
+            grammar = LLMatcher.grammar_from_json_schema(
+                spelled, overrides={"whitespace_flexible": False}
+            )
+        except ValueError as error:
+            raise BadRequest(f"the JSON schema: {error}", "response_format") from error
         matcher = LLMatcher(self._trie, grammar, log_level=0, limits=GUIDE_LIMITS)
         guide = Guide(matcher, sorted(end_ids), sorted({*self.special.values()} - end_ids))
         guide.check()
@@ -1631,7 +1638,12 @@ class Engine:
             raise self._dead()
 
     def check_queue(self) -> None:
-        """Raise QueueFull if no more may wait; it says when the queue should be half empty."""
+        """Raise QueueFull if no more may wait; it says when the queue should be half empty.
+
+        Raises NotServing if the engine is dead, whose queue empties no more.
+        """
+        if self.failure:
+            raise self._dead()
         if self.num_waiting >= self.max_waiting:
             now = time.monotonic()
             rate = len(self._ended) / (now - self._ended[0] + 1e-3) if self._ended else 1.0
@@ -2454,8 +2466,11 @@ def history_shape(history: Any) -> str | None:
     return "pairs" if kinds <= {list} else "turns" if kinds <= {dict, WireMessage} else None
 
 
+# Up to the first mistake, which is all that is told: a body has room for millions.
+Pairs = Annotated[list[Pair], Field(fail_fast=True), Tag("pairs")]
+Turns = Annotated[list[WireMessage], Field(fail_fast=True), Tag("turns")]
 History = Annotated[
-    Annotated[list[Pair], Tag("pairs")] | Annotated[list[WireMessage], Tag("turns")],
+    Pairs | Turns,
     Discriminator(
         history_shape,
         custom_error_type="history_shape",
@@ -2551,8 +2566,7 @@ class SamplingFields(WireModel):
 
     def given(self) -> dict[str, Any]:
         """The knobs that were really given, by the names of Sampling."""
-        values = {knob.name: getattr(self, knob.name, None) for knob in fields(Sampling)}
-        return {name: value for name, value in values.items() if value is not None}
+        return self.model_dump(include={knob.name for knob in fields(Sampling)}, exclude_none=True)
 
     def prepare(self, model: ChatModel) -> Prompt:
         """What the model is to go on from. Raises BadRequest where it cannot."""
@@ -2665,7 +2679,7 @@ class ChatCompletionRequest(OpenAIRequest):
 
     not_honoured = tuple(name for name in NOT_HONOURED if name != "response_format")
 
-    messages: list[OpenAIMessage] = Field(min_length=1)
+    messages: list[OpenAIMessage] = Field(min_length=1, fail_fast=True)
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -2773,7 +2787,7 @@ class Choice:
     def add(self, delta: Delta) -> None:
         self.text += delta.text
         self.tokens += [delta.token] if delta.token else []
-        self.last = delta if delta.finish_reason else None
+        self.last = delta if delta.finish_reason else self.last
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -2901,11 +2915,11 @@ class ChatCompletionReply(OpenAIReply):
     def _piece(
         self, choice: Choice, text: str, tokens: list[Token], reason: FinishReason | None = None
     ) -> dict[str, Any]:
-        begun, piece = choice.begun, super()._piece(choice, text, tokens, reason)
-        message = piece["choices"][0].pop("message")
-        left_out = {*(["role"] if begun else []), *([] if text or tokens else ["content"])}
-        delta = {name: value for name, value in message.items() if name not in left_out}
-        piece["choices"][0]["delta"] = delta
+        role = {} if choice.begun else {"role": "assistant"}
+        content = {"content": text} if text or tokens else {}
+        piece = super()._piece(choice, text, tokens, reason)
+        del piece["choices"][0]["message"]
+        piece["choices"][0]["delta"] = role | content
         return piece
 
     def _told(self, token: Token) -> dict[str, Any]:
@@ -3049,9 +3063,7 @@ PAGE_LOGIN = "Any username; the password is the server's key. · 用户名任意
 PAGE_DROPPED = (
     "The oldest turns no longer fit and are left out. · 最早的几轮对话已超出长度，不再发送。"
 )
-PAGE_KNOBS = [
-    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-]
+PAGE_KNOBS = [knob.name for knob in fields(Sampling) if knob.name in PAGE_WORDS]
 PAGE_STYLE = """
 #settings .form {display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr))}
 #settings .form {background: none}
@@ -3075,9 +3087,11 @@ PAGE_PACE = 0.1
 # are served is for the engine to say.
 PAGE_CROWD = 1024
 FORMULAS = (("$$", "$$", True), (r"\[", r"\]", True), (r"\(", r"\)", False), ("$", "$", False))
-# Code or a formula, or else the beginning of a tag.
+# Code or a formula, or else the beginning of a tag. A formula that may be of any length would be
+# looked for to the end of the text wherever one seems to begin.
 VERBATIM_OR_TAG = re.compile(
-    r"(```.*?(?:```|\Z)|`[^`\n]+`|\$\$.+?\$\$|\$[^$\n]+\$|\\\(.+?\\\)|\\\[.+?\\\])|<(?=[a-z/!?])",
+    r"(```.*?(?:```|\Z)|`[^`\n]+`|\$\$.{1,1000}?\$\$|\$[^$\n]+\$"
+    r"|\\\(.{1,1000}?\\\)|\\\[.{1,1000}?\\\])|<(?=[a-z/!?])",
     re.DOTALL | re.IGNORECASE,
 )
 
@@ -3102,10 +3116,10 @@ def turns_of(history: list[dict[str, Any]]) -> list[Message]:
 class ChatPage:
     """The page, and what it asks of the model. gradio takes seconds to import, so it comes late."""
 
-    def __init__(self, model: Callable[[], ChatModel]):
+    def __init__(self, model: Callable[[], ChatModel], refused: Callable[[Call, ChatError], None]):
         import gradio
 
-        self.model, self.gradio = model, gradio
+        self.model, self.refused, self.gradio = model, refused, gradio
         english, chinese = (
             {name: words[i] for name, words in PAGE_WORDS.items()} for i in range(2)
         )
@@ -3113,6 +3127,7 @@ class ChatPage:
 
     async def answer(self, *asked: Any) -> AsyncGenerator[Any]:
         """The answer as far as it is known, again and again; or why there is none."""
+        call = Call(uuid.uuid4().hex, "/chat")
         try:
             model = self.model()
             body = self._request(model, *asked)
@@ -3120,7 +3135,6 @@ class ChatPage:
             if prompt.dropped_turns:
                 self.gradio.Info(PAGE_DROPPED, title="")
             said, due = "", 0.0
-            call = Call(uuid.uuid4().hex, "/chat")
             async with aclosing(model.answer(prompt, label=call)) as deltas:
                 async for delta in deltas:
                     said += delta.text
@@ -3133,6 +3147,7 @@ class ChatPage:
         except Exception:
             log.exception("the chat page failed")
             refusal = ChatError("the server failed; its log says why")
+        self.refused(call, refusal)
         yield {"role": "assistant", "content": "", "metadata": {"title": f"⚠️ {refusal}"}}
 
     def _request(
@@ -3223,6 +3238,17 @@ def path_of(scope: Scope) -> str:
     return str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
 
 
+def with_header(send: Send, name: str, value: str) -> Send:
+    """The same `send`, but every answer has this header too."""
+
+    async def named(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message)[name] = value
+        await send(message)
+
+    return named
+
+
 class PageGuard:
     """Stands before gradio: closes what the page does not need, and keeps the page to this host."""
 
@@ -3234,13 +3260,7 @@ class PageGuard:
             raise HTTPException(404)
         # gradio would let the pages of any other site read its answers.
         del MutableHeaders(scope=scope)["origin"]
-
-        async def guarded(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["Content-Security-Policy"] = PAGE_POLICY
-            await send(message)
-
-        await self.app(scope, receive, guarded)
+        await self.app(scope, receive, with_header(send, "Content-Security-Policy", PAGE_POLICY))
 
 
 def is_key(given: bytes, keys: tuple[str, ...]) -> bool:
@@ -3250,11 +3270,14 @@ def is_key(given: bytes, keys: tuple[str, ...]) -> bool:
 
 
 def mount_chat_page(
-    app: FastAPI, model: Callable[[], ChatModel], keys: tuple[str, ...] = ()
+    app: FastAPI,
+    model: Callable[[], ChatModel],
+    refused: Callable[[Call, ChatError], None],
+    keys: tuple[str, ...],
 ) -> bool:
     """Add the page, which asks for a key where there are any; False if gradio is not installed."""
     try:
-        page = ChatPage(model)
+        page = ChatPage(model, refused)
     except ImportError as missing:
         log.warning("there is no chat page: %s", missing)
         return False
@@ -3358,6 +3381,8 @@ class NamedCalls:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # there are none, whatever a library may bring
+            return await send({"type": "websocket.close"})
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path, given = path_of(scope), Headers(scope=scope).get("x-request-id", "")
@@ -3365,13 +3390,7 @@ class NamedCalls:
         call_id = given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
         call = Call(call_id, path if path in ROUTES else "other")
         scope.setdefault("state", {})["call"] = call
-
-        async def named(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = call.id
-            await send(message)
-
-        await self.app(scope, receive, named)
+        await self.app(scope, receive, with_header(send, "X-Request-ID", call.id))
 
 
 class RequireKey:
@@ -3381,12 +3400,9 @@ class RequireKey:
     """
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...], page: bool, refuse: Callable[..., Any]):
-        self.app, self.page, self.refuse = app, page, refuse
-        self.keys = keys
+        self.app, self.keys, self.page, self.refuse = app, keys, page, refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":  # there are none, whatever a library may bring
-            return await send({"type": "websocket.close"})
         if scope["type"] != "http" or self._open(scope) or self._known(scope):
             return await self.app(scope, receive, send)
         error = Unauthorized("send one of the server's keys as `Authorization: Bearer KEY`")
@@ -3394,9 +3410,7 @@ class RequireKey:
 
     def _open(self, scope: Scope) -> bool:
         path = path_of(scope)
-        at_page = (
-            path.startswith("/chat/") or path == "/chat" or (scope["method"], path) == ("GET", "/")
-        )
+        at_page = f"{path}/".startswith("/chat/") or (scope["method"], path) == ("GET", "/")
         return path == "/health" or (self.page and at_page)
 
     def _known(self, scope: Scope) -> bool:
@@ -3433,7 +3447,7 @@ class JSONBodies:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, headers={"Connection": "close"}) from None
+                raise HTTPException(408) from None
             if not message.get("more_body"):
                 deadline = None
             size += len(message.get("body", b""))
@@ -3446,22 +3460,19 @@ class JSONBodies:
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
     """Await `work`; cancel it and raise ClientDisconnect if the client hangs up first."""
-    task = asyncio.ensure_future(work)
 
-    async def watch() -> None:
+    async def hang_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        task.cancel()
 
-    watcher = asyncio.create_task(watch())
+    task, gone = asyncio.ensure_future(work), asyncio.create_task(hang_up())
     try:
-        return await task
-    except asyncio.CancelledError:
-        if watcher.done():
-            raise ClientDisconnect from None
-        raise
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
     finally:
-        watcher.cancel()
+        gone.cancel()
         task.cancel()
 
 
@@ -3521,6 +3532,7 @@ class Serving:
         self.metrics = Metrics(lambda: self._model.engine if self._model else None)
         self._model: ChatModel | None = None
         self._end_by: float | None = None
+        self._coming = 0  # requests of which the engine may not know yet
 
     @property
     def health(self) -> dict[str, Any]:
@@ -3557,15 +3569,19 @@ class Serving:
         if self.settings.log_prompts:
             asked = body.model_dump(include={"prompt", "history", "system", "messages"})
             log.info("request_id=%s asked=%r", call_of(request.scope).id, asked)
-        prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
-        reply = reply_of(model, body, prompt)
-        choices = [Choice(index) for index in range(n)]
-        deltas = model.answer(prompt, n, call_of(request.scope))
-        if body.stream:
-            events = events_of(deltas, choices, reply)
-            return await event_stream(request, events, partial(self.tell, request.scope))
-        await while_connected(request, collect(deltas, choices))
-        return JSONText(reply.whole(choices))
+        self._coming += 1
+        try:
+            prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
+            reply = reply_of(model, body, prompt)
+            choices = [Choice(index) for index in range(n)]
+            deltas = model.answer(prompt, n, call_of(request.scope))
+            if body.stream:
+                events = events_of(deltas, choices, reply)
+                return await event_stream(request, events, partial(self.tell, request.scope))
+            await while_connected(request, collect(deltas, choices))
+            return JSONText(reply.whole(choices))
+        finally:
+            self._coming -= 1
 
     def tell(self, scope: Scope, error: ChatError) -> dict[str, Any]:
         """The body of an error, in the caller's dialect; the error is counted."""
@@ -3573,8 +3589,11 @@ class Serving:
         return error_body(error, openai=path_of(scope).startswith("/v1/"))
 
     def refuse(self, scope: Scope, error: ChatError) -> JSONText:
-        headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
-        return JSONText(self.tell(scope, error), error.status, {**error.headers, **headers})
+        # The id also here, as what nobody foresaw is told from outside of NamedCalls.
+        headers = {"X-Request-ID": call_of(scope).id, **error.headers}
+        if error.retry_after:
+            headers["Retry-After"] = str(error.retry_after)
+        return JSONText(self.tell(scope, error), error.status, headers)
 
     @property
     def draining(self) -> bool:
@@ -3590,7 +3609,7 @@ class Serving:
         if self._end_by is None or not self._model:
             return self.draining
         engine = self._model.engine
-        if engine.failure or not (engine.running or engine.num_waiting):
+        if engine.failure or not (self._coming or engine.running or engine.num_waiting):
             return True
         if time.monotonic() < self._end_by:
             return False
@@ -3599,27 +3618,16 @@ class Serving:
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(self._load())
+        # A daemon, so that Ctrl-C need not wait for the weights.
+        threading.Thread(target=self._load, name="loader", daemon=True).start()
         yield
-        loading.cancel()
         if self._model:
             await asyncio.to_thread(self._model.engine.close)
 
-    async def _load(self) -> None:
-        loaded: asyncio.Future[ChatModel] = asyncio.get_running_loop().create_future()
-
-        def load() -> None:
-            try:
-                outcome = partial(loaded.set_result, self.load(self.settings))
-            except BaseException as error:
-                outcome = partial(loaded.set_exception, error)
-            loaded.get_loop().call_soon_threadsafe(outcome)
-
-        # A daemon, so that Ctrl-C need not wait for the weights.
-        threading.Thread(target=load, name="loader", daemon=True).start()
+    def _load(self) -> None:
         try:
-            model = await loaded
-        except Exception as error:
+            model = self.load(self.settings)
+        except BaseException as error:
             if not isinstance(error, StartError):
                 log.exception("the model could not be loaded")
                 error = StartError(f"the model could not be loaded: {error}")
@@ -3693,7 +3701,9 @@ def build_app(
             expose_headers=["X-Request-ID", "Retry-After"],
         )
     add_error_handlers(app, serving)
-    has_page = settings.chat_page and mount_chat_page(app, serving.model, settings.keys)
+    has_page = settings.chat_page and mount_chat_page(
+        app, serving.model, serving.metrics.refused, settings.keys
+    )
 
     elsewhere = {307: {"description": "A browser is sent to the chat page"}} if has_page else {}
 
@@ -3767,9 +3777,10 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.head: float = 0
-        self._have_patience()
+        self.patience = self.loop.call_later(HEAD_SECONDS, transport.close)
 
     def _have_patience(self) -> None:
+        self.patience.cancel()
         self.patience = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
@@ -3780,7 +3791,6 @@ class Connection(HttpToolsProtocol):
             self.send_400_response("The headers are too long.")
 
     def on_message_begin(self) -> None:
-        self.patience.cancel()
         self._have_patience()
         super().on_message_begin()
 
@@ -3792,6 +3802,12 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self.head = 0
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        # uvicorn's own patience ends with any next byte, also with one that begins no message.
+        super().on_response_complete()
+        if self.timeout_keep_alive_task:  # no other request is under way
+            self._have_patience()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.patience.cancel()
@@ -3845,6 +3861,7 @@ def main() -> None:
     config = uvicorn.Config(
         app,
         root_path=settings.root_path,
+        log_config=None,  # its lines are like all others
         log_level="warning",
         http=Connection,
         # Seconds for what is no answer: a page that is open, a body that never comes.

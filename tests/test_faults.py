@@ -259,6 +259,10 @@ def test_nobody_hangs_when_the_engine_dies(tokenizer, end):
         late = httpx.post(url, json={"prompt": "x"}, timeout=10)
         assert late.status_code == 503
         assert late.json()["error"]["code"] == "not_serving"
+        # However many ask, who is dead never says that they should come again.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(api.Engine, "num_waiting", 1000)
+            assert httpx.post(url, json={"prompt": "x"}, timeout=10).status_code == 503
         health = httpx.get(f"{url}/health")
         assert (health.status_code, health.json()["status"]) == (503, "dead")
         assert time.monotonic() - started < 5
@@ -275,6 +279,7 @@ def one_fails(url: str, bad: str) -> None:
     assert [a.status_code for a in answers] == [200, 500, 200]
     assert [a.json()["response"] for a in answers[::2]] == ["hello"] * 2
     assert "secret" not in answers[1].text
+    assert answers[1].headers["x-request-id"]
     assert httpx.get(f"{url}/health").status_code == 200
 
 

@@ -382,6 +382,15 @@ def test_an_answer_keeps_to_its_schema_whatever_the_model_would_say(thinker, how
         assert len(person["name"]) <= 5
 
 
+def test_a_schema_cannot_ask_for_space_without_end(tokenizer):
+    asking = {"type": "object", "x-guidance": {"whitespace_flexible": True}}
+    guide = api.ChatTokenizer(tokenizer).guide(asking, {256})
+    brace, quote, newline = tokenizer.encode('{"\n', add_special_tokens=False)
+    guide.matcher.consume_token(brace)
+    assert guide.allowed()[quote]
+    assert not guide.allowed()[newline]
+
+
 def test_a_json_object_and_free_text_side_by_side(thinker):
     client, _ = thinker
     how = {"model": "test", "messages": HELLO, "max_tokens": 40, "temperature": 1.0, "seed": 1}
@@ -399,11 +408,13 @@ def test_a_json_object_and_free_text_side_by_side(thinker):
         (as_schema({"type": "nonsense"}), "nonsense"),
         (as_schema({"$ref": "file:///etc/passwd"}), "JSON schema"),
         (as_schema([1]), "dictionary"),
+        (as_schema({"enum": ["\ud800"]}), "JSON schema"),
+        (as_schema({"minimum": 10**400}), "JSON schema"),
     ],
 )
 def test_a_schema_that_is_none(server, runner, asked, word):
     body = {"messages": HELLO, "response_format": asked}
-    response = httpx.post(f"{server}/v1/chat/completions", json=body)
+    response = httpx.post(f"{server}/v1/chat/completions", content=json.dumps(body))
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "response_format"
     assert word in response.json()["error"]["message"]

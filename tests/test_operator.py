@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -214,6 +215,11 @@ def test_the_start_says_what_is_served_and_how_to_reach_it(demo_folder):
 def test_no_warning_with_a_key_and_lines_of_json(demo_folder):
     process = start("--port", "16124", "--log-json", CHAT_API_KEY="sesame")
     lines = [line for line in read_until(process, "ready") if line.startswith("{")]
+    with socket.create_connection(("127.0.0.1", 16124)) as connection:
+        connection.sendall(b"no HTTP\r\n\r\n")
+        assert b" 400 " in connection.recv(1000)
+    (ours,) = read_until(process, "Invalid HTTP request")
+    assert json.loads(ours)["message"] == "Invalid HTTP request received."
     process.terminate()
     process.communicate(timeout=30)
     messages = [json.loads(line)["message"] for line in lines]

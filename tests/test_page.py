@@ -222,6 +222,9 @@ def test_what_is_wrong_is_said_in_the_conversation(browser, runner, tokenizer):
         ask(page, "good")
         expect(page.get_by_text("hello")).to_be_visible()
         assert text_of(runner, -1) == "<|user|>good<|end|><|assistant|>"
+        told = httpx.get(f"{url}/metrics").text
+    for outcome in ("context_length_exceeded", "step_failed"):
+        assert re.search(rf'requests_total{{.*outcome="{outcome}",route="/chat"}} 1', told), told
 
 
 @in_browser
@@ -319,6 +322,11 @@ def test_tags_are_readable_and_come_back_as_they_were():
     parts = [{"type": "text", "text": shown}]
     history = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]
     assert [turn["content"] for turn in api.turns_of(history)] == [text, text]
+
+
+def test_what_only_looks_like_formulas_is_not_searched_to_the_end_each_time():
+    """Nine seconds, that would take, on the event loop."""
+    assert api.readable(r"\( \[ $$<s>" * 10_000 + "<s>").endswith("&#60;s>")
 
 
 # ---- What is closed

@@ -19,6 +19,29 @@ def test_only_what_was_given_overrides():
     assert request.given() == {"temperature": 0, "top_k": 0, "top_p": 0.0}
 
 
+@pytest.mark.parametrize(
+    ("schema", "body"),
+    [
+        (api.ChatRequest, {"prompt": "x", "history": [[]] * 1000}),
+        (api.ChatRequest, {"prompt": "x", "history": [{}] * 1000}),
+        (api.ChatCompletionRequest, {"messages": [1] * 1000}),
+    ],
+)
+def test_of_many_mistakes_the_first_is_looked_for(schema, body):
+    """A body has room for millions, and each would be made into an object."""
+    with pytest.raises(ValidationError) as refusal:
+        schema.model_validate(body)
+    assert refusal.value.error_count() <= 2  # of one item
+
+
+def test_a_sign_of_life_does_not_undo_an_ending():
+    choice = api.Choice(0)
+    choice.add(api.Delta("hi", "length", 3, 2))
+    choice.add(api.Delta(""))
+    assert (choice.text, choice.finish_reason) == ("hi", "length")
+    assert api.usage_of([choice])["completion_tokens"] == 2
+
+
 @pytest.mark.parametrize("stop", ["END", ["END"]])
 def test_a_stop_is_one_text_or_several(stop):
     assert api.ChatRequest(prompt="x", stop=stop).given() == {"stop": ("END",)}

@@ -127,7 +127,7 @@ def test_a_websocket_that_a_library_brings_stays_shut():
     async def send(message: dict) -> None:
         sent.append(message["type"])
 
-    guard = api.RequireKey(app, ("sesame",), True, lambda *_: None)
+    guard = api.NamedCalls(app)
     scope = {"type": "websocket", "path": "/chat/", "headers": [], "root_path": ""}
     asyncio.run(guard(scope, None, send))
     assert sent == ["websocket.close"]
@@ -247,6 +247,23 @@ def test_a_second_request_is_waited_for_no_longer(server, monkeypatch):
         assert told(connection) == b""
 
 
+@pytest.mark.parametrize(
+    ("request_", "crumb"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n"),
+        (b"POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", b"x"),
+    ],
+)
+def test_a_crumb_after_an_answer_holds_no_connection(server, monkeypatch, request_, crumb):
+    """uvicorn waits for the next request with a patience that any byte ends."""
+    monkeypatch.setattr(api, "HEAD_SECONDS", 0.3)
+    with peer(server) as connection:
+        connection.sendall(request_)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 ")
+        connection.sendall(crumb)
+        assert told(connection) == b""
+
+
 def test_an_answer_may_take_longer_than_a_question(server, runner, monkeypatch):
     monkeypatch.setattr(api, "HEAD_SECONDS", 0.2)
     runner.pause, runner.say = 0.05, "x" * 20
@@ -287,6 +304,7 @@ def test_a_body_that_does_not_come_is_a_408(server, runner, monkeypatch):
         connection.sendall(HEAD + b'Content-Length: 50\r\n\r\n{"prompt": ')
         answer = told(connection)
     assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"\r\nconnection: close\r\n" in answer.lower()
     assert b"send it at once" in answer
     assert not runner.steps
 

@@ -28,6 +28,11 @@ def load(settings):
     runner.pause = 0.1
     return chat_model(runner, byte_tokenizer(), max_batch=settings.max_batch)
 
+def slowly(self, *given, encode=api.ChatTokenizer.encode):
+    time.sleep(8)  # longer than uvicorn would wait
+    return encode(self, *given)
+
+{before}
 build = api.build_app
 api.build_app = lambda settings: build(settings, load)
 api.main()
@@ -36,10 +41,10 @@ api.main()
 
 @contextmanager
 def started(
-    *flags: str, say: str = "x" * 20, load: float = 0
+    *flags: str, say: str = "x" * 20, load: float = 0, before: str = ""
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     port = str(free_port())
-    code = SLOW.format(say=say, load=load)
+    code = SLOW.format(say=say, load=load, before=before)
     command = [sys.executable, "-c", code, "--port", port, "--no-chat-page", *flags]
     with subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE) as process:
         url = f"http://127.0.0.1:{port}"
@@ -121,6 +126,21 @@ def test_an_answer_that_takes_too_long_is_ended_with_an_error():
         client.join(20)
     error = json.loads(client.events[-1])["error"]
     assert (error["code"], error["message"]) == ("not_serving", "the server is stopping")
+
+
+def test_a_request_that_is_still_tokenized_is_answered_too():
+    """The engine does not know of it yet."""
+    with started(before="api.ChatTokenizer.encode = slowly") as (process, url):
+        answers = []
+        asker = threading.Thread(
+            target=lambda: answers.append(httpx.post(url, json={"prompt": "x"}, timeout=60))
+        )
+        asker.start()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        asker.join(20)
+    assert answers[0].json()["response"] == "x" * 20
 
 
 def test_a_second_signal_ends_at_once():
