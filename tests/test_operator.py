@@ -8,9 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
+from benchmark import free_port
 from conftest import ROOT, chat_model, ready, serve, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -179,15 +182,21 @@ def test_a_path_cannot_forge_a_line(server, caplog):
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
-def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "api.py", *arguments],
+@contextmanager
+def started(port: int, *arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "api.py", "--port", str(port), *arguments],
         cwd=ROOT,
         env=os.environ | variables,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
 
 
 def read_until(process: subprocess.Popen[str], word: str) -> list[str]:
@@ -201,27 +210,25 @@ def read_until(process: subprocess.Popen[str], word: str) -> list[str]:
 
 
 def test_the_start_says_what_is_served_and_how_to_reach_it(demo_folder):
-    process = start("--port", "16123", "--host", "0.0.0.0")
-    text = "".join(read_until(process, " ready"))
-    process.terminate()
-    process.communicate(timeout=30)
+    port = free_port()
+    with started(port, "--host", "0.0.0.0") as process:
+        text = "".join(read_until(process, " ready"))
     assert "model: demo, LlamaForCausalLM in bfloat16" in text
     assert re.search(r"context: 8,192 tokens; the cache holds [\d,]+", text)
-    assert "http://127.0.0.1:16123/v1" in text
-    assert "ssh -CNg -L 16123:127.0.0.1:16123" in text
-    assert "anyone who reaches port 16123" in text
+    assert f"http://127.0.0.1:{port}/v1" in text
+    assert f"ssh -CNg -L {port}:127.0.0.1:{port}" in text
+    assert f"anyone who reaches port {port}" in text
 
 
 def test_no_warning_with_a_key_and_lines_of_json(demo_folder):
-    process = start("--port", "16124", "--log-json", CHAT_API_KEY="sesame")
-    lines = [line for line in read_until(process, "ready") if line.startswith("{")]
-    with socket.create_connection(("127.0.0.1", 16124)) as connection:
-        connection.sendall(b"no HTTP\r\n\r\n")
-        assert b" 400 " in connection.recv(1000)
-    (ours,) = read_until(process, "Invalid HTTP request")
+    port = free_port()
+    with started(port, "--log-json", CHAT_API_KEY="sesame") as process:
+        lines = [line for line in read_until(process, "ready") if line.startswith("{")]
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"no HTTP\r\n\r\n")
+            assert b" 400 " in connection.recv(1000)
+        (ours,) = read_until(process, "Invalid HTTP request")
     assert json.loads(ours)["message"] == "Invalid HTTP request received."
-    process.terminate()
-    process.communicate(timeout=30)
     messages = [json.loads(line)["message"] for line in lines]
     assert messages[-1] == "ready"
     assert not [message for message in messages if "anyone" in message or "sesame" in message]
