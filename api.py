@@ -1404,7 +1404,7 @@ def pick(
     free = [row for row in warm if not seqs[row].sampling.top_k and seqs[row].sampling.top_p >= 1]
     tokens, deeper = logits.argmax(-1), torch.zeros_like(sound)
     # Which rows are drawn, and among how many candidates; 0 is all, without an order.
-    todo = [(free, 0), ([row for row in warm if row not in free], FEW)]
+    todo = [(free, 0), (sorted({*warm} - {*free}), FEW)]
     while True:
         for rows, depth in todo:
             if rows:

@@ -325,7 +325,9 @@ def test_tags_are_readable_and_come_back_as_they_were():
 
 
 def test_what_only_looks_like_formulas_is_not_searched_to_the_end_each_time():
-    """Nine seconds, that would take, on the event loop."""
+    """That would take the square of a text's length, on the event loop: a formula has an end."""
+    long = "x" * 2000
+    assert api.readable(rf"\({long}<s>\)") == rf"\({long}&#60;s>\)"
     assert api.readable(r"\( \[ $$<s>" * 10_000 + "<s>").endswith("&#60;s>")
 
 

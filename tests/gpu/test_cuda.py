@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import greedy
+from test_devices import some_sequences
 from test_engine import FAMILIES, FIXTURES, GREEDY, as_on_a_card
 from tokenizers import Tokenizer, models
 
@@ -170,16 +171,7 @@ def test_a_model_on_two_devices_says_what_it_says_on_one():
 
 @pytest.mark.skipif(not ON_CARD, reason="only a card is waited for")
 def test_a_card_is_waited_for_once_a_pick():
-    hows = [
-        api.Sampling(temperature=0),
-        api.Sampling(top_k=0, top_p=1.0),
-        api.Sampling(top_k=5, repetition_penalty=1.1),
-        api.Sampling(top_k=0, top_p=0.5, min_p=0.1, presence_penalty=1.0),
-    ]
-    seqs = []
-    for n, how in enumerate(hows):
-        seq = api.Sequence([1, 2, 3], n * 8, 8, 2, sampling=how, detokenizer=None, loop=None)
-        seqs.append(seq)
+    seqs = some_sequences()
     logits = torch.randn(4, 128_256, device=DEVICE) * 5
     ids = torch.arange(32, device=DEVICE)
     api.pick(seqs, logits.clone(), ids)
