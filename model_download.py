@@ -2,6 +2,7 @@
 
     python model_download.py llama-3-8b                         from ModelScope
     python model_download.py llama-3-8b --source huggingface    from Hugging Face
+    python model_download.py Qwen/Qwen2.5-7B-Instruct           any other model, by its hub id
     python model_download.py demo                               98 MB, runs on any machine
 
 Of a repository only what serving reads is fetched: the weights in one format, the tokenizer, the
@@ -98,9 +99,7 @@ def fetch(name: str, source: str | None = None, folder: Path = MODELS) -> Path:
 
     Asks no hub where everything is there. Raises DownloadError.
     """
-    if name not in KNOWN:
-        raise DownloadError(f"there is no model {name!r}; the names are {', '.join(KNOWN)}")
-    repos, target = KNOWN[name].repos, folder.absolute() / name
+    repos, target = _repos(name), folder.absolute() / name
     if source and source not in repos:
         raise DownloadError(f"{name} is not on {source}; leave --source out")
     if not repos:
@@ -113,6 +112,18 @@ def fetch(name: str, source: str | None = None, folder: Path = MODELS) -> Path:
     with _explained(name, source, target):
         _fill(target, HUBS[source](repos[source]))
     return target
+
+
+def _repos(name: str) -> dict[str, str]:
+    """The repository on each hub of a model in the table, or of any other by its hub id."""
+    if name in KNOWN:
+        return KNOWN[name].repos
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return dict.fromkeys(HUBS, name)
+    raise DownloadError(
+        f"there is no model {name!r}; the names are {', '.join(KNOWN)}, and any other model is"
+        " named by its hub id, such as Qwen/Qwen2.5-7B-Instruct"
+    )
 
 
 def wanted(names: Iterable[str]) -> list[str]:
@@ -269,7 +280,7 @@ def _sentence(errors: list[Exception], name: str, source: str, target: Path) -> 
     again = "run the same command again, and it goes on where it stopped"
     if any(getattr(error, "errno", None) == errno.ENOSPC for error in errors):
         return f"the disk of {target} is full; make room and {again}"
-    repos = dict(KNOWN[name].repos)
+    repos = dict(_repos(name))
     repo, statuses = repos.pop(source), {_status(error) for error in errors}
     other = "".join(f", or use --source {hub}" for hub in repos)
     if statuses & {401, 403}:
@@ -371,14 +382,13 @@ def _read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Fetch a model into models/<name>, beside this file.",
         epilog=f"models:\n{listing}\n"
-        "HF_ENDPOINT and MODELSCOPE_ENDPOINT choose a mirror, HF_TOKEN and MODELSCOPE_API_TOKEN"
-        " an account.",
+        "Mirrors: HF_ENDPOINT, MODELSCOPE_ENDPOINT. Access tokens: HF_TOKEN, MODELSCOPE_API_TOKEN.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", help="which model")
-    parser.add_argument("--source", choices=HUBS, help="the hub; by default the model's first")
+    parser.add_argument("name", help="a name below, or a hub id such as ORG/NAME")
+    parser.add_argument("--source", choices=HUBS, help="default: the model's first below")
     parser.add_argument(
-        "--dir", type=Path, help="where the folder <name> is put, instead of in models/"
+        "--dir", type=Path, help="where to put the folder <name> (default: models/)"
     )
     return parser.parse_args()
 

@@ -161,14 +161,14 @@ def download(environment: dict[str, str], source: str, tmp_path: Path) -> Callab
     else:
         chunk = ""
 
-    def run(code: str = "", check: bool = False, popen: bool = False) -> Any:
+    def run(code: str = "", check: bool = False, popen: bool = False, name: str = NAME) -> Any:
         command = [
             sys.executable,
             "-c",
             f"import model_download\n{chunk}{code}\nmodel_download.main()",
         ]
         process = subprocess.Popen(
-            [*command, NAME, "--source", source, "--dir", "models"],
+            [*command, name, "--source", source, "--dir", "models"],
             env=environment | {"PYTHONPATH": str(ROOT)},
             cwd=tmp_path,
             stdout=subprocess.PIPE,
@@ -221,6 +221,15 @@ def test_just_what_serving_needs_is_fetched(download, folder, repository, hub):
     assert run.out.endswith(
         f"The model is in {folder}\nServe it with: python api.py --model {folder}\n"
     )
+
+
+def test_any_other_model_is_fetched_by_its_hub_id(download, folder, repository, source, hub):
+    name = "someone/Something-7B.v2"
+    run = download(check=True, name=name)
+    assert whole(folder.parent / name, repository)
+    assert run.out.endswith(f"--model {folder.parent / name}\n")
+    hub.refuse_list = 404
+    assert f"{source} has no someone/Else" in sentence(download(name="someone/Else"))
 
 
 def test_weights_that_are_no_safetensors_are_taken_where_there_are_no_others():
@@ -386,11 +395,12 @@ def test_without_options_it_comes_from_the_first_hub_into_models(monkeypatch, ca
     )
 
 
-def test_an_unknown_name_is_refused_with_those_that_there_are():
+@pytest.mark.parametrize("name", ["llama", "../llama", "a/b/c", "/llama"])
+def test_an_unknown_name_is_refused_with_those_that_there_are(name):
     with pytest.raises(
-        model_download.DownloadError, match=r"no model 'llama'; .*llama-3-8b, xverse"
+        model_download.DownloadError, match=rf"no model '{name}'; .*llama-3-8b, xverse.*hub id"
     ):
-        model_download.fetch("llama")
+        model_download.fetch(name)
 
 
 @pytest.mark.parametrize(
