@@ -221,7 +221,7 @@ def split_list(text: str) -> tuple[str, ...]:
 
 
 class Settings(BaseSettings):
-    """Serve a chat model over HTTP."""
+    """Serve a chat model over HTTP. Each flag is also a variable: CHAT_PORT is --port."""
 
     model_config = SettingsConfigDict(
         env_prefix="CHAT_",
@@ -231,40 +231,58 @@ class Settings(BaseSettings):
         cli_kebab_case=True,
         cli_avoid_json=True,
         cli_implicit_flags=True,
+        cli_hide_none_type=True,
     )
 
-    model: str = Field("demo", description="a name under models/, or a folder with a checkpoint")
-    host: str = Field("0.0.0.0", description="the address to listen on")
-    port: int = Field(6006, ge=1, le=65535, description="the port to listen on")
+    model: str = Field(
+        "demo", description="a name under models/, or a checkpoint's folder; the demo is downloaded"
+    )
+    host: str = Field("0.0.0.0", description="address to listen on")
+    port: int = Field(6006, ge=1, le=65535, description="port to listen on")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="the type of the weights; auto is what the checkpoint was saved in"
+        "auto", description="data type of the weights; auto: as in the checkpoint"
     )
     device_map: str = Field(
-        "auto", description="auto, a device such as cpu or cuda:0, or a JSON map of modules"
+        "auto",
+        description="auto, a device such as cpu or cuda:0, or a JSON map of module to device",
     )
-    chat_template: Path | None = Field(None, description="a jinja file in place of the model's own")
+    chat_template: Path | None = Field(
+        None, description="Jinja file to use instead of the model's own chat template"
+    )
     cache_memory: Annotated[str, AfterValidator(check_memory)] = Field(
-        "auto", description="for keys and values: a size such as 4GiB, or a fraction of free memory"
+        "auto",
+        description="memory for the KV cache on each device: auto (most of a GPU's free memory; 2"
+        " GiB on the CPU), a size such as 4GiB, or a fraction of the free memory such as 0.5",
     )
-    max_batch: int = Field(64, ge=1, le=1024, description="most requests that are computed at once")
-    max_waiting: int = Field(256, ge=1, description="most requests that wait; more are refused")
-    reuse: bool = Field(True, description="keep what was computed, for prompts that begin the same")
-    prefill_chunk: int = Field(512, ge=16, description="most prompt tokens that a step computes")
-    check: bool = Field(False, description="load, show what was found, say eight tokens, and end")
-    request_timeout: float = Field(600, gt=0, description="seconds after which a request is ended")
+    max_batch: int = Field(64, ge=1, le=1024, description="most requests computed at once")
+    max_waiting: int = Field(256, ge=1, description="most requests queued; further ones get 429")
+    reuse: bool = Field(
+        True, description="prefix caching: reuse the KV cache for prompts that begin alike"
+    )
+    prefill_chunk: int = Field(
+        512, ge=16, description="most prompt tokens computed in a step (chunked prefill)"
+    )
+    check: bool = Field(
+        False, description="load the model, print a summary and eight tokens, and exit"
+    )
+    request_timeout: float = Field(
+        600, gt=0, description="most seconds for a request, its time in the queue included"
+    )
     drain_timeout: float = Field(
-        30, ge=0, description="seconds that answers under way have when the server is stopped"
+        30, ge=0, description="seconds to finish running requests at shutdown"
     )
-    chat_page: bool = Field(True, description="serve a chat page for the browser under /chat")
-    root_path: str = Field("", description="a path before ours that a proxy takes off, as /model")
+    chat_page: bool = Field(True, description="serve the chat page at /chat")
+    root_path: str = Field(
+        "", description="path prefix that a reverse proxy removes, for example /model"
+    )
     api_key: SecretStr = Field(
-        SecretStr(""), description="what callers must send as a Bearer token; several with commas"
+        SecretStr(""), description="API keys, separated by commas; sent as a Bearer token"
     )
     cors_origins: str = Field(
-        "", description="web pages' origins that may call from a browser, or *; several with commas"
+        "", description="origins whose web pages may call, separated by commas, or *"
     )
-    log_json: bool = Field(False, description="log lines of JSON")
-    log_prompts: bool = Field(False, description="write what is asked into the log")
+    log_json: bool = Field(False, description="log as JSON lines")
+    log_prompts: bool = Field(False, description="include prompts in the log")
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -278,7 +296,8 @@ def read_settings(arguments: list[str]) -> Settings:
     except ValidationError as error:
         problem = error.errors()[0]
         name = "--" + str(problem["loc"][0]).replace("_", "-")
-        sys.exit(f"api.py: {name}: {problem['msg']}, not {problem['input']!r}.")
+        reason = problem["msg"].removeprefix("Value error, ")
+        sys.exit(f"api.py: {name}: {reason}, not {problem['input']!r}.")
     except SettingsError as error:
         sys.exit(f"api.py: {error}.")
 
@@ -463,7 +482,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     original = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     for probe in ("Hello, world", "你好，世界", " two  spaces", "x = 1\n\ty", "🙂 1234"):
         if original.encode(probe) != tokenizer.encode(probe, add_special_tokens=False):
-            raise StartError(f"{folder}/tokenizer.model reads {probe!r} otherwise than it should")
+            raise StartError(f"{folder}/tokenizer.model encodes {probe!r} unlike sentencepiece")
     return tokenizer
 
 
@@ -1631,7 +1650,10 @@ class Engine:
     def _put(self, seqs: list[Sequence]) -> None:
         most = seqs[0].most
         if most > self.runner.rows:
-            raise ContextTooLong(f"{most} tokens do not fit in a cache of {self.runner.rows}")
+            raise ContextTooLong(
+                f"prompt and answer of {most} tokens do not fit in the KV cache of"
+                f" {self.runner.rows}; ask for a shorter answer"
+            )
         for seq in seqs:
             self._inbox.put(seq)
         if self.failure:
@@ -1893,7 +1915,12 @@ class Engine:
         late = [seq for seq in everyone if seq.arrived < oldest and not seq.done]
         for seq in late:
             seq.done = seq.failed = True
-        self._deliver([(seq, TimedOut("the answer took too long")) for seq in late])
+        self._deliver(
+            [
+                (seq, TimedOut(f"the request took longer than {self.timeout:g} seconds"))
+                for seq in late
+            ]
+        )
         # Asked once: a client may leave at any moment, also between two looks.
         gone = {seq for seq in everyone if seq.done} - {seq for seq, _ in self._untold}
         for seq in [seq for seq in everyone if seq in gone]:
@@ -2018,11 +2045,15 @@ class ChatModel:
         room = self.context_length - len(ids)
         wanted = most if asked else 1
         if room < wanted or len(ids) > self.prompt_length:
+            limit = (
+                ""
+                if self.prompt_length == self.context_length
+                else (f" ({self.prompt_length} for the prompt)")
+            )
             raise ContextTooLong(
                 f"the prompt has {len(ids)} tokens and the answer may have {wanted}, but the"
-                f" model's context holds {self.context_length}, {self.prompt_length} of them for"
-                " the prompt; shorten the prompt or the history, ask for a shorter answer, or send"
-                ' "truncate": true',
+                f" model's context is {self.context_length} tokens{limit}; shorten the prompt or"
+                " the history, or ask for a shorter answer",
                 param="max_length" if 0 < room < wanted else "prompt",
             )
         return Prompt(ids, replace(sampling, max_new_tokens=min(room, most)), not asked)
@@ -2197,8 +2228,8 @@ def loading(folder: Path | str) -> Iterator[None]:
         said = re.sub(r"\x1b\[\d*m|[\x00-\x09\x0b-\x1f]", "", str(error)).strip()
         reason = said.partition("\n")[0].rstrip(". :") or type(error).__name__
         raise StartError(
-            f"the model could not be loaded from {broken} ({reason}); if its files are not whole,"
-            " run the download again, as with `python model_download.py NAME`"
+            f"the model could not be loaded from {broken} ({reason}); if a file is damaged, delete"
+            " it and run the download again, as with `python model_download.py NAME`"
         ) from error
 
 
@@ -2213,6 +2244,23 @@ def first_broken(folder: Path) -> Path:
     return folder
 
 
+def best_placement(config: Any, dtype: str) -> str:
+    """A device map: the first of several cards that has room for the whole model and a KV cache.
+
+    On one card decode steps run as CUDA graphs, and no card waits for another; `auto`, accelerate's
+    balanced map, would use all cards even for a small model.
+    """
+    cards = range(torch.cuda.device_count())
+    if len(cards) > 1:
+        known = config.dtype if dtype == "auto" else getattr(torch, dtype)
+        with torch.device("meta"):
+            size = AutoModelForCausalLM.from_config(config, dtype=known).get_memory_footprint()
+        for card in cards:
+            if size <= 0.7 * torch.cuda.mem_get_info(card)[0]:
+                return f"cuda:{card}"
+    return "auto"
+
+
 def load_model(
     folder: Path | str, *, dtype: str = "auto", device_map: str = "auto"
 ) -> tuple[Any, PreTrainedTokenizerFast | None]:
@@ -2224,6 +2272,8 @@ def load_model(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if ratio := getattr(config, "rope_ratio", None):  # Index's model for long texts
         config.rope_parameters["rope_theta"] *= ratio
+    if device_map == "auto":
+        device_map = best_placement(config, dtype)
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -2243,7 +2293,7 @@ def load_model(
         if names:
             # Of a mismatch the shapes are told too.
             first = min(name if isinstance(name, str) else name[0] for name in names)
-            raise ValueError(f"{len(names)} of its tensors are {how}, {first} for one")
+            raise ValueError(f"{len(names)} of its tensors are {how}, for example {first}")
     return model.eval(), load_tokenizer(Path(folder))
 
 
@@ -2300,7 +2350,7 @@ def self_check(runner: Runner, alone: list[torch.Tensor]) -> float:
             worst = max(float((row - wanted).norm() / wanted.norm()), worst)
     if worst != worst:
         raise StartError(
-            "the model's logits are no numbers; try another --dtype, or download again"
+            "the model's logits are NaN; try another --dtype, or download the model again"
         )
     # In half precision two right answers differ by a few percent; a wrong one is far off.
     if not worst < (1e-3 if runner.model.dtype == torch.float32 else 0.1):
@@ -2443,7 +2493,7 @@ class WireModel(BaseModel):
 def whole_characters(text: str) -> str:
     """Refuse half of a surrogate pair, which JSON can spell and no tokenizer can read."""
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError("must not hold half of a surrogate pair")
+        raise ValueError("must not contain an unpaired surrogate")
     return text
 
 
@@ -2455,7 +2505,13 @@ class WireMessage(WireModel):
     content: WireText
 
 
-Pair = Annotated[list[WireText], Field(min_length=2, max_length=2)]
+def two_texts(pair: list[str]) -> list[str]:
+    if len(pair) != 2:
+        raise ValueError('must be a ["question", "answer"] pair')
+    return pair
+
+
+Pair = Annotated[list[WireText], AfterValidator(two_texts)]
 
 
 def history_shape(history: Any) -> str | None:
@@ -2475,7 +2531,7 @@ History = Annotated[
         history_shape,
         custom_error_type="history_shape",
         custom_error_message='must be a list of ["question", "answer"] pairs'
-        ' or of {{"role": ..., "content": ...}} objects',
+        ' or of {"role": ..., "content": ...} objects',
     ),
 ]
 
@@ -2522,7 +2578,7 @@ def one_prompt(prompt: Any) -> str | list[int]:
     if isinstance(prompt, str):
         return whole_characters(prompt)
     if isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt):
-        raise ValueError("must be one; send a request for each, they are computed together")
+        raise ValueError("must be a single prompt; send one request for each, they are batched")
     if not isinstance(prompt, list) or not all(type(i) is int and i >= 0 for i in prompt):
         raise ValueError("must be a text, or a list of token ids")
     return prompt
@@ -2592,7 +2648,12 @@ class ChatRequest(SamplingFields):
         return self
 
     def prepare(self, model: ChatModel) -> Prompt:
-        return model.prepare(self.messages(), self.given(), bool(self.truncate))
+        try:
+            return model.prepare(self.messages(), self.given(), bool(self.truncate))
+        except ContextTooLong as error:
+            if not self.history or self.truncate:
+                raise
+            raise ContextTooLong(f'{error}, or send "truncate": true', error.param) from error
 
     def messages(self) -> list[Message]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -3361,7 +3422,7 @@ def from_http(error: HTTPException, path: str) -> ChatError:
     if isinstance(error.__cause__, RecursionError):
         return BadRequest("the body is nested too deeply")
     if isinstance(error.__cause__, ValueError):
-        return BadRequest("the body has a number of too many digits")
+        return BadRequest("the body contains a number with too many digits")
     known = {404: f"there is nothing at {path!r}", 405: f"{path!r} does not take this method"}
     refusal = BadRequest(known.get(error.status_code, str(error.detail)))
     refusal.status, refusal.headers = error.status_code, error.headers or {}
@@ -3550,7 +3611,7 @@ class Serving:
         if self._model is None:
             raise NotServing("the model is still loading; try again soon", retry_after=5)
         if name not in (None, self._model.name):
-            message = f"model {name!r} is not served here, {self._model.name!r} is"
+            message = f"there is no model {name!r} here; this server has {self._model.name!r}"
             raise ModelNotFound(message, "model")
         return self._model
 
@@ -3840,8 +3901,8 @@ def listener(host: str, port: int) -> socket.socket:
     except OSError as error:
         why = (error.strerror or str(error)).partition(" (")[0]
         sys.exit(
-            f"api.py: nobody can listen on {host!r}, port {port}: {why};"
-            " choose another --port or --host, or end the program that has it."
+            f"api.py: cannot listen on {host!r}, port {port}: {why};"
+            " choose another --port or --host, or stop the program that uses it."
         )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, greedy, ready, serve
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig
 
 import api
 
@@ -194,6 +194,21 @@ def test_layers_on_disk_answer_the_same(tmp_path):
     assert runner.difference < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("free", "placed"),
+    [([24, 24], "cuda:0"), ([1, 24], "cuda:1"), ([20, 20], "auto"), ([24], "auto"), ([], "auto")],
+)
+def test_of_several_cards_one_is_enough_where_the_model_leaves_it_room(monkeypatch, free, placed):
+    """Llama-3-8B takes 15 GiB in bfloat16, of which the shape alone tells."""
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+             "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (free[card] * 2**30, 0))
+    config = LlamaConfig(**shape, dtype="bfloat16")
+    assert api.best_placement(config, "auto") == placed
+    assert api.best_placement(config, "float32") == "auto"
+
+
 def test_an_embedding_on_disk_takes_its_ids_where_it_computes():
     where = dict.fromkeys(("model.norm", "lm_head", "model.rotary_emb", "model.layers"), "cpu")
     where["model.embed_tokens"] = "disk"
@@ -349,7 +364,7 @@ def test_a_tokenizer_model_that_is_read_otherwise_stops_the_start(monkeypatch):
             return [7, *super().encode(text)]
 
     monkeypatch.setattr(api, "SentencePieceProcessor", Other)
-    with pytest.raises(api.StartError, match=r"tokenizer.model reads"):
+    with pytest.raises(api.StartError, match=r"tokenizer.model encodes .* unlike sentencepiece"):
         api.load_tokenizer(FIXTURES / "tokenizers" / "index_like")
 
 

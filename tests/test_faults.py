@@ -91,7 +91,7 @@ BROKEN = {
     ),
     "numbers that are none": (
         partial(change_norm, lambda weights: weights["model.norm.weight"].fill_(torch.nan)),
-        "no numbers",
+        "NaN",
     ),
     "a config that is no JSON": (partial(write, "config.json", "garbage"), "config.json"),
     "a config that is empty": (partial(write, "config.json", ""), "config.json"),

@@ -122,6 +122,21 @@ def test_chinese_comes_back_as_it_went(server, runner):
 
 
 @pytest.mark.parametrize(
+    ("history", "message"),
+    [
+        (
+            ["ab"],
+            'history must be a list of ["question", "answer"] pairs or of {"role": ...,'
+            ' "content": ...} objects',
+        ),
+        ([["a"]], 'history[0] must be a ["question", "answer"] pair'),
+    ],
+)
+def test_a_history_of_another_shape_is_told_the_right_ones(server, history, message):
+    assert refusal(post(server, {"prompt": "x", "history": history}))["message"] == message
+
+
+@pytest.mark.parametrize(
     ("body", "param"),
     [
         ({}, "prompt"),

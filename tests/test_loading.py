@@ -139,7 +139,7 @@ def test_a_port_in_use_is_said_in_one_sentence(checkpoint):
         done = run_api("--model", str(checkpoint), "--port", str(taken.getsockname()[1]))
     assert done.returncode == 1
     assert re.fullmatch(
-        r"api\.py: nobody can listen on '127\.0\.0\.1', port \d+: Address already in use; .*\n",
+        r"api\.py: cannot listen on '127\.0\.0\.1', port \d+: Address already in use; .*\n",
         done.stderr,
     )
 

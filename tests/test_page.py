@@ -242,7 +242,7 @@ def test_a_blank_message_is_not_sent_and_a_broken_one_is_refused(browser, url, r
             }"""
         )
         page.get_by_test_id("textbox").first.press("Enter")
-        expect(page.get_by_text("half of a surrogate pair")).to_be_visible()
+        expect(page.get_by_text("unpaired surrogate")).to_be_visible()
         ask(page, "hi")
         expect(answers(page)).to_have_text("hello")
     assert len(runner.prompts) == 1
