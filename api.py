@@ -683,43 +683,35 @@ class Detokenizer:
 
 
 # ---- Sequences --------------------------------------------------------------
-# A request inside the engine, and its room: keys and values lie in one pool a
-# layer, in which a sequence owns a span of rows.
+# A request inside the engine, and its part of the KV cache: each layer has one
+# pool of rows, of which a sequence owns a contiguous span.
 
 FinishReason = Literal["stop", "length"]
 
-# Every so many seconds a stream yields an empty Delta, as a sign of life.
-HEARTBEAT = 15.0
-# An answer of no stated length reserves room for so many tokens at a time.
+# Rows that an answer without a stated length reserves at a time.
 GROWTH = 1024
-# Fewer tokens than these are computed again rather than kept or copied.
-WORTH_KEEPING = 16
-# So many ended requests are remembered, at most.
-MAX_KEPT = 256
-# So many smaller requests may pass one that waits for room; then they wait behind it.
-MAX_PASSES = 16
-# So many candidates are ranked first; few requests ever need more.
-FEW = 128
+# A shorter prefix is computed again rather than kept or copied.
+MIN_PREFIX = 16
 
 
 class Token(NamedTuple):
-    """A token that was picked; where it was asked for, its log probability and the likeliest."""
+    """A sampled token; with logprobs, also its log probability and those of the likeliest."""
 
     id: int
     logprob: float | None = None
-    likeliest: tuple[tuple[int, float], ...] = ()
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of an answer; the last one says why it ended and how many tokens it took."""
+    """A piece of an answer; the last one has the finish reason and the token counts."""
 
     text: str
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     token: Token | None = None  # only with logprobs
-    index: int = 0  # which of a request's answers it belongs to
+    index: int = 0  # which of a request's n answers it belongs to
 
     @property
     def silent(self) -> bool:
@@ -728,9 +720,9 @@ class Delta:
 
 @dataclass(eq=False)
 class Span:
-    """Tokens, and the rows of the pool that are theirs: start to start + room.
+    """Tokens and their rows of the pool, from start to start + room.
 
-    The keys and values of the first num_cached tokens are written there.
+    The keys and values of the first num_cached tokens are there already.
     """
 
     tokens: list[int]
@@ -738,29 +730,29 @@ class Span:
     room: int = 0
     num_cached: int = 0
 
-    def shared(self, tokens: list[int], among: int | None = None, beyond: int = 0) -> int:
-        """How many of its cached tokens, or of its first `among`, are also the first of these.
+    def common_prefix(self, tokens: list[int], among: int | None = None, beyond: int = 0) -> int:
+        """How many cached tokens, or of the first `among`, are a prefix of the given tokens.
 
-        The last of these is left over, since its logits are wanted. It may say 0 where there are
-        no more than `beyond` or than are worth keeping.
+        Never all of the given ones, since the last one's logits are wanted. May return 0 for a
+        prefix that is no longer than `beyond`, or shorter than MIN_PREFIX.
         """
         most = min(self.num_cached if among is None else among, len(tokens) - 1)
         if most <= beyond or self.tokens[beyond] != tokens[beyond]:
             return 0
         mine, other = self.tokens[:most], tokens[:most]
-        if mine == other or mine[:WORTH_KEEPING] != other[:WORTH_KEEPING]:
+        if mine == other or mine[:MIN_PREFIX] != other[:MIN_PREFIX]:
             return most if mine == other else 0
         return bisect_left(range(most), True, key=lambda n: mine[: n + 1] != other[: n + 1])
 
     @property
     def pending(self) -> int:
-        """Tokens that are not computed yet: the prompt's at first, and then one at a time."""
+        """Tokens not yet computed: the rest of the prompt, then one at a time."""
         return len(self.tokens) - self.num_cached
 
 
 @dataclass(eq=False, kw_only=True)
 class Sequence(Span):
-    """One request inside the engine: its tokens, its state, and where its text goes."""
+    """One answer in the making: its tokens, its state, and where its text goes."""
 
     sampling: Sampling
     detokenizer: Detokenizer
@@ -768,7 +760,7 @@ class Sequence(Span):
     open_ended: bool = False
     outbox: "asyncio.Queue[Delta | ChatError]" = field(default_factory=asyncio.Queue)
     index: int = 0
-    label: Any = None  # the caller's own, for when it ends
+    label: Any = None  # the caller's own, for Engine.on_end
     guide: Guide | None = None
     done: bool = False
     finish_reason: FinishReason | None = None
@@ -781,34 +773,36 @@ class Sequence(Span):
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
-        self.most = self.num_prompt + self.sampling.max_new_tokens
+        self.max_tokens = self.num_prompt + self.sampling.max_new_tokens
         self.random = random.Random(self.sampling.seed)
 
     @property
     def wanted_room(self) -> int:
-        """Rows for all that it may still say, or for the next stretch of it."""
-        return min(self.most, len(self.tokens) + GROWTH) if self.open_ended else self.most
+        """Rows for the longest possible answer, or for the next GROWTH tokens of it."""
+        return (
+            min(self.max_tokens, len(self.tokens) + GROWTH) if self.open_ended else self.max_tokens
+        )
 
     @property
     def num_completion(self) -> int:
-        """An end token counts, as it was computed."""
+        """Tokens of the answer so far, an end token included."""
         return len(self.tokens) - self.num_prompt
 
-    def take(self, token: Token, end_ids: set[int]) -> None:
-        """Take the next token, which may be the last."""
+    def append(self, token: Token, end_ids: set[int]) -> None:
+        """Append the next token; set the finish reason if it is the last."""
         self.first_token = self.first_token or time.monotonic()
         self.tokens.append(token.id)
         if self.guide:
             self.guide.matcher.consume_token(token.id)
         if token.id in end_ids:
             self.finish_reason = "stop"
-        elif len(self.tokens) == self.most:
+        elif len(self.tokens) == self.max_tokens:
             self.finish_reason = "length"
         if self.finish_reason:
             self.done = True
 
-    def tell(self, token: Token) -> Delta:
-        """What the token that was last taken adds to the answer; the text may end it, too."""
+    def emit(self, token: Token) -> Delta:
+        """The Delta for the token appended last; a stop string in its text ends the answer."""
         ended = self.finish_reason == "stop"
         text = "" if ended else self.detokenizer.push(token.id)
         told = token if token.logprob is not None and not ended else None
@@ -821,55 +815,55 @@ class Sequence(Span):
         return Delta(text, self.finish_reason, *counts, told, self.index)
 
 
-# A step's work: the spans in it, and how many of each one's pending tokens are computed.
+# A step's work: spans, and how many of each one's pending tokens to compute.
 Work = abc.Sequence[tuple[Span, int]]
 
 
 class Allocator:
-    """Hands out spans of the pool's rows; free neighbours are joined again."""
+    """Allocates contiguous spans of the pool's rows; adjacent gaps are merged."""
 
     def __init__(self, rows: int):
-        self.free = [(0, rows)]  # (first row, size), in order
+        self.gaps = [(0, rows)]  # (first row, size), in order
 
-    def take(self, size: int, at: int | None = None) -> int | None:
-        """The first row of a span of that size; `at` that row, or from the tightest gap."""
+    def allocate(self, size: int, at: int | None = None) -> int | None:
+        """The first row of a new span, at row `at` or in the tightest gap; None if none fits."""
         gaps = [
             (gap, start)
-            for start, gap in self.free
+            for start, gap in self.gaps
             if (gap >= size if at is None else start <= at and at + size <= start + gap)
         ]
         if not gaps:
             return None
         gap, start = min(gaps)
         first = start if at is None else at
-        self.free.remove((start, gap))
+        self.gaps.remove((start, gap))
         rest = (start, first - start), (first + size, start + gap - first - size)
         for piece in rest:
             if piece[1]:
-                insort(self.free, piece)
+                insort(self.gaps, piece)
         return first
 
-    def give(self, start: int, size: int) -> None:
-        """Take a span back."""
-        at = bisect_left(self.free, (start, 0))
-        if at < len(self.free) and self.free[at][0] == start + size:
-            size += self.free.pop(at)[1]
-        if at > 0 and sum(self.free[at - 1]) == start:
-            before = self.free.pop(at - 1)
+    def release(self, start: int, size: int) -> None:
+        """Free a span's rows."""
+        at = bisect_left(self.gaps, (start, 0))
+        if at < len(self.gaps) and self.gaps[at][0] == start + size:
+            size += self.gaps.pop(at)[1]
+        if at > 0 and sum(self.gaps[at - 1]) == start:
+            before = self.gaps.pop(at - 1)
             at, start, size = at - 1, before[0], before[1] + size
-        self.free.insert(at, (start, size))
+        self.gaps.insert(at, (start, size))
 
 
 # ---- Attention --------------------------------------------------------------
-# Every step is one forward pass over packed tokens: the next token of each
-# sequence that is answering, and a chunk of each prompt that is not through
-# yet. The attention of each reads the rows of its own span and no other's.
+# Every step is one forward pass over packed tokens: one token of each sequence
+# in decode, and chunks of the prompts in prefill. Each sequence's attention
+# reads the rows of its own span and no others.
 
 
 class Gathered(NamedTuple):
-    """A part of a step whose rows are copied side by side for sdpa, on any device.
+    """Part of a step: keys and values are copied side by side for sdpa, on any device.
 
-    That is single tokens, padded to the longest, or one chunk.
+    Either decode tokens of several sequences, padded to the longest, or one prefill chunk.
     """
 
     batch: int
@@ -879,10 +873,10 @@ class Gathered(NamedTuple):
 
     @classmethod
     def of(cls, work: Work, token: int, row: int) -> tuple[Self, torch.Tensor]:
-        """The group of these spans, and the pool's rows that are copied for it."""
+        """The group for this work, and the pool's rows to copy for it."""
         new, totals = work[0][1], torch.tensor([[span.num_cached + new] for span, new in work])
         longest = torch.arange(int(totals.max()))
-        # Where a span is shorter than the longest, its last row is read again, and masked.
+        # A shorter span is padded with its last row, which is masked.
         rows = torch.tensor([[span.start] for span, _ in work]) + longest.minimum(totals - 1)
         mask = None
         if new > 1:
@@ -897,23 +891,23 @@ class Gathered(NamedTuple):
         return self._replace(mask=mask)
 
     @property
-    def is_chunk(self) -> bool:
+    def is_prefill(self) -> bool:
         return self.tokens.stop - self.tokens.start > self.batch
 
     def part_of(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Its own of the step's: [tokens, heads, width], and twice [rows, kv heads, width]."""
+        """Its slices of the step's [tokens, heads, width], and [rows, kv heads, width] twice."""
         return query[self.tokens], key[self.rows], value[self.rows]
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
         key, value = (x.unflatten(0, (self.batch, -1)).transpose(1, 2) for x in (key, value))
-        # The query heads that share a key head become the query's length, so that none is
-        # repeated: [batch, kv heads, sharing * new, width], as a masked enable_gqa is slow on CUDA.
+        # The query heads of a group become the query's length, [batch, kv heads, sharing * new,
+        # width], so that no key head is repeated: enable_gqa with a mask is slow on CUDA.
         query = query.unflatten(1, (key.shape[1], -1))
-        if not self.is_chunk:
+        if not self.is_prefill:
             out = F.scaled_dot_product_attention(query, key, value, self.mask, scale=scale)
             return out.flatten(1, 2)
         assert self.mask is not None
@@ -924,9 +918,9 @@ class Gathered(NamedTuple):
 
 
 class InPlace(NamedTuple):
-    """A part of a step whose rows are read where they lie in the pool, on CUDA cards.
+    """Part of a step: FlashAttention reads keys and values in place in the pool, on CUDA.
 
-    That is all single tokens, or all chunks; the names of sizes are those of torch's varlen_attn.
+    Either all decode tokens or all prefill chunks; sizes are named as in torch's varlen_attn.
     """
 
     tokens: slice
@@ -941,7 +935,7 @@ class InPlace(NamedTuple):
         news = [new for _, new in work]
         starts = [span.start for span, _ in work]
         totals = [span.num_cached + new for span, new in work]
-        # Where the last span ends is of no account, as seqused_k says how long it is.
+        # The last offset, the end of the last span, is not used: seqused_k gives the lengths.
         offsets = [*accumulate(news, initial=0)], [*starts, starts[-1]], totals
         return cls(
             slice(token, token + sum(news)),
@@ -958,20 +952,20 @@ class InPlace(NamedTuple):
         )
 
     @property
-    def is_chunk(self) -> bool:
+    def is_prefill(self) -> bool:
         return self.max_q > 1
 
     def part_of(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Its own of the step's tokens [tokens, heads, width], and the whole pool."""
+        """Its slice of the step's tokens [tokens, heads, width], and the whole pool."""
         return query[self.tokens], key, value
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
-        # Causal from the last row on. One token needs no mask, and without one the kernel splits
-        # long rows among more of the card, if heads share keys.
+        # The causal mask is aligned bottom-right. A single token needs none, and without one the
+        # kernel can split long sequences over more of the card, if heads share keys.
         out: torch.Tensor = flash_attention(
             query,
             key,
@@ -980,9 +974,9 @@ class InPlace(NamedTuple):
             self.cu_seq_k,
             self.max_q,
             self.max_k,
-            0.0,  # of the weights are dropped
-            self.is_chunk,
-            False,  # nor is a mask returned
+            0.0,  # dropout
+            self.is_prefill,  # causal
+            False,  # return_debug_mask
             scale=scale,
             seqused_k=self.seqused_k,
         )[0]
@@ -990,20 +984,20 @@ class InPlace(NamedTuple):
 
 
 class Step:
-    """What one forward pass works on; a plain object, which accelerate's hooks leave alone."""
+    """The inputs of one forward pass; a plain object, which accelerate's hooks leave alone."""
 
     def __init__(self, work: Work, in_place: bool = False):
         self.in_place = in_place
-        # Neighbours that agree in the first part of the key share a call of attention: chunks in
-        # place, single tokens in place, or gathered ones whose lengths are alike.
+        # Work that agrees in the first part of the key shares a call of attention: prefill in
+        # place, decode in place, or gathered decode tokens of similar lengths.
         order = sorted(range(len(work)), key=lambda n: self._neighbourhood(*work[n]))
         work = [work[n] for n in order]
         places = [(span.start, span.num_cached + n) for span, new in work for n in range(new)]
         ends = dict(zip(order, accumulate(new for _, new in work), strict=True))
-        # Lists before tensors: a step has too few tokens for torch to be quicker.
+        # Python lists first: a step has too few tokens for tensor operations to be faster.
         self.ids = torch.tensor([i for span, n in work for i in span.tokens[span.num_cached :][:n]])
         self.positions = torch.tensor([position for _, position in places])
-        # The pool's row of each packed token, and the packed token that ends each sequence.
+        # The pool's row of each packed token, and the index of each sequence's last token.
         self.write = torch.tensor([start + position for start, position in places])
         self.last = torch.tensor([ends[n] - 1 for n in range(len(work))])
         self.groups: list[Gathered | InPlace] = []
@@ -1016,22 +1010,22 @@ class Step:
                 group, rows = Gathered.of(list(part), token, sum(map(len, reads)))
                 self.groups.append(group)
                 reads.append(rows)
-        self.read = torch.cat(reads)  # the pool's rows that are copied
+        self.read = torch.cat(reads)  # the pool's rows to copy, for gathered groups
         self.attended = 0
         self._copies: dict[torch.device, Step] = {}
 
     def _neighbourhood(self, span: Span, new: int) -> tuple[tuple[bool, int], int]:
         if self.in_place:
             return (new > 1, 0), span.start
-        # A chunk is always alone; the lengths of single tokens agree within a factor of two.
+        # A prefill chunk is always alone; decode lengths agree within a factor of two.
         alike = span.start if new > 1 else (span.num_cached + 1).bit_length()
         return (new > 1, alike), span.num_cached
 
     def on(self, device: torch.device) -> "Step":
-        """The step with its tensors on a device; copied there once, for all its layers."""
+        """The step with its tensors on a device, copied there once for all layers."""
         if device not in self._copies:
             there = self._copies[device] = copy(self)
-            there._copies = {}  # in this one it would hold itself, and a card's memory with it
+            there._copies = {}  # a shared dict would be a reference cycle that holds GPU memory
             for name in ("ids", "positions", "write", "read", "last"):
                 setattr(there, name, getattr(self, name).to(device, non_blocking=True))
             there.groups = [group.on(device) for group in self.groups]
@@ -1046,16 +1040,16 @@ class SpanLayer(CacheLayerMixin):
         self.pool = pool
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        rows = self.pool.rows + 1  # the last one is nobody's
+        rows = self.pool.rows + 1  # the last one is for padding
         shapes = [(rows, x.shape[1], x.shape[3]) for x in (key_states, value_states)]
-        # Not zeroed: no row is read before it is written, and an untouched page costs nothing.
+        # Not zeroed: no row is read before it is written, and untouched pages cost no memory.
         self.keys, self.values = map(key_states.new_empty, shapes)
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the step's rows; return those that it reads, or all: [1, heads, rows, width]."""
+        """Write the step's rows; return the rows it reads, or all: [1, heads, rows, width]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         step = self.pool.step.on(key_states.device)
@@ -1077,7 +1071,7 @@ class SpanLayer(CacheLayerMixin):
 
 
 class Pool(Cache):
-    """The keys and values of every sequence: each layer's rows, created on first use."""
+    """The KV cache of every sequence; each layer's rows are created on first use."""
 
     step: Step
 
@@ -1086,7 +1080,7 @@ class Pool(Cache):
         super().__init__(layers=[SpanLayer(self) for _ in range(num_layers)])
 
     def copy(self, source: int, target: int, count: int) -> None:
-        """Copy a span's rows to where another span begins."""
+        """Copy `count` rows of every layer."""
         for layer in self.layers:
             for x in (layer.keys, layer.values):
                 x[target : target + count] = x[source : source + count]
@@ -1102,9 +1096,10 @@ def packed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of each group's tokens to its own rows: [1, heads, tokens, width] and back.
+    """Attention of each group's tokens to their own rows, by transformers' interface.
 
-    Returns [1, tokens, heads, width]. Raises StartError for what it does not honour.
+    Takes [1, heads, tokens, width], returns [1, tokens, heads, width]. Raises StartError for
+    options that it does not implement.
     """
     for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
@@ -1127,14 +1122,13 @@ def attend_latent(
     rotated: torch.Tensor,
     scale: float | None,
 ) -> torch.Tensor:
-    """MLA over latents [rows, 1, rank] and rotated keys [rows, 1, width].
+    """Multi-head latent attention over latents [rows, 1, rank] and rotated keys [rows, 1, width].
 
-    A chunk has keys and values made of its latents, as its many tokens share them. For single
-    tokens that would take most of a step, so their queries are brought to the latents: a query's
-    product with what a matrix makes of a latent is the latent's product with the query times that
-    matrix (section 2.1.2 of DeepSeek-V2's report, arXiv 2405.04434).
+    In prefill, keys and values are expanded from the latents, as many queries share them. In
+    decode that would dominate the step, so the up-projections are absorbed into the query and
+    the output instead: q · (W c) = (Wᵀ q) · c (section 2.1.2 of arXiv 2405.04434, DeepSeek-V2).
     """
-    if group.is_chunk:
+    if group.is_prefill:
         given = (x.transpose(0, 1)[None] for x in (latent, rotated))
         key, value = (x[0].transpose(0, 1) for x in type(module).expand_kv(module, *given))
         return group.attend(query, key, value, scale)
@@ -1147,40 +1141,42 @@ def attend_latent(
 
 
 def keep_latent(latent: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place of MLA's expand_kv, as attend_latent does better."""
+    """Replaces MLA's expand_kv: the cache then holds latents, and attend_latent expands them."""
     return latent, rotated
 
 
 def can_absorb(module: Any) -> bool:
-    """Whether it is MLA, with a matrix that is here and is no more than that."""
+    """Whether a module is MLA whose up-projection is a plain matrix, loaded on this device."""
     up = getattr(module, "kv_b_proj", None)
     plain = type(up) is torch.nn.Linear and up.bias is None and not up.weight.is_meta
     return plain and hasattr(module, "expand_kv")
 
 
 AttentionInterface.register("packed", packed_attention)
-# It makes a plan for each new length, and gathered keys have a new one at every step.
+# cuDNN makes a plan for each new length, and gathered keys have a new one at every step.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 # ---- Runner -----------------------------------------------------------------
-# One thread owns the model; this is what it does with it.
+# The model and its KV cache: from tokens to logits.
 
 
-def put(values: list[Any], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A tensor of the values on a device, without waiting for what a card still computes."""
+def to_device(
+    values: list[Any], device: torch.device, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """A tensor of the values on a device, without synchronising with it."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def input_device(model: Any) -> torch.device:
-    """Where token ids go: to the embedding, or to where accelerate brings it to compute."""
+    """The device for token ids: the embedding's, or where accelerate moves it to compute."""
     embedding = model.get_input_embeddings()
     device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     return torch.device(embedding.weight.device if device is None else device)
 
 
 def why_not_in_place(layers: Iterable[SpanLayer]) -> str | None:
-    """Why FlashAttention cannot read these keys and values where they lie; None if it can."""
+    """Why FlashAttention cannot read these keys and values in place; None if it can."""
     if flash_attention is None or "seqused_k" not in str(flash_attention.default._schema):
         return f"torch {torch.__version__} has no FlashAttention for it"
     for keys, values in ((layer.keys, layer.values) for layer in layers):
@@ -1195,19 +1191,19 @@ def why_not_in_place(layers: Iterable[SpanLayer]) -> str | None:
     return None
 
 
-def record(
+def capture(
     compute: Callable[[], torch.Tensor], device: torch.device, memory: Any
 ) -> tuple[torch.Tensor, Callable[[], None]]:
-    """Record what a computation does on a card; its output, and what computes it again.
+    """Capture a computation as a CUDA graph; its output, and the function that replays it.
 
-    Raises RuntimeError where it cannot be recorded.
+    Raises RuntimeError if it cannot be captured.
     """
     graph = torch.cuda.CUDAGraph()
-    # The present stream again at the end: a recording that fails would leave us on its own.
+    # A failed capture leaves its own stream current; this restores ours.
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-        compute()  # what is made on first use is not to be recorded
-        # A wait for the card cannot be, and in a recording it would leave torch's memory in
-        # disorder: so it is looked for before. torch warns that looking is a prototype.
+        compute()  # what is created on first use must not be captured
+        # A synchronisation during capture fails and leaves torch's allocator broken, so look for
+        # one before. torch warns that this mode is a prototype.
         with warnings.catch_warnings(action="ignore"):
             torch.cuda.set_sync_debug_mode("error")
         try:
@@ -1218,10 +1214,10 @@ def record(
             return compute(), graph.replay
 
 
-class RecordedStep:
-    """A step of so many single tokens as a CUDA graph: one launch in place of hundreds.
+class DecodeGraph:
+    """A decode step of a fixed batch size as a CUDA graph: one launch instead of hundreds.
 
-    Of the longest sequence the graph knows only the limit, by which the work is divided.
+    `longest` bounds the sequences' lengths: by it, the kernel divides its work at capture.
     """
 
     def __init__(self, runner: "Runner", size: int, longest: int, memory: Any):
@@ -1232,10 +1228,10 @@ class RecordedStep:
         self.group = group._replace(max_k=longest)
         self.step.groups = [self.group]
         compute = partial(runner.compute, self.step)
-        self.logits, self.replay = record(compute, runner.device, memory)
+        self.logits, self.replay = capture(compute, runner.device, memory)
 
     def __call__(self, step: Step) -> torch.Tensor:
-        """Compute a step of its size; the logits are overwritten by the next."""
+        """Replay with a step's inputs; the returned logits are overwritten by the next call."""
         (given,) = step.groups
         assert isinstance(given, InPlace)
         for ours, theirs in (
@@ -1251,19 +1247,22 @@ class RecordedStep:
         return self.logits
 
 
-def few_sizes(total: int) -> int:
-    """A size for a step of so many tokens, one of a few dozen."""
+def padded_size(total: int) -> int:
+    """The number of tokens to pad a step to, one of a few dozen sizes."""
     return total + -total % (1 if total <= 16 else 8 if total <= 64 else 32)
 
 
 class Runner:
-    """Computes logits with the model, over the spans of its pool; knows nothing of requests."""
+    """Computes logits with the model, over the spans of its pool; knows nothing of requests.
+
+    Raises StartError for a model that cannot be batched this way.
+    """
 
     def __init__(self, model: Any, cache_memory: str = "auto", max_rows: int = 2**31 - 1):
         self.model = model
         self.device = input_device(model)
         self.split = len(set(getattr(model, "hf_device_map", {}).values())) > 1
-        # oneDNN keeps something of each new size of a half-precision product, without end.
+        # For every new shape in half precision oneDNN allocates memory that it never frees.
         self.pads = self.device.type == "cpu" and model.dtype != torch.float32
         config = model.config.get_text_config()
         self.num_layers = config.num_hidden_layers
@@ -1272,33 +1271,33 @@ class Runner:
         for module in model.modules():
             if can_absorb(module):
                 module.expand_kv = keep_latent
-            # Within its first length, to which it is held, such rope does not move; to look
-            # whether it should would wait for the card in every step.
+            # Up to its original length, to which context_length holds it, dynamic rope is constant;
+            # its check for longer sequences would synchronise with the GPU in every step.
             if getattr(module, "rope_type", None) == "dynamic":
                 module.rope_type = "default"
         model.set_attn_implementation("packed")
-        self.difference = 0.0  # to the plain forward pass, as the check at start found it
-        self.recorded: list[RecordedStep] = []
+        self.difference = 0.0  # from the plain forward pass, as self_check measured it
+        self.graphs: list[DecodeGraph] = []
         self.in_place = False
-        self._make_room(8)
-        # One token creates each layer's rows, whose size tells what a row costs on which device.
+        self._create_pool(8)
+        # One token makes each layer create its rows, which shows what a row costs on which device.
         self.forward([(Span([0]), 1)])
         rows = min(max_rows, self._affordable(cache_memory))
         if rows < 64:
-            raise StartError(f"the cache memory holds {rows} tokens; raise --cache-memory")
-        self.gathers_because = why_not_in_place(self.pool.layers)
-        self.in_place = self.gathers_because is None
-        self._make_room(rows)
+            raise StartError(f"the KV cache holds only {rows} tokens; raise --cache-memory")
+        self.fallback_reason = why_not_in_place(self.pool.layers)
+        self.in_place = self.fallback_reason is None
+        self._create_pool(rows)
 
-    def _make_room(self, rows: int) -> None:
+    def _create_pool(self, rows: int) -> None:
         self.pool = Pool(self.num_layers, rows)
-        # The token id in each row, for penalties; and what fills a step up to a size.
+        # The token id in each row, for penalties; and the span that pads a step.
         self.ids = torch.zeros(rows + 1, dtype=torch.long, device=self.device)
         self.idle = Span([0], rows, 1)
 
     @property
-    def queues(self) -> bool:
-        """Whether what is computed has only begun when a call returns, as on a card."""
+    def asynchronous(self) -> bool:
+        """Whether a call returns before its result is computed, as on a GPU."""
         return self.device.type == "cuda"
 
     @property
@@ -1311,19 +1310,19 @@ class Runner:
         """Compute the work; return float32 logits [sequences, vocabulary] of the last tokens."""
         total = sum(new for _, new in work)
         longest = max(span.num_cached + new for span, new in work)
-        fitting = (r for r in self.recorded if r.size >= total and r.longest >= longest)
-        recorded = next(fitting, None) if total == len(work) else None
-        size = recorded.size if recorded else few_sizes(total) if self.pads else total
+        fitting = (g for g in self.graphs if g.size >= total and g.longest >= longest)
+        graph = next(fitting, None) if total == len(work) else None
+        size = graph.size if graph else padded_size(total) if self.pads else total
         step = Step([*work, *[(self.idle, 1)] * (size - total)], self.in_place)
-        logits = recorded(step) if recorded else self.compute(step, len(work))
+        logits = graph(step) if graph else self.compute(step, len(work))
         return logits[: len(work)]
 
     def compute(self, step: Step, wanted: int | None = None) -> torch.Tensor:
-        """A step's logits: those of its first sequences, or of all."""
+        """A step's logits: of its first `wanted` sequences, or of all."""
         self.pool.step = step
         here = step.on(self.device)
         self.ids.index_copy_(0, here.write, here.ids)
-        # On a split model the root hook would move a tensor to the first device, but not ints.
+        # On a split model accelerate's root hook would move a tensor to the first device, not ints.
         last = (step if self.split else here).last[:wanted]
         before = step.attended
         out = self.model(
@@ -1339,39 +1338,39 @@ class Runner:
         return out.logits[0].float()
 
     @torch.inference_mode()
-    def record(self, max_batch: int, context: int) -> None:
-        """Record steps of single tokens, for batches and lengths of a few sizes each."""
+    def capture_graphs(self, max_batch: int, context: int) -> None:
+        """Capture decode steps as CUDA graphs, for a few batch sizes and length limits each."""
         if not self.in_place or self.split:
             return
         sizes = sorted({*(2**n for n in range(11) if 2**n < max_batch), max_batch})
         lengths = sorted({*(2048 * 4**n for n in range(6) if 2048 * 4**n < context), context})
-        log.info("recording decode steps of up to %d sequences as CUDA graphs", max_batch)
+        log.info("capturing CUDA graphs for decode steps of up to %d sequences", max_batch)
         memory = torch.cuda.graph_pool_handle()
         try:
-            # The largest first, as the others then fit into its memory.
+            # Largest first: the others then fit into its memory.
             for size, longest in reversed([*product(sizes, lengths)]):
-                self.recorded.insert(0, RecordedStep(self, size, longest, memory))
-        except Exception as error:  # what can be recorded is for the model's code to say
-            log.warning("decode steps are not recorded as CUDA graphs: %s", error)
-            self.recorded = []
+                self.graphs.insert(0, DecodeGraph(self, size, longest, memory))
+        except Exception as error:  # not every model's code can be captured
+            log.warning("decode steps do not run as CUDA graphs: %s", error)
+            self.graphs = []
 
-    def gather(self, reason: str) -> None:
-        """From now on copy rows for attention, as reading them in place went wrong."""
+    def fall_back(self, reason: str) -> None:
+        """Copy rows for attention from now on, because reading them in place went wrong."""
         log.warning("attention in place is not used: %s", reason)
-        self.in_place, self.gathers_because, self.recorded = False, reason, []
+        self.in_place, self.fallback_reason, self.graphs = False, reason, []
 
     def check_device(self) -> None:
-        """Raise if the device does not compute any more, as after some CUDA errors."""
+        """Raise if the device no longer computes, as after some CUDA errors."""
         torch.zeros(1, device=self.device).item()
 
     @torch.inference_mode()
     def copy(self, span: Span, start: int, count: int) -> None:
-        """Copy the first rows of a span to where another starts."""
+        """Copy the first `count` rows of a span to the rows from `start` on."""
         self.pool.copy(span.start, start, count)
-        self.ids[start : start + count] = put(span.tokens[:count], self.device)
+        self.ids[start : start + count] = to_device(span.tokens[:count], self.device)
 
     def _affordable(self, cache_memory: str) -> int:
-        """Rows that the budget holds on the device where it holds the fewest."""
+        """Rows that the memory budget holds, on the device where it holds the fewest."""
         costs: Counter[torch.device] = Counter()
         for layer in self.pool.layers:
             costs[layer.keys.device] += sum(x[0].nbytes for x in (layer.keys, layer.values))
@@ -1379,11 +1378,11 @@ class Runner:
 
 
 def cache_budget(setting: str, device: torch.device) -> int:
-    """Bytes for keys and values on a device: auto, a fraction of what is free, or a size."""
+    """Bytes for the KV cache on a device: auto, a fraction of the free memory, or a size."""
     on_card = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_card else psutil.virtual_memory().available
     if setting == "auto":
-        # What is left is for the steps themselves, and what is recorded of them.
+        # The rest is for activations and CUDA graphs.
         return int(min(0.85 * free, max(free / 2, free - 2**30))) if on_card else 2**31
     try:
         return int(free * float(setting))
@@ -1394,10 +1393,13 @@ def cache_budget(setting: str, device: torch.device) -> int:
 # ---- Sampling ---------------------------------------------------------------
 # From a step's logits to each sequence's next token, for the whole batch at once.
 
+# Tokens that are ranked at first; few requests ever need more.
+NUM_CANDIDATES = 128
+
 
 def column(seqs: list[Sequence], knob: str, like: torch.Tensor) -> torch.Tensor:
-    """One knob of every sequence, [sequences, 1]; a temperature is never nothing in float32."""
-    values = put([[getattr(seq.sampling, knob)] for seq in seqs], like.device)
+    """One knob of every sequence, [sequences, 1]; a temperature is never 0 in float32."""
+    values = to_device([[getattr(seq.sampling, knob)] for seq in seqs], like.device)
     return values.clamp(min=1e-30) if knob == "temperature" else values
 
 
@@ -1407,31 +1409,31 @@ def pick(
     pool_ids: torch.Tensor,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> list[int]:
-    """The next token of every sequence, by transformers' rules and in its order.
+    """Sample the next token of every sequence, as transformers' logits processors would.
 
-    Takes float32 logits [sequences, vocabulary], which it changes, and the token id in each of
-    the pool's rows. A card is waited for once, when all is picked, after `meanwhile`.
+    Modifies logits, float32 [sequences, vocabulary]; pool_ids has the token id in each row of the
+    pool. Synchronises with a GPU once, at the end, after calling `meanwhile`.
     """
     sound = logits.amax(-1).isfinite()
     if any(seq.sampling.repetition_penalty != 1 for seq in seqs):
-        penalise(seqs, logits, pool_ids)
+        apply_repetition_penalty(seqs, logits, pool_ids)
     if any(seq.sampling.presence_penalty or seq.sampling.frequency_penalty for seq in seqs):
-        penalise_said(seqs, logits, pool_ids)
-    # A number from [0, 1) for each, whoever else is in the batch; the greedy need none.
+        apply_openai_penalties(seqs, logits, pool_ids)
+    # One number from [0, 1) for each, independent of the batch; greedy needs none.
     draws = [seq.random.random() if seq.sampling.temperature else 0.0 for seq in seqs]
     warm = [row for row, seq in enumerate(seqs) if seq.sampling.temperature]
     free = [row for row in warm if not seqs[row].sampling.top_k and seqs[row].sampling.top_p >= 1]
     tokens, deeper = logits.argmax(-1), torch.zeros_like(sound)
-    # Which rows are drawn, and among how many candidates; 0 is all, without an order.
-    todo = [(free, 0), (sorted({*warm} - {*free}), FEW)]
+    # Rows to draw, and among how many candidates; 0 stands for all, unranked.
+    todo = [(free, 0), (sorted({*warm} - {*free}), NUM_CANDIDATES)]
     while True:
         for rows, depth in todo:
             if rows:
-                there, some = put(rows, logits.device), [seqs[row] for row in rows]
+                there, some = to_device(rows, logits.device), [seqs[row] for row in rows]
                 theirs = logits if len(rows) == len(seqs) else logits.index_select(0, there)
-                numbers = put([[draws[row]] for row in rows], logits.device, torch.float64)
-                drawn = draw_ranked(some, theirs, numbers, depth) if depth else None
-                tokens[there], deeper[there] = drawn or draw_any(some, theirs, numbers)
+                numbers = to_device([[draws[row]] for row in rows], logits.device, torch.float64)
+                drawn = draw_from_top(some, theirs, numbers, depth) if depth else None
+                tokens[there], deeper[there] = drawn or draw_unranked(some, theirs, numbers)
         meanwhile()
         picked, again, right = torch.stack([tokens, deeper.long(), sound.long()]).tolist()
         if not all(right):
@@ -1441,34 +1443,38 @@ def pick(
         todo = [([row for row, yes in enumerate(again) if yes], 8 * depth)]
 
 
-def held(
+def token_ids_from(
     seqs: list[Sequence], first: list[int], logits: torch.Tensor, pool_ids: torch.Tensor
 ) -> torch.Tensor:
-    """What sequences hold from their token `first` on, [sequences, longest].
+    """The token ids of sequences from index `first` on, [sequences, longest].
 
-    All of it is in the pool by now. Shorter ones repeat their last token.
+    Shorter ones are padded with their last token.
     """
     begins = [seq.start + n for seq, n in zip(seqs, first, strict=True)]
     lasts = [seq.start + len(seq.tokens) - 1 for seq in seqs]
-    starts, ends = put([begins, lasts], logits.device).unsqueeze(2)
+    starts, ends = to_device([begins, lasts], logits.device).unsqueeze(2)
     most = max(last - begin for begin, last in zip(begins, lasts, strict=True))
     longest = torch.arange(most + 1, device=logits.device)
     return pool_ids[(starts + longest).minimum(ends)]
 
 
-def penalise(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> None:
-    """Make the tokens that a sequence holds less likely, in its prompt too."""
-    seen = held(seqs, [0] * len(seqs), logits, pool_ids)
+def apply_repetition_penalty(
+    seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor
+) -> None:
+    """transformers' repetition penalty, on the tokens of prompt and answer."""
+    seen = token_ids_from(seqs, [0] * len(seqs), logits, pool_ids)
     penalty = column(seqs, "repetition_penalty", logits)
     scores = logits.gather(1, seen)
     logits.scatter_(1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
-def penalise_said(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor) -> None:
-    """Take OpenAI's penalties off the tokens of the answers, by the formula of its API guide."""
-    said = held(seqs, [seq.num_prompt for seq in seqs], logits, pool_ids)
-    count = put([[seq.num_completion] for seq in seqs], logits.device)
-    # A token that stands there twice is written twice, with the same score.
+def apply_openai_penalties(
+    seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor
+) -> None:
+    """OpenAI's presence and frequency penalties on the answers' tokens, as in its API guide."""
+    said = token_ids_from(seqs, [seq.num_prompt for seq in seqs], logits, pool_ids)
+    count = to_device([[seq.num_completion] for seq in seqs], logits.device)
+    # A token that occurs twice is written twice, with the same score.
     presence = column(seqs, "presence_penalty", logits) * (count > 0)
     logits.scatter_(1, said, logits.gather(1, said) - presence)
     counted = torch.arange(said.shape[1], device=logits.device) < count
@@ -1476,33 +1482,36 @@ def penalise_said(seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Te
     logits.scatter_add_(1, said, -frequency.to(logits))
 
 
-# Tokens [sequences], and which of them are to be drawn again, among more candidates.
+# Tokens [sequences], and which of them need to be drawn again among more candidates.
 Drawn = tuple[torch.Tensor, torch.Tensor]
 
 
-def draw_any(seqs: list[Sequence], logits: torch.Tensor, draws: torch.Tensor) -> Drawn:
-    """Sample where neither top-k nor top-p cuts anything off, so that nothing is ranked."""
+def draw_unranked(seqs: list[Sequence], logits: torch.Tensor, draws: torch.Tensor) -> Drawn:
+    """Sample where neither top-k nor top-p is on, so that nothing needs ranking."""
     scores = (logits - logits.amax(-1, True)) / column(seqs, "temperature", logits)
     mass = scores.exp()
     mass *= mass >= column(seqs, "min_p", logits)
-    tokens = place_in(mass, draws)[:, 0]
+    tokens = inverse_transform(mass, draws)[:, 0]
     return tokens, torch.zeros_like(tokens, dtype=torch.bool)
 
 
-def place_in(mass: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Where draws [sequences, 1] from [0, 1) fall in mass [sequences, tokens] of any sum."""
+def inverse_transform(mass: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Inverse transform sampling: where draws [sequences, 1] from [0, 1) fall in the mass.
+
+    The mass, [sequences, tokens], need not sum to 1.
+    """
     reached = mass.cumsum(-1, dtype=torch.float64)
     place = torch.searchsorted(reached, draws * reached[:, -1:], right=True)
     return place.clamp(max=mass.shape[1] - 1)
 
 
-def draw_ranked(
+def draw_from_top(
     seqs: list[Sequence], logits: torch.Tensor, draws: torch.Tensor, depth: int
 ) -> Drawn:
     """Sample from logits [sequences, vocabulary] with draws [sequences, 1] from [0, 1).
 
-    Only the likeliest `depth` tokens are ranked, as a sort of the vocabulary takes longer than
-    all else; a sequence whose top-p reaches deeper is to be drawn again.
+    Ranks only the `depth` likeliest tokens, as sorting the whole vocabulary would take longer than
+    all the rest; a sequence whose top-p reaches deeper needs to be drawn again.
     """
     temperature, top_k, top_p, min_p = (
         column(seqs, knob, logits) for knob in ("temperature", "top_k", "top_p", "min_p")
@@ -1511,7 +1520,7 @@ def draw_ranked(
     depth = min(width, max(depth, *(seq.sampling.top_k for seq in seqs)))
     ranked, ids = logits.topk(depth)
     top = ranked[:, :1]
-    # At most zero, so that no temperature can overflow it.
+    # At most 0, so that no temperature can overflow it.
     ranked = (ranked - top) / temperature
     lowest = ranked.gather(1, top_k.clamp(1, depth) - 1)
     ranked = ranked.masked_fill((top_k > 0) & (ranked < lowest), -torch.inf)
@@ -1523,15 +1532,12 @@ def draw_ranked(
     before = mass.cumsum(-1, dtype=torch.float64) - mass
     keep = ((before < top_p) | (top_p >= 1)) & (mass >= min_p * mass[:, :1])
     keep[:, 0] = True
-    tokens = ids.gather(1, place_in(mass * keep, draws))[:, 0]
+    tokens = ids.gather(1, inverse_transform(mass * keep, draws))[:, 0]
     return tokens, keep[:, -1] & (top_k[:, 0] == 0) & (depth < width)
 
 
-def keep_to(guide: Guide, logits: torch.Tensor) -> None:
-    """Rule out of one sequence's logits what its guide does not allow.
-
-    Raises BadRequest where the guide has failed, which would end the answer anywhere.
-    """
+def apply_guide(guide: Guide, logits: torch.Tensor) -> None:
+    """Mask one sequence's logits [vocabulary] by its guide. Raises BadRequest if it has failed."""
     allowed = torch.from_numpy(guide.allowed()[: len(logits)])
     ruled_out = F.pad(~allowed, (0, len(logits) - len(allowed)), value=True)
     logits.masked_fill_(ruled_out.to(logits.device, non_blocking=True), -torch.inf)
@@ -1544,26 +1550,37 @@ def pick_tokens(
     pool_ids: torch.Tensor,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> list[Token]:
-    """`pick`, and for the sequences that ask for it, what the model itself thought likely."""
+    """`pick` under the sequences' guides, and logprobs for those that ask for them.
+
+    Logprobs are the model's own, before temperature and penalties.
+    """
     told = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
-    own = logits.index_select(0, put(told, logits.device, torch.long)).log_softmax(-1)
+    own = logits.index_select(0, to_device(told, logits.device, torch.long)).log_softmax(-1)
     for row, seq in enumerate(seqs):
         if seq.guide:
-            keep_to(seq.guide, logits[row])
+            apply_guide(seq.guide, logits[row])
     tokens = [Token(i) for i in pick(seqs, logits, pool_ids, meanwhile)]
     if told:
         most = max(seqs[row].sampling.logprobs or 0 for row in told)
-        picked = put([[tokens[row].id] for row in told], own.device)
+        picked = to_device([[tokens[row].id] for row in told], own.device)
         logprobs = own.gather(1, picked)[:, 0].tolist()
         values, ids = (x.tolist() for x in own.topk(most))
         for n, row in enumerate(told):
-            likeliest = tuple(zip(ids[n], values[n], strict=True))[: seqs[row].sampling.logprobs]
-            tokens[row] = Token(tokens[row].id, logprobs[n], likeliest)
+            top_logprobs = tuple(zip(ids[n], values[n], strict=True))[: seqs[row].sampling.logprobs]
+            tokens[row] = Token(tokens[row].id, logprobs[n], top_logprobs)
     return tokens
 
 
 # ---- Engine -----------------------------------------------------------------
-# One thread owns the model; a request is a Sequence in it, until it is done.
+# One thread owns the model and computes step after step; a request is one or
+# more Sequences in it, first waiting, then running.
+
+# Seconds between the empty Deltas that keep an idle stream's connection alive.
+HEARTBEAT = 15.0
+# Most prefixes of finished requests that are kept.
+MAX_PREFIXES = 256
+# Most smaller requests that may overtake one that waits for room.
+MAX_PASSES = 16
 
 
 class Engine:
@@ -1588,14 +1605,14 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.failure: BaseException | None = None
         self.allocator = Allocator(runner.rows)
-        # What is cached of requests that ended, the longest unused first.
-        self.kept: list[Span] = []
+        # The prefix cache: spans of finished requests, least recently used first.
+        self.prefixes: list[Span] = []
         self.num_reused = 0
         self.on_end: Callable[[Sequence], None] = lambda seq: None
         self._ended: deque[float] = deque(maxlen=64)
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
-        # What the last step gave, until it is told.
-        self._untold: list[tuple[Sequence, Token | ChatError]] = []
+        # The last step's tokens, until they are sent.
+        self._unsent: list[tuple[Sequence, Token | ChatError]] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -1611,17 +1628,17 @@ class Engine:
         label: Any = None,
         guide: Guide | None = None,
     ) -> AsyncGenerator[Delta]:
-        """Yield an answer piece by piece, or n of them by turns; leaving the loop early cancels.
+        """Yield an answer piece by piece, or n of them interleaved; leaving the loop cancels.
 
-        Raises QueueFull, NotServing if the engine is dead, StepFailed if the model fails, and
-        TimedOut.
+        Raises ContextTooLong, QueueFull, NotServing if the engine is dead, StepFailed if the model
+        fails, and TimedOut.
         """
         self.check_queue()
         outbox: asyncio.Queue[Delta | ChatError] = asyncio.Queue()
         shared = {"outbox": outbox, "open_ended": open_ended, "label": label}
         seqs = [self._sequence(prompt, sampling, index, guide, **shared) for index in range(n)]
-        self._put(seqs)
-        beating = asyncio.create_task(beat(outbox))
+        self._submit(seqs)
+        beating = asyncio.create_task(heartbeat(outbox))
         try:
             while n:
                 item = await outbox.get()
@@ -1647,8 +1664,8 @@ class Engine:
             **shared,
         )
 
-    def _put(self, seqs: list[Sequence]) -> None:
-        most = seqs[0].most
+    def _submit(self, seqs: list[Sequence]) -> None:
+        most = seqs[0].max_tokens
         if most > self.runner.rows:
             raise ContextTooLong(
                 f"prompt and answer of {most} tokens do not fit in the KV cache of"
@@ -1660,9 +1677,9 @@ class Engine:
             raise self._dead()
 
     def check_queue(self) -> None:
-        """Raise QueueFull if no more may wait; it says when the queue should be half empty.
+        """Raise QueueFull if no more may wait, with the time until the queue is half empty.
 
-        Raises NotServing if the engine is dead, whose queue empties no more.
+        Raises NotServing if the engine is dead.
         """
         if self.failure:
             raise self._dead()
@@ -1681,11 +1698,11 @@ class Engine:
 
     @property
     def num_used(self) -> int:
-        """Rows of the cache that hold something; read from other threads, so only nearly right."""
-        return self.runner.rows - sum(gap for _, gap in list(self.allocator.free))
+        """Rows of the KV cache in use; approximate, as other threads read it."""
+        return self.runner.rows - sum(gap for _, gap in list(self.allocator.gaps))
 
     def close(self) -> None:
-        """End the thread once its present step is done."""
+        """Stop the thread after its current step."""
         self._inbox.put(None)
         self._thread.join()
 
@@ -1693,7 +1710,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while self._take_in():
+            while self._receive():
                 self._admit()
                 self._step()
                 self._retire()
@@ -1704,11 +1721,11 @@ class Engine:
         while not self._inbox.empty():
             if seq := self._inbox.get():
                 self.waiting.append(seq)
-        self._tell()
-        self._deliver([(seq, self._dead()) for seq in [*self.running, *self.waiting]])
+        self._emit()
+        self._send([(seq, self._dead()) for seq in [*self.running, *self.waiting]])
 
-    def _take_in(self) -> bool:
-        """Let the inbox in, and wait for it where there is nothing to do; False at the end."""
+    def _receive(self) -> bool:
+        """Move new sequences from the inbox to the queue, waiting if idle; False to stop."""
         while not (self.running or self.waiting) or not self._inbox.empty():
             seq = self._inbox.get()
             if seq is None:
@@ -1717,7 +1734,7 @@ class Engine:
         return True
 
     def _admit(self) -> None:
-        """Give room to those who wait, in the order of arrival; see MAX_PASSES."""
+        """Move waiting sequences into the batch, in order of arrival but for MAX_PASSES."""
         first_left = None
         for seq in list(self.waiting):
             full = len(self.running) == self.max_batch
@@ -1734,56 +1751,60 @@ class Engine:
             seq.admitted = seq.admitted or time.monotonic()
 
     def _place(self, seq: Sequence) -> bool | None:
-        """Give a sequence a span, with what is cached already of its first tokens.
+        """Allocate a sequence's span, reusing the longest cached prefix of its tokens.
 
-        False if there is no room, None if it had better wait for what another computes.
+        False if there is no room; None if it should wait for a prefix that is being computed.
         """
         size = seq.wanted_room
         if size > self._num_free():
             return False
         shared, donor = 0, None
-        for span in [*self.kept, *self.running] if self.reuse else []:
-            count = span.shared(seq.tokens, beyond=shared)
+        for span in [*self.prefixes, *self.running] if self.reuse else []:
+            count = span.common_prefix(seq.tokens, beyond=shared)
             if count > shared:
                 shared, donor = count, span
-        if self.reuse and self._will_share(seq, shared):
+        if self.reuse and self._prefix_is_coming(seq, shared):
             return None
-        if shared < WORTH_KEEPING:
+        if shared < MIN_PREFIX:
             donor = None
-        if donor in self.kept and shared == donor.num_cached and self._take_over(seq, donor):
+        if (
+            donor in self.prefixes
+            and shared == donor.num_cached
+            and self._extend_prefix(seq, donor)
+        ):
             return True
-        start = self._make_room(size, spare=donor)
+        start = self._reserve(size, spare=donor)
         if start is None:
             return False
         seq.start, seq.room = start, size
-        # The donor may have been given up for the room.
-        if donor in self.kept:
-            self.kept.append(self.kept.pop(self.kept.index(donor)))
-        if donor in [*self.kept, *self.running] and self._copied(donor, seq, shared):
+        # The donor may have been evicted for the room.
+        if donor in self.prefixes:
+            self.prefixes.append(self.prefixes.pop(self.prefixes.index(donor)))
+        if donor in [*self.prefixes, *self.running] and self._copied(donor, seq, shared):
             self._reuse(seq, shared)
         return True
 
-    def _will_share(self, seq: Sequence, shared: int) -> bool:
-        """Whether a prompt that is being computed will soon share more with this one.
+    def _prefix_is_coming(self, seq: Sequence, shared: int) -> bool:
+        """Whether a prompt in prefill will soon share a longer prefix with this one.
 
-        Then it is worth the wait: of n answers to one prompt, or of a class that asks at once
-        with the same system text, one computes what the others copy.
+        Then waiting is faster: of n answers to one prompt, or of requests that arrive together
+        with the same system prompt, one computes the prefix and the others copy it.
         """
-        least = shared + WORTH_KEEPING
+        least = shared + MIN_PREFIX
         return any(
             other.pending > 1
-            and other.shared(seq.tokens, len(other.tokens), beyond=least - 1) >= least
+            and other.common_prefix(seq.tokens, len(other.tokens), beyond=least - 1) >= least
             for other in self.running
         )
 
     def _reuse(self, seq: Sequence, count: int) -> None:
         seq.num_cached = count
-        if not seq.admitted:  # what it finds of itself, once it had to wait again, is no reuse
+        if not seq.admitted:  # a readmitted sequence finds its own rows, which is no reuse
             seq.num_reused = count
             self.num_reused += count
 
     def _copied(self, source: Span, seq: Sequence, count: int) -> bool:
-        """Copy rows to a sequence's span; where that fails, they can be computed again."""
+        """Copy rows to a sequence's span; False if that failed and they must be recomputed."""
         try:
             self.runner.copy(source, seq.start, count)
         except Exception:
@@ -1793,63 +1814,63 @@ class Engine:
         return True
 
     def _num_free(self) -> int:
-        """Rows that no running sequence has."""
-        free = sum(gap for _, gap in self.allocator.free)
-        return free + sum(span.room for span in self.kept)
+        """Rows that no running sequence owns."""
+        free = sum(gap for _, gap in self.allocator.gaps)
+        return free + sum(span.room for span in self.prefixes)
 
-    def _take_over(self, seq: Sequence, donor: Span) -> bool:
-        """Continue in a kept span, if it can be widened where it lies."""
-        self.allocator.give(donor.start, donor.room)
-        start = self.allocator.take(seq.wanted_room, at=donor.start)
+    def _extend_prefix(self, seq: Sequence, donor: Span) -> bool:
+        """Continue in a cached prefix's own span, if that can be extended in place."""
+        self.allocator.release(donor.start, donor.room)
+        start = self.allocator.allocate(seq.wanted_room, at=donor.start)
         if start is None:
-            self.allocator.take(donor.room, at=donor.start)
+            self.allocator.allocate(donor.room, at=donor.start)
             return False
-        self.kept.remove(donor)
+        self.prefixes.remove(donor)
         seq.start, seq.room = start, seq.wanted_room
         self._reuse(seq, donor.num_cached)
         return True
 
-    def _make_room(self, size: int, spare: Span | None = None) -> int | None:
-        """Rows for a span; kept ones are given up for it, the spared one last."""
-        start = self.allocator.take(size)
+    def _reserve(self, size: int, spare: Span | None = None) -> int | None:
+        """Allocate rows, evicting cached prefixes as needed, `spare` last; None if too few."""
+        start = self.allocator.allocate(size)
         if start is not None or self._num_free() < size:
             return start
-        for span in sorted(self.kept, key=lambda span: span is spare):
-            self._forget(span)
-            start = self.allocator.take(size)
+        for span in sorted(self.prefixes, key=lambda span: span is spare):
+            self._evict(span)
+            start = self.allocator.allocate(size)
             if start is not None:
                 break
         return start
 
     def _step(self) -> None:
-        """Compute one step; its tokens are told at once, or while a card computes the next."""
+        """Compute one step; its tokens are sent at once, or while a GPU computes the next."""
         for seq in [seq for seq in self.running if len(seq.tokens) > seq.room and not seq.done]:
             self._grow(seq)
         computed = self._compute(self._plan())
-        self._tell()  # if nothing was waited for
+        self._emit()  # unless picking did, while a GPU computed
         for seq, token in computed:
             if isinstance(token, Token):
-                if seq.done:  # its text, or its client, ended it meanwhile
+                if seq.done:  # a stop string or its client has ended it meanwhile
                     continue
-                seq.take(token, self.end_ids)
-            self._untold.append((seq, token))
-        if not self.runner.queues:
-            self._tell()
+                seq.append(token, self.end_ids)
+            self._unsent.append((seq, token))
+        if not self.runner.asynchronous:
+            self._emit()
 
-    def _tell(self) -> None:
-        """Send what is untold to those who wait for it."""
+    def _emit(self) -> None:
+        """Detokenize and send the last step's tokens."""
         items: list[tuple[Sequence, Delta | ChatError]] = []
-        for seq, token in self._untold:
+        for seq, token in self._unsent:
             try:
-                items.append((seq, seq.tell(token) if isinstance(token, Token) else token))
-            except Exception as error:  # from the detokenizer: it is this request's alone
+                items.append((seq, seq.emit(token) if isinstance(token, Token) else token))
+            except Exception as error:  # of the detokenizer: only this request fails
                 items.append((seq, self._failed(seq, error)))
-        self._untold = []
-        self._deliver(items)
+        self._unsent = []
+        self._send(items)
 
     def _grow(self, seq: Sequence) -> None:
-        """Move a sequence to a larger span; where there is none, it waits with its tokens."""
-        start = self._make_room(seq.wanted_room)
+        """Move a sequence to a larger span; if there is none, it waits again with its tokens."""
+        start = self._reserve(seq.wanted_room)
         if start is None:
             self._release(seq)
             self.running.remove(seq)
@@ -1859,10 +1880,10 @@ class Engine:
         seq.start, seq.room = start, seq.wanted_room
         if not self._copied(old, seq, old.num_cached):
             seq.num_cached = 0
-        self.allocator.give(old.start, old.room)
+        self.allocator.release(old.start, old.room)
 
     def _plan(self) -> list[tuple[Sequence, int]]:
-        """The next step's work: every answer's next token, and chunks of prompts in order."""
+        """The next step's work: one token of each in decode, and chunks of prompts in order."""
         left = self.chunk
         work = []
         for seq in self.running:
@@ -1875,9 +1896,9 @@ class Engine:
     def _compute(
         self, work: list[tuple[Sequence, int]]
     ) -> list[tuple[Sequence, Token | ChatError]]:
-        """The next token of each sequence whose tokens are all computed.
+        """The next token of each sequence whose prompt is through.
 
-        If a step fails, its halves are tried, so that only those fail who fail alone.
+        If a step fails, its halves are retried, so that only the sequences at fault fail.
         """
         if not work:
             return []
@@ -1886,14 +1907,14 @@ class Engine:
             through = [row for row, (seq, new) in enumerate(work) if seq.pending == new]
             seqs = [work[row][0] for row in through]
             if 0 < len(seqs) < len(work):
-                logits = logits.index_select(0, put(through, logits.device))
-            # While a card computes, there is time to tell what came before.
-            tokens = pick_tokens(seqs, logits, self.runner.ids, self._tell) if seqs else []
+                logits = logits.index_select(0, to_device(through, logits.device))
+            # The last step's tokens are sent while a GPU computes this one.
+            tokens = pick_tokens(seqs, logits, self.runner.ids, self._emit) if seqs else []
         except Exception as error:
             if len(work) == 1:
                 self.runner.check_device()
                 return [(work[0][0], self._failed(work[0][0], error))]
-            log.warning("a step of %d requests failed; its halves are tried", len(work))
+            log.warning("a step of %d requests failed; retrying its halves", len(work))
         else:
             for seq, new in work:
                 seq.num_cached += new
@@ -1909,20 +1930,20 @@ class Engine:
         return StepFailed("the model failed on this request; try again")
 
     def _retire(self) -> None:
-        """Take back the room of those who are done, have left, or took too long."""
+        """Remove sequences that are done, cancelled or too late, and free their rows."""
         everyone = [*self.running, *self.waiting]
         oldest = time.monotonic() - self.timeout
         late = [seq for seq in everyone if seq.arrived < oldest and not seq.done]
         for seq in late:
             seq.done = seq.failed = True
-        self._deliver(
+        self._send(
             [
                 (seq, TimedOut(f"the request took longer than {self.timeout:g} seconds"))
                 for seq in late
             ]
         )
-        # Asked once: a client may leave at any moment, also between two looks.
-        gone = {seq for seq in everyone if seq.done} - {seq for seq, _ in self._untold}
+        # Read `done` once: the event loop may set it at any moment.
+        gone = {seq for seq in everyone if seq.done} - {seq for seq, _ in self._unsent}
         for seq in [seq for seq in everyone if seq in gone]:
             if seq.room:
                 self._release(seq)
@@ -1931,27 +1952,27 @@ class Engine:
         self.running = [seq for seq in self.running if seq not in gone]
         self.waiting = deque(seq for seq in self.waiting if seq not in gone)
 
-    def _forget(self, span: Span) -> None:
-        self.kept.remove(span)
-        self.allocator.give(span.start, span.room)
+    def _evict(self, span: Span) -> None:
+        self.prefixes.remove(span)
+        self.allocator.release(span.start, span.room)
 
     def _release(self, seq: Sequence) -> None:
-        """Take back a sequence's span, but for the rows that another prompt may begin with."""
-        count = seq.num_cached if self.reuse and seq.num_cached >= WORTH_KEEPING else 0
+        """Free a sequence's rows, except for those kept as a cached prefix."""
+        count = seq.num_cached if self.reuse and seq.num_cached >= MIN_PREFIX else 0
         if count:
-            self.kept.append(Span(seq.tokens[:count], seq.start, count, count))
-        if len(self.kept) > MAX_KEPT:
-            self._forget(self.kept[0])
+            self.prefixes.append(Span(seq.tokens[:count], seq.start, count, count))
+        if len(self.prefixes) > MAX_PREFIXES:
+            self._evict(self.prefixes[0])
         if seq.room > count:
-            self.allocator.give(seq.start + count, seq.room - count)
+            self.allocator.release(seq.start + count, seq.room - count)
         seq.room = seq.num_cached = 0
 
-    def _deliver(self, items: list[tuple[Sequence, Delta | ChatError]]) -> None:
-        """Put each item into its request's outbox, with one call a step for all of them."""
+    def _send(self, items: list[tuple[Sequence, Delta | ChatError]]) -> None:
+        """Put items into their requests' outboxes, with one call per event loop for all."""
         for loop, group in groupby(items, key=lambda item: item[0].loop):
             said = [(s, d) for s, d in group if isinstance(d, ChatError) or not d.silent]
-            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(put_all, said)
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(deliver, said)
 
     def _dead(self) -> NotServing:
         if isinstance(self.failure, NotServing):
@@ -1959,14 +1980,14 @@ class Engine:
         return NotServing(f"the engine died ({self.failure!r}); restart the server")
 
 
-async def beat(outbox: "asyncio.Queue[Delta | ChatError]") -> None:
-    """Put a sign of life among the pieces now and then, until cancelled."""
+async def heartbeat(outbox: "asyncio.Queue[Delta | ChatError]") -> None:
+    """Put an empty Delta into the outbox now and then, until cancelled."""
     while True:
         await asyncio.sleep(HEARTBEAT)
         outbox.put_nowait(Delta(""))
 
 
-def put_all(items: list[tuple[Sequence, Delta | ChatError]]) -> None:
+def deliver(items: list[tuple[Sequence, Delta | ChatError]]) -> None:
     for seq, item in items:
         seq.outbox.put_nowait(item)
 
@@ -2366,13 +2387,13 @@ def start_runner(model: Any, settings: Settings) -> Runner:
         runner = Runner(model, settings.cache_memory, most)
     except (TypeError, ValueError) as error:
         raise StartError(f"{type(model).__name__} cannot be batched: {error}") from error
-    runner.record(settings.max_batch, min(context_length(model.config), runner.rows))
+    runner.capture_graphs(settings.max_batch, min(context_length(model.config), runner.rows))
     try:
         runner.difference = self_check(runner, alone)
     except (StartError, RuntimeError) as error:
         if not runner.in_place:
             raise
-        runner.gather(str(error))
+        runner.fall_back(str(error))
         runner.difference = self_check(runner, alone)
     return runner
 
@@ -2393,9 +2414,9 @@ def chat_tokenizer(
 
 
 def how_attended(runner: Runner) -> str:
-    if runner.gathers_because:
-        return f"over copied rows ({runner.gathers_because})"
-    sizes = sorted({recorded.size for recorded in runner.recorded})
+    if runner.fallback_reason:
+        return f"over copied rows ({runner.fallback_reason})"
+    sizes = sorted({recorded.size for recorded in runner.graphs})
     graphs = f"CUDA graphs for {', '.join(map(str, sizes)) or 'no'} sequences"
     return f"over rows where they lie, {graphs}"
 
@@ -2984,8 +3005,8 @@ class ChatCompletionReply(OpenAIReply):
         return piece
 
     def _told(self, token: Token) -> dict[str, Any]:
-        likeliest = [self._scored(*pair) for pair in token.likeliest]
-        return self._scored(token.id, token.logprob or 0.0) | {"top_logprobs": likeliest}
+        top_logprobs = [self._scored(*pair) for pair in token.top_logprobs]
+        return self._scored(token.id, token.logprob or 0.0) | {"top_logprobs": top_logprobs}
 
     def _scored(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.model.tokenizer.spell(token)
@@ -3008,7 +3029,7 @@ class CompletionReply(OpenAIReply):
         return {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{spell(i): p for i, p in token.likeliest} for token in tokens],
+            "top_logprobs": [{spell(i): p for i, p in token.top_logprobs} for token in tokens],
             "text_offset": offsets,
         }
 

@@ -102,7 +102,7 @@ class ScriptedRunner:
 
     vocabulary = 260
     device = torch.device("cpu")
-    queues = False
+    asynchronous = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, say: str = "hello", rows: int = 10_000):
         self.tokenizer, self.say, self.pause, self.rows = tokenizer, say, 0.0, rows

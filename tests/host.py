@@ -26,7 +26,7 @@ def serve(port: int, seconds: float) -> None:
     torch.set_num_threads(1)
 
     class Card(ScriptedRunner):
-        queues = True
+        asynchronous = True
 
         def forward(self, work: api.Work) -> torch.Tensor:
             step = api.Step(work, in_place=True).on(self.device)

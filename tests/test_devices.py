@@ -138,15 +138,15 @@ def test_a_step_is_computed_on_the_card_and_nobody_waits(card, name):
     runner = api.start_runner(moved(loaded(name)), chosen)
     assert runner.device == CARD
     assert runner.difference < 1e-4
-    recorded, runner.recorded = runner.recorded, []
-    assert {step.size for step in recorded} == {1, 2, 4, 8}
+    captured, runner.graphs = runner.graphs, []
+    assert {step.size for step in captured} == {1, 2, 4, 8}
     card.waits.clear()
     for runner.in_place in (True, False):
         torch.testing.assert_close(computed(runner, some_work()), expected)
     runner.in_place = True
     singles = [(span, new) for span, new in some_work() if new == 1]
     expected = computed(runner, singles)
-    runner.recorded = recorded
+    runner.graphs = captured
     torch.testing.assert_close(computed(runner, singles), expected)
     runner.copy(singles[0][0], 100, 5)
     assert card.waits == []
@@ -184,7 +184,7 @@ def test_a_guide_rules_tokens_out_on_the_card(card):
             return numpy.arange(300) % 7 == 3
 
     logits = on_card(torch.zeros(1, 310))
-    api.keep_to(Guide(), logits[0])
+    api.apply_guide(Guide(), logits[0])
     assert card.waits == []
     assert off_card(logits).isfinite().nonzero()[:, 1].tolist() == list(range(3, 300, 7))
 

@@ -146,10 +146,10 @@ def record(compute, device, memory):
 
 def as_on_a_card(patch, attention=flash_attention, recording=record):
     """Let the CPU pass for a card, by the stand-ins above."""
-    patch.setattr(api.Runner, "queues", True)
+    patch.setattr(api.Runner, "asynchronous", True)
     patch.setattr(api, "why_not_in_place", lambda layers: None)
     patch.setattr(api, "flash_attention", attention)
-    patch.setattr(api, "record", recording)
+    patch.setattr(api, "capture", recording)
     patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 
@@ -198,7 +198,7 @@ def test_a_batch_says_what_each_would_say_alone(
 ):
     """Staggered arrivals, mixed lengths, chunks, tiny budgets, spans that move and are reused.
 
-    Half of them as a card would do it: in place, and single tokens as recorded steps.
+    Half of them as a card would do it: in place, and single tokens as CUDA graphs.
     """
     family = alone(name)
     assert family.on_cards.in_place
@@ -206,11 +206,11 @@ def test_a_batch_says_what_each_would_say_alone(
     as_on_a_card(monkeypatch)
     monkeypatch.setattr(api, "Detokenizer", Told)
     monkeypatch.setattr(api, "GROWTH", 5)
-    monkeypatch.setattr(api, "WORTH_KEEPING", 2)
+    monkeypatch.setattr(api, "MIN_PREFIX", 2)
     runner = family.on_cards if card else family.runner
-    if card and not runner.recorded:
-        runner.record(6, 200)
-        assert [r.size for r in runner.recorded] == [1, 2, 4, 6]
+    if card and not runner.graphs:
+        runner.capture_graphs(6, 200)
+        assert [r.size for r in runner.graphs] == [1, 2, 4, 6]
     runner.pool.rows, whole = rows, runner.pool.rows
     engine = api.Engine(runner, None, set(), max_batch=batch, chunk=chunk, reuse=reuse)
     runner.pool.rows = whole
@@ -239,8 +239,8 @@ def test_a_batch_says_what_each_would_say_alone(
 
 def whole_of(engine: api.Engine) -> int:
     """All rows there are, free or kept; none twice."""
-    spans = [(span.start, span.room) for span in engine.kept]
-    pieces = sorted(spans + engine.allocator.free)
+    spans = [(span.start, span.room) for span in engine.prefixes]
+    pieces = sorted(spans + engine.allocator.gaps)
     assert all(a + n <= b for (a, n), (b, _) in pairwise(pieces))
     return sum(size for _, size in pieces)
 
@@ -334,7 +334,7 @@ def test_sampling_equals_transformers_processors(few, hows, seed):
     for seq in seqs:
         seq.random = Draws(count)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "FEW", few)
+        patch.setattr(api, "NUM_CANDIDATES", few)
         for _ in range(count):
             for row, token in enumerate(picked(seqs, logits)):
                 picks[row, token] += 1
@@ -406,21 +406,21 @@ def test_no_room_is_lost_in_ten_thousand_operations():
     chance, allocator, held = random.Random(0), api.Allocator(1000), []
     for _ in range(10_000):
         if held and chance.random() < 0.5:
-            allocator.give(*held.pop(chance.randrange(len(held))))
+            allocator.release(*held.pop(chance.randrange(len(held))))
         else:
             size = chance.randint(1, 120)
-            start = allocator.take(size)
+            start = allocator.allocate(size)
             if start is None:
-                assert all(gap < size for _, gap in allocator.free)
+                assert all(gap < size for _, gap in allocator.gaps)
             else:
                 held.append((start, size))
-        pieces = sorted(held + allocator.free)
+        pieces = sorted(held + allocator.gaps)
         assert sum(size for _, size in pieces) == 1000
         assert all(a + n <= b for (a, n), (b, _) in pairwise(pieces))
-        assert all(a + n < b for (a, n), (b, _) in pairwise(allocator.free))
+        assert all(a + n < b for (a, n), (b, _) in pairwise(allocator.gaps))
     for span in held:
-        allocator.give(*span)
-    assert allocator.free == [(0, 1000)]
+        allocator.release(*span)
+    assert allocator.gaps == [(0, 1000)]
 
 
 @pytest.mark.parametrize("queues", [False, True])
@@ -429,7 +429,7 @@ def test_no_room_is_lost_whatever_becomes_of_requests(tokenizer, monkeypatch, qu
     monkeypatch.setattr(api, "GROWTH", 3)
     chance = random.Random(1)
     runner = ScriptedRunner(tokenizer, "x" * 30, rows=300)
-    runner.queues = queues
+    runner.asynchronous = queues
     text = api.ChatTokenizer(tokenizer)
     monkeypatch.setattr(api.threading.Thread, "start", lambda self: None)
     engine = api.Engine(runner, text.plain, {256}, max_batch=6, chunk=16)
@@ -455,7 +455,7 @@ def test_no_room_is_lost_whatever_becomes_of_requests(tokenizer, monkeypatch, qu
             runner.failure = RuntimeError("a fault") if chosen > 0.97 else None
             runner.poison = live[-1].tokens[: live[-1].num_prompt] if live else None
             if engine._inbox.qsize() or engine.running or engine.waiting:
-                engine._take_in()
+                engine._receive()
                 engine._admit()
                 engine._step()
                 engine._retire()
@@ -464,8 +464,8 @@ def test_no_room_is_lost_whatever_becomes_of_requests(tokenizer, monkeypatch, qu
     for seq in live:
         seq.done = True
     engine._inbox.put(live[-1])
-    engine._take_in()
-    engine._tell()
+    engine._receive()
+    engine._emit()
     engine._retire()
     assert whole_of(engine) == 300
     assert engine.num_reused > 100
@@ -504,7 +504,7 @@ def test_a_client_that_leaves_while_others_are_retired_loses_no_room(tokenizer, 
     ]
     for seq in seqs:
         engine._inbox.put(seq)
-    engine._take_in()
+    engine._receive()
     engine._admit()
     seqs[0].done = True
     engine.on_end = lambda seq: setattr(seqs[2], "done", True)
@@ -513,7 +513,7 @@ def test_a_client_that_leaves_while_others_are_retired_loses_no_room(tokenizer, 
     seqs[1].done = True
     engine._retire()
     loop.close()
-    assert engine.allocator.free == [(0, 100)]
+    assert engine.allocator.gaps == [(0, 100)]
 
 
 @pytest.fixture
@@ -521,7 +521,7 @@ def by_hand(tokenizer, monkeypatch):
     """An engine beside a pretended card, without a thread, and one sequence in it."""
     monkeypatch.setattr(api.threading.Thread, "start", lambda self: None)
     runner = ScriptedRunner(tokenizer, rows=100)
-    runner.queues = True
+    runner.asynchronous = True
     engine = api.Engine(runner, tokenizer.backend_tokenizer, {256}, reuse=False)
     loop = asyncio.new_event_loop()
     detokenizer = api.Detokenizer(engine.tokenizer)
@@ -529,7 +529,7 @@ def by_hand(tokenizer, monkeypatch):
         [1], sampling=replace(GREEDY, max_new_tokens=1), detokenizer=detokenizer, loop=loop
     )
     engine._inbox.put(seq)
-    engine._take_in()
+    engine._receive()
     engine._admit()
     yield engine, seq
     loop.close()
@@ -563,7 +563,7 @@ def test_an_answer_that_is_through_is_not_late(by_hand):
     assert ended == [seq]
     assert not seq.failed
     assert [item.finish_reason for item in said(seq)] == ["length"]
-    assert engine.allocator.free == [(0, 100)]
+    assert engine.allocator.gaps == [(0, 100)]
 
 
 def test_what_a_request_finds_of_itself_is_no_reuse(by_hand):
@@ -622,22 +622,22 @@ def test_those_who_leave_are_told_of_once_wherever_they_were(make, runner):
     ],
 )
 def test_a_card_computes_while_the_text_before_is_told(make, runner, monkeypatch, queues, order):
-    done, forward, tell = [], runner.forward, api.Sequence.tell
-    runner.queues = queues
+    done, forward, tell = [], runner.forward, api.Sequence.emit
+    runner.asynchronous = queues
 
     def noted(self: api.Sequence, token: api.Token) -> api.Delta:
         done.append("tell")
         return tell(self, token)
 
     monkeypatch.setattr(runner, "forward", lambda work: done.append("compute") or forward(work))
-    monkeypatch.setattr(api.Sequence, "tell", noted)
+    monkeypatch.setattr(api.Sequence, "emit", noted)
     assert asyncio.run(reply(make(runner), [1]))[0] == "hello"
     assert " ".join(done).startswith(order)
     assert done.count("tell") == 6
 
 
 def test_what_a_card_computed_beyond_a_stop_string_is_not_told(make, runner):
-    runner.queues = True
+    runner.asynchronous = True
     model = make(runner)
     text, last = asyncio.run(reply(model, [1], replace(GREEDY, stop=("ll",))))
     assert (text, last.finish_reason, last.completion_tokens) == ("he", "stop", 4)
@@ -847,7 +847,7 @@ def test_a_conversation_goes_on_in_the_span_it_left(make, tokenizer):
     model = make(runner)
     asyncio.run(reply(model, [1] * 40))
     wait_for(lambda: not model.engine.running)
-    (kept,) = model.engine.kept
+    (kept,) = model.engine.prefixes
     asyncio.run(reply(model, [*kept.tokens, 9, 9]))
     assert runner.moved == 0
     assert model.engine.num_reused == len(kept.tokens)
@@ -859,7 +859,7 @@ def test_what_is_kept_gives_way_to_who_needs_the_room(make, tokenizer):
     for number in range(1, 8):
         assert asyncio.run(reply(model, [number] * 40))[0] == "hello"
     wait_for(lambda: not model.engine.running)
-    assert [span.tokens[0] for span in model.engine.kept][-1] == 7
+    assert [span.tokens[0] for span in model.engine.prefixes][-1] == 7
     assert whole_of(model.engine) == 100
 
 
@@ -1037,7 +1037,7 @@ def test_a_model_that_comes_out_differently_is_refused(monkeypatch):
 def test_a_card_is_used_for_what_it_can(monkeypatch):
     as_on_a_card(monkeypatch)
     runner = start(tiny_llama())
-    assert {r.size for r in runner.recorded} == {1, 2, 4, 8, 16, 32, 64}
+    assert {r.size for r in runner.graphs} == {1, 2, 4, 8, 16, 32, 64}
     assert api.how_attended(runner).endswith(
         "lie, CUDA graphs for 1, 2, 4, 8, 16, 32, 64 sequences"
     )
@@ -1048,7 +1048,7 @@ def test_a_kernel_that_attends_otherwise_is_not_used(monkeypatch, caplog):
     as_on_a_card(monkeypatch, lambda *given, **named: [1.01 * flash_attention(*given, **named)[0]])
     runner = start(tiny_llama())
     assert not runner.in_place
-    assert not runner.recorded
+    assert not runner.graphs
     assert runner.difference < 1e-5
     assert "does not batch" in caplog.text
     assert "over copied rows (this model does not batch" in api.how_attended(runner)
@@ -1061,7 +1061,7 @@ def test_what_cannot_be_recorded_is_computed(monkeypatch, caplog):
     as_on_a_card(monkeypatch, recording=refuse)
     runner = start(tiny_llama())
     assert runner.in_place
-    assert not runner.recorded
+    assert not runner.graphs
     assert "not permitted when stream is capturing" in caplog.text
     assert api.how_attended(runner).endswith("CUDA graphs for no sequences")
 
@@ -1133,8 +1133,8 @@ def test_steps_of_half_precision_have_few_sizes(monkeypatch):
         assert torch.allclose(filled, runner.forward(work), atol=0.05)
         runner.pads = True
     for total in range(200, 577):
-        assert total <= api.few_sizes(total) < 1.5 * total
-    assert len({api.few_sizes(total) for total in range(1, 577)}) == 38
+        assert total <= api.padded_size(total) < 1.5 * total
+    assert len({api.padded_size(total) for total in range(1, 577)}) == 38
     after = [x[700:740] for layer in runner.pool.layers for x in (layer.keys, layer.values)]
     assert all(torch.equal(a, b) for a, b in zip(kept, after, strict=True))
     assert not api.Runner(tiny_llama(), "4MiB").pads

@@ -296,7 +296,7 @@ def test_a_tokenizer_that_fails_fails_one_request(server, monkeypatch):
 
 
 def test_a_detokenizer_that_fails_fails_one_request(server, monkeypatch):
-    tell = api.Sequence.tell
+    tell = api.Sequence.emit
 
     def fail(token: int) -> str:
         raise RuntimeError("a secret")
@@ -306,7 +306,7 @@ def test_a_detokenizer_that_fails_fails_one_request(server, monkeypatch):
             self.detokenizer.push = fail
         return tell(self, token)
 
-    monkeypatch.setattr(api.Sequence, "tell", broken)
+    monkeypatch.setattr(api.Sequence, "emit", broken)
     one_fails(server, "long" * 10)
 
 

@@ -80,7 +80,7 @@ def soaked(report, runner, tokenizer) -> int:
     """A short soak; returns by how many tasks the event loop has more at its end."""
     runner.pause = 0.001
     loops = set()
-    put = api.Engine._put
+    put = api.Engine._submit
     options = {"context_length": 2048, "max_batch": 4}
     runner.rows, runner.ids = 2048, torch.zeros(2048, dtype=torch.long)
 
@@ -89,7 +89,7 @@ def soaked(report, runner, tokenizer) -> int:
         put(engine, seqs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api.Engine, "_put", noted)
+        patch.setattr(api.Engine, "_submit", noted)
         with served(runner, tokenizer, **options) as url:
             asyncio.run(soak.emptied(ready(url)))
             (loop,) = loops
@@ -142,14 +142,14 @@ def test_a_span_that_is_reused_unread_is_noticed(report, tokenizer, monkeypatch)
     def unread(span: api.Span, tokens: list[int], among: int | None = None, beyond: int = 0) -> int:
         return min(span.num_cached if among is None else among, len(tokens) - 1)
 
-    monkeypatch.setattr(api.Span, "shared", unread)
+    monkeypatch.setattr(api.Span, "common_prefix", unread)
     heard = leaked(report, tokenizer)
     assert heard.others
     assert heard.different
 
 
 def test_a_delta_in_the_wrong_outbox_is_noticed(report, tokenizer, monkeypatch):
-    put_all = api.put_all
+    deliver = api.deliver
     count = 0
 
     def astray(items) -> None:
@@ -164,9 +164,9 @@ def test_a_delta_in_the_wrong_outbox_is_noticed(report, tokenizer, monkeypatch):
             (a, x), (b, y) = items[one], items[other]
             items = [*items]
             items[one], items[other] = (a, y), (b, x)
-        put_all(items)
+        deliver(items)
 
-    monkeypatch.setattr(api, "put_all", astray)
+    monkeypatch.setattr(api, "deliver", astray)
     heard = leaked(report, tokenizer)
     assert heard.different
     assert report.broken

@@ -157,19 +157,19 @@ def busy_share(work: Callable[[], object], device: torch.device) -> float:
 
 
 def steps(model: object, options: argparse.Namespace) -> None:
-    """What a step takes: recorded or not, in place or gathered; and the share of the bound."""
+    """What a step takes: captured or not, in place or gathered; and the share of the bound."""
     device, bounds = options.device, Bounds(model, options.device)
     print(f"\n{bounds}\n")
     settings = api.Settings(cache_memory=options.cache, max_batch=max(options.clients))
     started = time.perf_counter()
     runner = api.start_runner(model, settings)
-    print(f"Checked and recorded in {time.perf_counter() - started:.1f} s: packed steps differ from"
+    print(f"Checked and captured in {time.perf_counter() - started:.1f} s: packed steps differ from"
           f" plain ones by {runner.difference:.1e}; {api.how_attended(runner)}.\n")  # fmt: skip
-    recorded, in_place = runner.recorded, runner.in_place
+    captured, in_place = runner.graphs, runner.in_place
     for layer in runner.pool.layers:  # some numbers, as nothing was computed for the steps below
         for x in (layer.keys, layer.values):
             x.normal_()
-    print("| sequences | of tokens | recorded | not recorded | gathered | with a pick | busy"
+    print("| sequences | of tokens | captured | not captured | gathered | with a pick | busy"
           " | of the bound |")  # fmt: skip
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for batch in options.clients:
@@ -193,11 +193,11 @@ def steps(model: object, options: argparse.Namespace) -> None:
 
             whole, share = seconds_of(picked, device), busy_share(picked, device)
             as_recorded = seconds_of(forward, device)
-            runner.recorded = []
+            runner.graphs = []
             eager = seconds_of(forward, device)
             runner.in_place = False
             gathered = seconds_of(forward, device, 5)
-            runner.recorded, runner.in_place = recorded, in_place
+            runner.graphs, runner.in_place = captured, in_place
             bound = batch / bounds.rate(batch)
             cells = [f"{1e3 * x:.2f} ms" for x in (as_recorded, eager, gathered, whole)]
             cells += [f"{share:.0%}", f"{bound / whole:.0%}"]

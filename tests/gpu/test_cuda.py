@@ -1,4 +1,4 @@
-"""What only a CUDA card can show: kernels over spans, recorded steps, a split model, no waiting.
+"""What only a CUDA card can show: kernels over spans, captured steps, a split model, no waiting.
 
 Skipped where there is no card. `CHAT_TEST_DEVICE=cpu` runs them without one, with stand-ins for
 FlashAttention and CUDA graphs, which shows no more than that the tests themselves are sound.
@@ -124,18 +124,18 @@ def together(runner: api.Runner, prompts: list[list[int]]) -> list[list[int]]:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_family_starts_in_half_precision(name, dtype):
-    """Packed steps, in place and recorded where the widths allow it, agree with plain ones."""
+    """Packed steps, in place and captured where the widths allow it, agree with plain ones."""
     runner = runner_of(name, dtype)
     assert runner.difference < 0.05
     if name != "deepseek_v2":
-        assert runner.in_place, runner.gathers_because
-        assert {r.size for r in runner.recorded} == {1, 2, 4, 8}
+        assert runner.in_place, runner.fallback_reason
+        assert {r.size for r in runner.graphs} == {1, 2, 4, 8}
 
 
 def test_recorded_steps_compute_what_others_do():
     runner = runner_of("llama", "bfloat16")
-    recorded, generator = runner.recorded, torch.Generator().manual_seed(3)
-    assert recorded
+    captured, generator = runner.graphs, torch.Generator().manual_seed(3)
+    assert captured
     for batch in (1, 2, 3, 5, 8, 3, 1):
         lengths = torch.randint(1, 60, (batch,), generator=generator).tolist()
         work = spans([(n, 1) for n in lengths])
@@ -144,9 +144,9 @@ def test_recorded_steps_compute_what_others_do():
             span.tokens = torch.randint(5, 290, (count,), generator=generator).tolist()
             runner.forward([(api.Span(span.tokens, span.start), span.num_cached)])
         replayed = runner.forward(work).clone()
-        runner.recorded = []
+        runner.graphs = []
         plain = runner.forward(work)
-        runner.recorded = recorded
+        runner.graphs = captured
         torch.testing.assert_close(replayed, plain, atol=5e-2, rtol=5e-2)
 
 
