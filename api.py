@@ -69,7 +69,7 @@ try:
     import torch
     import torch.nn.functional as F
     import uvicorn
-    from accelerate.utils import convert_file_size_to_int
+    from accelerate.utils import convert_file_size_to_int, send_to_device
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import (
@@ -323,10 +323,6 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # so many likely tokens are told beside each; None tells nothing
 
-    def of_answer(self, index: int) -> Self:
-        """For one of several answers to a request, which would else all say the same."""
-        return self if self.seed is None else replace(self, seed=self.seed + index)
-
 
 # In a format, it parts what the original code encodes apart. A code point that Unicode keeps for
 # a program's own use, so no tokenizer and no text has it.
@@ -346,7 +342,7 @@ class Family:
     begin: str = ""
     ask: str = ""  # what makes the model answer
     ends: tuple[str, ...] = ()
-    absent: str | None = None  # a token that only the family's namesakes have
+    absent: tuple[str, ...] = ()  # tokens that only other models of this model_type have
     strip: bool = False
     defaults: Sampling = Sampling()
     own_defaults: bool = False  # the tutorial's program ignored generation_config.json
@@ -395,7 +391,8 @@ FAMILIES = (
         begin="<|begin_of_text|>",
         ask="<|start_header_id|>assistant<|end_header_id|>\n\n",
         ends=("<|end_of_text|>", "<|eot_id|>"),
-        absent="<|eom_id|>",  # Llama 3.1 and later, which have a format of their own
+        # Llama 3.1 and later, and fine-tunes with ChatML, have templates of their own.
+        absent=("<|eom_id|>", "<|im_start|>"),
         strip=True,
         defaults=Sampling(512, 0.5, 0, 0.9, repetition_penalty=1.1),
         own_defaults=True,
@@ -430,8 +427,8 @@ def family_of(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Family | N
     has = tokenizer.backend_tokenizer.token_to_id
     for family in FAMILIES:
         known = all(has(marker) is not None for marker in (*family.markers, *family.ends))
-        namesake = family.absent is not None and has(family.absent) is not None
-        if family.model_type == model_type and known and not namesake:
+        other = any(has(token) is not None for token in family.absent)
+        if family.model_type == model_type and known and not other:
             return family
     return None
 
@@ -444,6 +441,7 @@ def checkpoint_defaults(config: GenerationConfig, family: Family | None = None) 
     found = {knob.name: getattr(config, knob.name, None) for knob in fields(Sampling)}
     if config.do_sample is False:
         found["temperature"] = 0.0
+    found["top_k"] = found["top_k"] and max(0, found["top_k"])  # some write -1 for off
     return replace(base, **{name: x for name, x in found.items() if x is not None})
 
 
@@ -544,6 +542,8 @@ class ChatTokenizer:
         self._trie: LLTokenizer | None = None
         self._lock = threading.Lock()
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Training may have left these behind; transformers resets them at every call.
+        spec["truncation"] = spec["padding"] = None
         markers = (*family.markers, *family.ends) if family else ()
         for token in spec["added_tokens"]:
             # DeepSeek's markers for filling in the middle are not marked special, but are.
@@ -554,8 +554,8 @@ class ChatTokenizer:
         self.plain.encode_special_tokens = True
         self._before = ids_of(self.plain, "a")
         added = [token["content"] for token in spec["added_tokens"] if token["special"]]
-        ids = {word: self.backend.token_to_id(word) for word in (*added, *markers)}
-        self.special = {word: i for word, i in ids.items() if i is not None}
+        find = self.backend.token_to_id
+        self.special = {w: i for w in (*added, *markers) if (i := find(w)) is not None}
         self.words = [SHIELD, SHIELD_END, APART, *self.special]
         self._word = re.compile(any_of(self.words))
         self._part = re.compile(f"({any_of(self.special)})|{APART}")
@@ -566,7 +566,7 @@ class ChatTokenizer:
     def encode(self, messages: list[Message]) -> list[int]:
         """The prompt's token ids, up to where the assistant is to speak."""
         shielded = [m | {"content": self._shield(m["content"])} for m in messages]
-        text = self._render(shielded, add_generation_prompt=True)
+        text = self._render(shielded, ask=True)
         if self._whole and SHIELD not in text:
             return ids_of(self.backend, text)
         # The format's own special tokens are runs of their own.
@@ -621,11 +621,12 @@ class ChatTokenizer:
             ends |= {self.tokenizer.eos_token_id, self.special.get(closing[0]) if closing else None}
         return {i for i in ends if i is not None}
 
-    def _render(self, messages: list[Message], **options: Any) -> str:
+    def _render(self, messages: list[Message], ask: bool = False) -> str:
         if self.family:
-            return self.family.render(messages, **options)
+            return self.family.render(messages, ask)
+        render = partial(self.tokenizer.apply_chat_template, tokenize=False)
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            return render(messages, add_generation_prompt=ask)
         except Exception as error:  # jinja's errors, and whatever a template raises
             raise BadRequest(f"the model's chat template refuses these turns: {error}") from error
 
@@ -730,13 +731,13 @@ class Span:
     room: int = 0
     num_cached: int = 0
 
-    def common_prefix(self, tokens: list[int], among: int | None = None, beyond: int = 0) -> int:
-        """How many cached tokens, or of the first `among`, are a prefix of the given tokens.
+    def common_prefix(self, tokens: list[int], beyond: int = 0) -> int:
+        """How many of the cached tokens are a prefix of the given ones.
 
         Never all of the given ones, since the last one's logits are wanted. May return 0 for a
         prefix that is no longer than `beyond`, or shorter than MIN_PREFIX.
         """
-        most = min(self.num_cached if among is None else among, len(tokens) - 1)
+        most = min(self.num_cached, len(tokens) - 1)
         if most <= beyond or self.tokens[beyond] != tokens[beyond]:
             return 0
         mine, other = self.tokens[:most], tokens[:most]
@@ -765,7 +766,8 @@ class Sequence(Span):
     done: bool = False
     finish_reason: FinishReason | None = None
     failed: bool = False
-    passed: int = 0
+    passed: int = 0  # by how many smaller ones, while it waited for room
+    follows: "Sequence | None" = None  # whose prefill it waits for, to copy the prefix
     num_reused: int = 0
     arrived: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
@@ -775,6 +777,8 @@ class Sequence(Span):
         self.num_prompt = len(self.tokens)
         self.max_tokens = self.num_prompt + self.sampling.max_new_tokens
         self.random = random.Random(self.sampling.seed)
+        # For the next token, however often its step is retried.
+        self.draw = self.random.random()
 
     @property
     def wanted_room(self) -> int:
@@ -792,6 +796,7 @@ class Sequence(Span):
         """Append the next token; set the finish reason if it is the last."""
         self.first_token = self.first_token or time.monotonic()
         self.tokens.append(token.id)
+        self.draw = self.random.random()
         if self.guide:
             self.guide.matcher.consume_token(token.id)
         if token.id in end_ids:
@@ -826,22 +831,18 @@ class Allocator:
         self.gaps = [(0, rows)]  # (first row, size), in order
 
     def allocate(self, size: int, at: int | None = None) -> int | None:
-        """The first row of a new span, at row `at` or in the tightest gap; None if none fits."""
-        gaps = [
-            (gap, start)
-            for start, gap in self.gaps
-            if (gap >= size if at is None else start <= at and at + size <= start + gap)
-        ]
+        """The first row of a new span, in the tightest gap or the one that begins `at` that row.
+
+        None if none fits.
+        """
+        gaps = [(gap, start) for start, gap in self.gaps if gap >= size and at in (None, start)]
         if not gaps:
             return None
         gap, start = min(gaps)
-        first = start if at is None else at
         self.gaps.remove((start, gap))
-        rest = (start, first - start), (first + size, start + gap - first - size)
-        for piece in rest:
-            if piece[1]:
-                insort(self.gaps, piece)
-        return first
+        if gap > size:
+            insort(self.gaps, (start + size, gap - size))
+        return start
 
     def release(self, start: int, size: int) -> None:
         """Free a span's rows."""
@@ -886,19 +887,9 @@ class Gathered(NamedTuple):
         tokens = slice(token, token + len(work) * new)
         return cls(len(work), tokens, slice(row, row + rows.numel()), mask), rows.flatten()
 
-    def on(self, device: torch.device) -> Self:
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
-        return self._replace(mask=mask)
-
     @property
     def is_prefill(self) -> bool:
         return self.tokens.stop - self.tokens.start > self.batch
-
-    def part_of(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Its slices of the step's [tokens, heads, width], and [rows, kv heads, width] twice."""
-        return query[self.tokens], key[self.rows], value[self.rows]
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
@@ -929,6 +920,7 @@ class InPlace(NamedTuple):
     cu_seq_q: torch.Tensor  # int32, [sequences + 1]: where each one's packed tokens begin
     cu_seq_k: torch.Tensor  # int32, [sequences + 1]: where each one's span begins, in order
     seqused_k: torch.Tensor  # int32, [sequences]: how many of its rows are read
+    rows: slice = slice(None)  # attend gets all of the pool
 
     @classmethod
     def of(cls, work: Work, token: int) -> Self:
@@ -936,30 +928,14 @@ class InPlace(NamedTuple):
         starts = [span.start for span, _ in work]
         totals = [span.num_cached + new for span, new in work]
         # The last offset, the end of the last span, is not used: seqused_k gives the lengths.
-        offsets = [*accumulate(news, initial=0)], [*starts, starts[-1]], totals
-        return cls(
-            slice(token, token + sum(news)),
-            max(news),
-            max(totals),
-            *(torch.tensor(numbers, dtype=torch.int32) for numbers in offsets),
-        )
-
-    def on(self, device: torch.device) -> Self:
-        return self._replace(
-            cu_seq_q=self.cu_seq_q.to(device, non_blocking=True),
-            cu_seq_k=self.cu_seq_k.to(device, non_blocking=True),
-            seqused_k=self.seqused_k.to(device, non_blocking=True),
-        )
+        numbers = [*accumulate(news, initial=0)], [*starts, starts[-1]], totals
+        cu_seq_q, cu_seq_k, seqused_k = (torch.tensor(x, dtype=torch.int32) for x in numbers)
+        tokens = slice(token, token + sum(news))
+        return cls(tokens, max(news), max(totals), cu_seq_q, cu_seq_k, seqused_k)
 
     @property
     def is_prefill(self) -> bool:
         return self.max_q > 1
-
-    def part_of(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Its slice of the step's tokens [tokens, heads, width], and the whole pool."""
-        return query[self.tokens], key, value
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
@@ -1026,9 +1002,9 @@ class Step:
         if device not in self._copies:
             there = self._copies[device] = copy(self)
             there._copies = {}  # a shared dict would be a reference cycle that holds GPU memory
-            for name in ("ids", "positions", "write", "read", "last"):
-                setattr(there, name, getattr(self, name).to(device, non_blocking=True))
-            there.groups = [group.on(device) for group in self.groups]
+            for name in ("ids", "positions", "write", "read", "last", "groups"):
+                here = getattr(self, name)
+                setattr(there, name, send_to_device(here, device, non_blocking=True))
         return self._copies[device]
 
 
@@ -1110,7 +1086,7 @@ def packed_attention(
     parts = []
     for group in step.on(query.device).groups:
         attend = partial(attend_latent, module, group) if latent else group.attend
-        parts.append(attend(*group.part_of(query, key, value), scaling))
+        parts.append(attend(query[group.tokens], key[group.rows], value[group.rows], scaling))
     return torch.cat(parts)[None], None
 
 
@@ -1234,15 +1210,10 @@ class DecodeGraph:
         """Replay with a step's inputs; the returned logits are overwritten by the next call."""
         (given,) = step.groups
         assert isinstance(given, InPlace)
-        for ours, theirs in (
-            (self.step.ids, step.ids),
-            (self.step.positions, step.positions),
-            (self.step.write, step.write),
-            (self.step.last, step.last),
-            (self.group.cu_seq_k, given.cu_seq_k),
-            (self.group.seqused_k, given.seqused_k),
-        ):
-            ours.copy_(theirs, non_blocking=True)
+        for name in ("ids", "positions", "write", "last"):
+            getattr(self.step, name).copy_(getattr(step, name), non_blocking=True)
+        for name in ("cu_seq_k", "seqused_k"):
+            getattr(self.group, name).copy_(getattr(given, name), non_blocking=True)
         self.replay()
         return self.logits
 
@@ -1419,8 +1390,6 @@ def pick(
         apply_repetition_penalty(seqs, logits, pool_ids)
     if any(seq.sampling.presence_penalty or seq.sampling.frequency_penalty for seq in seqs):
         apply_openai_penalties(seqs, logits, pool_ids)
-    # One number from [0, 1) for each, independent of the batch; greedy needs none.
-    draws = [seq.random.random() if seq.sampling.temperature else 0.0 for seq in seqs]
     warm = [row for row, seq in enumerate(seqs) if seq.sampling.temperature]
     free = [row for row in warm if not seqs[row].sampling.top_k and seqs[row].sampling.top_p >= 1]
     tokens, deeper = logits.argmax(-1), torch.zeros_like(sound)
@@ -1431,9 +1400,9 @@ def pick(
             if rows:
                 there, some = to_device(rows, logits.device), [seqs[row] for row in rows]
                 theirs = logits if len(rows) == len(seqs) else logits.index_select(0, there)
-                numbers = to_device([[draws[row]] for row in rows], logits.device, torch.float64)
-                drawn = draw_from_top(some, theirs, numbers, depth) if depth else None
-                tokens[there], deeper[there] = drawn or draw_unranked(some, theirs, numbers)
+                numbers = to_device([[seq.draw] for seq in some], logits.device, torch.float64)
+                draw = partial(draw_from_top, depth=depth) if depth else draw_unranked
+                tokens[there], deeper[there] = draw(some, theirs, numbers)
         meanwhile()
         picked, again, right = torch.stack([tokens, deeper.long(), sound.long()]).tolist()
         if not all(right):
@@ -1474,12 +1443,10 @@ def apply_openai_penalties(
     """OpenAI's presence and frequency penalties on the answers' tokens, as in its API guide."""
     said = token_ids_from(seqs, [seq.num_prompt for seq in seqs], logits, pool_ids)
     count = to_device([[seq.num_completion] for seq in seqs], logits.device)
-    # A token that occurs twice is written twice, with the same score.
-    presence = column(seqs, "presence_penalty", logits) * (count > 0)
-    logits.scatter_(1, said, logits.gather(1, said) - presence)
     counted = torch.arange(said.shape[1], device=logits.device) < count
-    frequency = column(seqs, "frequency_penalty", logits) * counted
-    logits.scatter_add_(1, said, -frequency.to(logits))
+    times = torch.zeros_like(logits).scatter_add_(1, said, counted.to(logits))
+    logits -= column(seqs, "frequency_penalty", logits) * times
+    logits -= column(seqs, "presence_penalty", logits) * (times > 0)
 
 
 # Tokens [sequences], and which of them need to be drawn again among more candidates.
@@ -1654,9 +1621,11 @@ class Engine:
     def _sequence(
         self, prompt: list[int], sampling: Sampling, index: int, guide: Guide | None, **shared: Any
     ) -> Sequence:
+        if sampling.seed is not None:  # each of n answers has its own, or all would be the same
+            sampling = replace(sampling, seed=sampling.seed + index)
         return Sequence(
             list(prompt),
-            sampling=sampling.of_answer(index),
+            sampling=sampling,
             detokenizer=Detokenizer(self.tokenizer, sampling.stop),
             loop=asyncio.get_running_loop(),
             index=index,
@@ -1685,7 +1654,8 @@ class Engine:
             raise self._dead()
         if self.num_waiting >= self.max_waiting:
             now = time.monotonic()
-            rate = len(self._ended) / (now - self._ended[0] + 1e-3) if self._ended else 1.0
+            recent = [ended for ended in self._ended if now - ended < 60]
+            rate = len(recent) / (now - recent[0] + 1e-3) if recent else 1.0
             seconds = min(60, 1 + int(self.num_waiting / 2 / rate))
             raise QueueFull(
                 f"{self.num_waiting} requests are waiting; try again in {seconds} seconds",
@@ -1735,67 +1705,71 @@ class Engine:
 
     def _admit(self) -> None:
         """Move waiting sequences into the batch, in order of arrival but for MAX_PASSES."""
-        first_left = None
+        first_blocked = None
         for seq in list(self.waiting):
             full = len(self.running) == self.max_batch
-            if full or (first_left and first_left.passed >= MAX_PASSES):
+            if full or (first_blocked and first_blocked.passed >= MAX_PASSES):
                 return
-            placed = self._place(seq)
-            if not placed:
-                first_left = first_left or (seq if placed is False else None)
+            if self.reuse and self._prefix_is_coming(seq):
                 continue
-            if first_left:
-                first_left.passed += 1
-            self.waiting.remove(seq)
+            if not self._place(seq):
+                first_blocked = first_blocked or seq
+                continue
+            if first_blocked:
+                first_blocked.passed += 1
             self.running.append(seq)
+            self.waiting.remove(seq)
             seq.admitted = seq.admitted or time.monotonic()
 
-    def _place(self, seq: Sequence) -> bool | None:
-        """Allocate a sequence's span, reusing the longest cached prefix of its tokens.
-
-        False if there is no room; None if it should wait for a prefix that is being computed.
-        """
-        size = seq.wanted_room
-        if size > self._num_free():
-            return False
-        shared, donor = 0, None
-        for span in [*self.prefixes, *self.running] if self.reuse else []:
-            count = span.common_prefix(seq.tokens, beyond=shared)
-            if count > shared:
-                shared, donor = count, span
-        if self.reuse and self._prefix_is_coming(seq, shared):
-            return None
-        if shared < MIN_PREFIX:
-            donor = None
-        if (
-            donor in self.prefixes
-            and shared == donor.num_cached
-            and self._extend_prefix(seq, donor)
-        ):
-            return True
-        start = self._reserve(size, spare=donor)
-        if start is None:
-            return False
-        seq.start, seq.room = start, size
-        # The donor may have been evicted for the room.
-        if donor in self.prefixes:
-            self.prefixes.append(self.prefixes.pop(self.prefixes.index(donor)))
-        if donor in [*self.prefixes, *self.running] and self._copied(donor, seq, shared):
-            self._reuse(seq, shared)
-        return True
-
-    def _prefix_is_coming(self, seq: Sequence, shared: int) -> bool:
-        """Whether a prompt in prefill will soon share a longer prefix with this one.
+    def _prefix_is_coming(self, seq: Sequence) -> bool:
+        """Whether a prompt in prefill will soon share a longer prefix than any cached one.
 
         Then waiting is faster: of n answers to one prompt, or of requests that arrive together
         with the same system prompt, one computes the prefix and the others copy it.
         """
-        least = shared + MIN_PREFIX
-        return any(
-            other.pending > 1
-            and other.common_prefix(seq.tokens, len(other.tokens), beyond=least - 1) >= least
-            for other in self.running
-        )
+        if seq.follows and seq.follows.pending > 1 and not seq.follows.done:
+            return True  # without comparing long prompts again in every step
+        seq.follows = None
+        if filling := [other for other in self.running if other.pending > 1]:
+            least = self._longest_prefix(seq)[0] + MIN_PREFIX
+            leaders = (other for other in filling if other.tokens[:least] == seq.tokens[:least])
+            seq.follows = next(leaders, None) if len(seq.tokens) > least else None
+        return seq.follows is not None
+
+    def _longest_prefix(self, seq: Sequence) -> tuple[int, Span | None]:
+        """The most tokens of a sequence that a span holds already, and that span."""
+        shared, source = 0, None
+        for span in [*self.prefixes, *self.running]:
+            count = span.common_prefix(seq.tokens, beyond=shared)
+            if count > shared:
+                shared, source = count, span
+        return (shared, source) if shared >= MIN_PREFIX else (0, None)
+
+    def _place(self, seq: Sequence) -> bool:
+        """Allocate a sequence's span, with the longest cached prefix in it; False if none fits."""
+        size = seq.wanted_room
+        if size > self._num_free():
+            return False
+        shared, source = self._longest_prefix(seq) if self.reuse else (0, None)
+        is_cached = source in self.prefixes
+        if (
+            source
+            and is_cached
+            and shared == source.num_cached
+            and self._extend_prefix(seq, source)
+        ):
+            return True
+        start = self._reserve(size, spare=source)
+        if start is None:
+            return False
+        seq.start, seq.room = start, size
+        # The source may have been evicted for the room.
+        if source in self.prefixes:
+            self.prefixes.append(self.prefixes.pop(self.prefixes.index(source)))
+        held = source in [*self.prefixes, *self.running]
+        if source and held and self._copied(source, seq, shared):
+            self._reuse(seq, shared)
+        return True
 
     def _reuse(self, seq: Sequence, count: int) -> None:
         seq.num_cached = count
@@ -1818,29 +1792,32 @@ class Engine:
         free = sum(gap for _, gap in self.allocator.gaps)
         return free + sum(span.room for span in self.prefixes)
 
-    def _extend_prefix(self, seq: Sequence, donor: Span) -> bool:
-        """Continue in a cached prefix's own span, if that can be extended in place."""
-        self.allocator.release(donor.start, donor.room)
-        start = self.allocator.allocate(seq.wanted_room, at=donor.start)
-        if start is None:
-            self.allocator.allocate(donor.room, at=donor.start)
+    def _extend_prefix(self, seq: Sequence, prefix: Span) -> bool:
+        """Continue in a cached prefix's own rows, if those behind it are free."""
+        more = seq.wanted_room - prefix.room
+        if self.allocator.allocate(more, at=prefix.start + prefix.room) is None:
             return False
-        self.prefixes.remove(donor)
-        seq.start, seq.room = start, seq.wanted_room
-        self._reuse(seq, donor.num_cached)
+        self.prefixes.remove(prefix)
+        seq.start, seq.room = prefix.start, seq.wanted_room
+        self._reuse(seq, prefix.num_cached)
         return True
 
     def _reserve(self, size: int, spare: Span | None = None) -> int | None:
-        """Allocate rows, evicting cached prefixes as needed, `spare` last; None if too few."""
+        """Allocate rows, evicting cached prefixes as needed, `spare` last.
+
+        None if no gap becomes large enough; then nothing is evicted.
+        """
         start = self.allocator.allocate(size)
         if start is not None or self._num_free() < size:
             return start
-        for span in sorted(self.prefixes, key=lambda span: span is spare):
+        gaps, prefixes = list(self.allocator.gaps), list(self.prefixes)
+        for span in sorted(prefixes, key=lambda span: span is spare):
             self._evict(span)
             start = self.allocator.allocate(size)
             if start is not None:
-                break
-        return start
+                return start
+        self.allocator.gaps, self.prefixes = gaps, prefixes
+        return None
 
     def _step(self) -> None:
         """Compute one step; its tokens are sent at once, or while a GPU computes the next."""
@@ -1869,12 +1846,16 @@ class Engine:
         self._send(items)
 
     def _grow(self, seq: Sequence) -> None:
-        """Move a sequence to a larger span; if there is none, it waits again with its tokens."""
+        """Widen a sequence's span, or move it; if no room is found, it waits with its tokens."""
+        more = seq.wanted_room - seq.room
+        if self.allocator.allocate(more, at=seq.start + seq.room) is not None:
+            seq.room += more
+            return
         start = self._reserve(seq.wanted_room)
         if start is None:
             self._release(seq)
-            self.running.remove(seq)
             self.waiting.appendleft(seq)
+            self.running.remove(seq)
             return
         old = Span(seq.tokens, seq.start, seq.room, seq.num_cached)
         seq.start, seq.room = start, seq.wanted_room
@@ -2018,6 +1999,7 @@ class ChatModel:
     defaults: Sampling
     context_length: int
     prompt_length: int  # most tokens of a prompt, where the model has such a limit
+    vocabulary: int  # token ids that the model has an embedding for
     facts: dict[str, str]
     loaded: int = field(default_factory=lambda: int(time.time()))
 
@@ -2043,8 +2025,8 @@ class ChatModel:
         the room. Raises ContextTooLong if prompt and answer do not fit together.
         """
         # Of an answer of no stated length, half the context is left for the prompt.
-        answer = min(self.defaults.max_new_tokens, self.context_length // 2)
-        answer = given.get("max_new_tokens", answer)
+        default = min(self.defaults.max_new_tokens, self.context_length // 2)
+        answer = given.get("max_new_tokens", default)
         dropped = self._turns_to_drop(messages, answer) if truncate else 0
         ids = self.tokenizer.encode(without_turns(messages, dropped))
         return replace(self._fitted(ids, given, whole_context), dropped_turns=dropped)
@@ -2054,12 +2036,12 @@ class ChatModel:
         ids = self.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
         if not ids:
             raise BadRequest("prompt is empty; send a text or token ids", "prompt")
-        last = self.tokenizer.backend.get_vocab_size() - 1
-        if max(ids) > last:
-            raise BadRequest(f"prompt has a token id of {max(ids)}; the last is {last}", "prompt")
         return self._fitted(ids, given, whole_context=True)
 
     def _fitted(self, ids: list[int], given: dict[str, Any], whole_context: bool) -> Prompt:
+        if max(ids) >= self.vocabulary:
+            last = self.vocabulary - 1
+            raise BadRequest(f"prompt has a token id of {max(ids)}; the last is {last}", "prompt")
         sampling = replace(self.defaults, **given)
         asked = "max_new_tokens" in given
         most = sampling.max_new_tokens if asked or not whole_context else self.context_length
@@ -2271,6 +2253,8 @@ def best_placement(config: Any, dtype: str) -> str:
     On one card decode steps run as CUDA graphs, and no card waits for another; `auto`, accelerate's
     balanced map, would use all cards even for a small model.
     """
+    if torch.backends.mps.is_available():
+        return "cpu"  # sampling needs float64, which Apple's GPUs lack
     cards = range(torch.cuda.device_count())
     if len(cards) > 1:
         known = config.dtype if dtype == "auto" else getattr(torch, dtype)
@@ -2452,6 +2436,7 @@ def load_chat_model(settings: Settings) -> ChatModel:
         ends = text.end_ids(model.generation_config)
     runner = start_runner(model, settings)
     context = min(context_length(model.config), runner.rows)
+    name = folder.absolute().name
     engine = Engine(
         runner,
         text.plain,
@@ -2463,13 +2448,14 @@ def load_chat_model(settings: Settings) -> ChatModel:
         timeout=settings.request_timeout,
     )
     return ChatModel(
-        name=folder.name,
+        name=name,
         tokenizer=text,
         engine=engine,
         defaults=checkpoint_defaults(model.generation_config, text.family),
         context_length=context,
         prompt_length=min(context, getattr(model.config, "max_tokenizer_truncation", context)),
-        facts=facts_of(folder.name, text, runner, context, ends),
+        vocabulary=len(model.get_input_embeddings().weight),
+        facts=facts_of(name, text, runner, context, ends),
     )
 
 

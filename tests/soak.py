@@ -384,14 +384,12 @@ async def soak(
     if after:
 
         async def back() -> bool:
-            return (await state_of(url)).prefixes == before.prefixes
+            return (await state_of(url)).kept == before.kept
 
         await until(back, 5)
         after = await state_of(url)
         report.say(row("end", ends, after))
-        report.promise(
-            after.prefixes == before.prefixes, f"{before.prefixes} is {after.prefixes} at the end"
-        )
+        report.promise(after.kept == before.kept, f"{before.kept} is {after.kept} at the end")
         threads = f"{before.threads} threads are {after.threads} at the end"
         report.promise(after.threads <= before.threads, threads)
     grown = states[-1].memory / states[min(1, minutes - 1)].memory - 1

@@ -331,11 +331,12 @@ def test_sampling_equals_transformers_processors(few, hows, seed):
         seq.tokens += [7, 7, 2][:i]
     wanted = [reference(seq, row) for seq, row in zip(seqs, logits, strict=True)]
     picks = torch.zeros(len(hows), vocabulary)
-    for seq in seqs:
-        seq.random = Draws(count)
+    draws = [Draws(count) for _ in seqs]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "NUM_CANDIDATES", few)
         for _ in range(count):
+            for seq, left in zip(seqs, draws, strict=True):
+                seq.draw = left.random()
             for row, token in enumerate(picked(seqs, logits)):
                 picks[row, token] += 1
     for row, probabilities in zip(picks, wanted, strict=True):
@@ -357,8 +358,7 @@ def test_no_temperature_overflows(temperature):
 
 def test_a_draw_next_to_one_takes_nothing_that_was_cut_off():
     seq = sequence([1], temperature=1.0, top_k=5, top_p=1)
-    seq.random = Draws(1)
-    seq.random.left = [1 - 2**-53]
+    seq.draw = 1 - 2**-53
     logits = torch.linspace(0, 1, 300)[None]
     assert picked([seq], logits)[0] in logits[0].topk(5).indices
 
@@ -383,6 +383,36 @@ def test_a_seed_gives_the_same_answer_whoever_else_is_there(make):
     once, again = asyncio.run(crowd(0)), asyncio.run(crowd(6))
     assert once == again
     assert asyncio.run(reply(model, [9, 8, 7], api.Sampling(20, 1.5, 0, 0.95, seed=6)))[0] != once
+
+
+def test_a_seeded_answer_stays_what_it_is_when_a_neighbour_fails(make):
+    family = alone("llama")
+    how = api.Sampling(20, temperature=1.5, top_k=0, top_p=0.95, seed=5)
+
+    async def crowd(fault: bool) -> str:
+        model = make(family.runner)
+        asked = asyncio.create_task(reply(model, [9, 8, 7], how))
+        await asyncio.sleep(0)
+        other = asyncio.create_task(reply(model, [1, 2, 3], replace(how, seed=6)))
+        with pytest.MonkeyPatch.context() as patch:
+            if fault:  # in the middle of the answer, where both are sampled together
+                patch.setattr(api, "draw_from_top", failing_beside(5, api.draw_from_top))
+                with pytest.raises(api.StepFailed):
+                    await other
+            return (await asked)[0]
+
+    assert asyncio.run(crowd(True)) == asyncio.run(crowd(False))
+
+
+def failing_beside(seed: int, draw):
+    """Fails, once the seeded answer has begun, for whoever else is sampled."""
+
+    def drawn(seqs: list[api.Sequence], *given: object, **named: object) -> object:
+        if any(seq.sampling.seed != seed and seq.num_completion > 2 for seq in seqs):
+            raise RuntimeError("a fault of the sampler")
+        return draw(seqs, *given, **named)
+
+    return drawn
 
 
 def test_what_is_told_is_the_models_own_whatever_the_knobs():
@@ -438,7 +468,7 @@ def test_no_room_is_lost_whatever_becomes_of_requests(tokenizer, monkeypatch, qu
     for _ in range(10_000):
         chosen = chance.random()
         if chosen < 0.3 and engine.num_waiting < 10:
-            prompt = [chance.choice((1, 1, 1, 1, 2)) for _ in range(chance.randint(1, 60))]
+            prompt = [1] * chance.randint(0, 40) + chance.choices((1, 2), k=chance.randint(1, 20))
             sampling = api.Sampling(chance.randint(1, 40))
             seq = api.Sequence(
                 prompt,
@@ -717,10 +747,64 @@ def test_rows_that_cannot_be_copied_are_computed_again(make, tokenizer, monkeypa
     runner = ScriptedRunner(tokenizer, "x" * 30)
     monkeypatch.setattr(runner, "copy", full)
     model = make(runner)
+    whole = model.engine.allocator.allocate
+    # Nothing grows where it is, so all that grows is moved.
+    monkeypatch.setattr(
+        model.engine.allocator, "allocate", lambda size, at=None: None if at else whole(size)
+    )
     text, _ = asyncio.run(reply(model, [1] * 20, api.Sampling(40), open_ended=True))
     assert text == "x" * 30
     assert max(max(step) for step in runner.steps[1:]) > 20
     assert asyncio.run(reply(model, [1] * 20 + [2] * 5))[0] == "x" * 12
+
+
+def engine_at_rest(tokenizer, monkeypatch, rows: int) -> api.Engine:
+    """Whose thread does not run, so that a test takes its steps."""
+    monkeypatch.setattr(api.threading.Thread, "start", lambda self: None)
+    text = api.ChatTokenizer(tokenizer)
+    return api.Engine(ScriptedRunner(tokenizer, rows=rows), text.plain, {256})
+
+
+def test_prefixes_are_not_evicted_where_the_rows_between_would_not_join(tokenizer, monkeypatch):
+    engine = engine_at_rest(tokenizer, monkeypatch, 1000)
+    engine.allocator.gaps = []
+    kept = [api.Span([1] * 400, 0, 400, 400), api.Span([2] * 398, 602, 398, 398)]
+    engine.prefixes = list(kept)
+    assert engine._reserve(700) is None
+    assert (engine.prefixes, engine.allocator.gaps) == (kept, [])
+    assert engine._reserve(398) is not None
+    assert engine.prefixes == kept[1:]
+
+
+def test_an_answer_grows_in_place_where_the_rows_behind_it_are_free(make, tokenizer, monkeypatch):
+    monkeypatch.setattr(api, "GROWTH", 10)
+    runner = ScriptedRunner(tokenizer, "x" * 30)
+    model = make(runner)
+    assert asyncio.run(reply(model, [1], api.Sampling(40), open_ended=True))[0] == "x" * 30
+    assert runner.moved == 0
+
+
+def test_a_long_prompt_that_waits_for_another_is_compared_once(tokenizer, monkeypatch):
+    engine = engine_at_rest(tokenizer, monkeypatch, 20_000)
+    seqs = [
+        api.Sequence([5] * 2000 + [n], sampling=GREEDY, detokenizer=None, loop=None)
+        for n in range(5)
+    ]
+    compared = []
+    whole = api.Span.common_prefix
+    monkeypatch.setattr(
+        api.Span, "common_prefix", lambda *given, **how: compared.append(1) or whole(*given, **how)
+    )
+    engine.waiting.extend(seqs)
+    for step in range(4):
+        engine._admit()
+        assert engine.running == seqs[:1]
+        assert len(compared) == 4, step
+        seqs[0].num_cached += 500
+    seqs[0].num_cached = 2001
+    engine._admit()
+    assert engine.running == seqs
+    assert [seq.num_reused for seq in seqs] == [0, 2000, 2000, 2000, 2000]
 
 
 # ---- Who goes when

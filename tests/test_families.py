@@ -36,6 +36,7 @@ def test_a_checkpoint_sets_the_defaults_and_we_fill_the_rest():
 
 def test_a_checkpoint_that_does_not_sample_is_greedy():
     assert api.checkpoint_defaults(GenerationConfig(do_sample=False)).temperature == 0
+    assert api.checkpoint_defaults(GenerationConfig(top_k=-1)).top_k == 0
 
 
 def test_a_checkpoint_that_says_nothing_leaves_our_defaults():
@@ -348,9 +349,9 @@ def test_llama_3_strips_what_is_said():
 
 
 def test_a_namesake_of_a_family_is_not_taken_for_it():
-    """Llama 3.1 has a template of its own, Llama 2 has other tokens; both say they are llama."""
-    newer = byte_tokenizer([*MARKERS["llama"], "<|eom_id|>"])
-    assert api.family_of("llama", newer) is None
+    """Llama 3.1 and fine-tunes with ChatML have templates of their own, Llama 2 other tokens."""
+    for mark in ("<|eom_id|>", "<|im_start|>"):
+        assert api.family_of("llama", byte_tokenizer([*MARKERS["llama"], mark])) is None
     assert api.family_of("llama", byte_tokenizer()) is None
     assert api.family_of("llama", byte_tokenizer(MARKERS["llama"])).name == "llama-3"
 

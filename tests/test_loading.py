@@ -65,11 +65,19 @@ def test_a_hubs_cache_is_taken_for_the_model_in_it(checkpoint, tmp_path, layout)
         api.find_model(str(cache))
 
 
+def test_a_checkpoint_in_the_working_directory_has_its_folders_name(checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint)
+    model = api.load_chat_model(api.Settings(model=".", cache_memory="1MiB"))
+    model.engine.close()
+    assert model.name == checkpoint.name
+
+
 def test_a_checkpoint_is_loaded_and_answers(checkpoint):
     model = api.load_chat_model(api.Settings(model=str(checkpoint), dtype="float32"))
     try:
         assert model.name == "tiny"
         assert model.context_length == 512
+        assert model.vocabulary == 260
         assert model.engine.runner.model.dtype == torch.float32
     finally:
         model.engine.close()

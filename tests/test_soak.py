@@ -139,8 +139,8 @@ def test_nobody_hears_anothers_secret(report, tokenizer):
 
 
 def test_a_span_that_is_reused_unread_is_noticed(report, tokenizer, monkeypatch):
-    def unread(span: api.Span, tokens: list[int], among: int | None = None, beyond: int = 0) -> int:
-        return min(span.num_cached if among is None else among, len(tokens) - 1)
+    def unread(span: api.Span, tokens: list[int], beyond: int = 0) -> int:
+        return min(span.num_cached, len(tokens) - 1)
 
     monkeypatch.setattr(api.Span, "common_prefix", unread)
     heard = leaked(report, tokenizer)

@@ -30,6 +30,14 @@ def test_a_prompt_is_the_chat_template_rendered_and_encoded(text, tokenizer):
     assert text.encode(messages) == tokenizer.encode(whole, add_special_tokens=False)
 
 
+def test_what_training_left_in_a_tokenizer_cuts_no_prompt(text):
+    left = byte_tokenizer()
+    left.backend_tokenizer.enable_truncation(max_length=16)
+    left.backend_tokenizer.enable_padding(length=24)
+    for content in ("x", "hello, " * 20):
+        assert api.ChatTokenizer(left).encode(user(content)) == text.encode(user(content))
+
+
 @pytest.mark.parametrize("word", SPECIAL)
 def test_nobody_can_write_a_special_token(text, word):
     honest = text.encode(user("x"))
