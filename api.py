@@ -13,15 +13,15 @@
     GET  /metrics                  numbers for Prometheus
     GET  /docs                     the fields of every call
 
-Read it from top to bottom: each section uses only what stands above it. Errors and settings
-come first, then what differs between models, how messages become token ids and ids text, the
-engine that generates, what goes over the wire and back, the chat page, the routes, and how it
-all starts.
+Read it from top to bottom: each section uses only what stands above it. Errors and settings come
+first, then the model families, how messages become token ids and token ids text, the engine
+(sequences, attention, runner, sampling), how a model is loaded, the requests and responses, the
+metrics, the chat page, the routes, and the start.
 """
 
 import sys
 
-# Before the other imports, which would fail with a riddle.
+# Checked first: on an older Python the imports below fail with an unclear error.
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit("api.py: Python 3.11 or newer is needed; choose a newer image, or use conda.")
 
@@ -124,8 +124,8 @@ try:
 except ImportError as missing:
     sys.exit(f"api.py cannot start ({missing}); run `pip install -r requirements.txt`.")
 
-# FlashAttention over spans; torch's varlen_attn, which wraps it, has no seqused_k before 2.13, and
-# on some cards turns to cuDNN, which has none at all.
+# The FlashAttention kernel itself: torch's wrapper, varlen_attn, has no seqused_k before 2.13, and
+# on some GPUs dispatches to cuDNN, which does not support it.
 flash_attention: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
 
 log = logging.getLogger("chat")
@@ -133,12 +133,12 @@ log = logging.getLogger("chat")
 T = TypeVar("T")
 
 # ---- Errors -----------------------------------------------------------------
-# An error knows its HTTP status and says what would be right. It is raised
-# where the trouble is found, and turned into an answer in one place.
+# An error carries its HTTP status, and its message says how to mend the request.
+# It is raised where the trouble is found and becomes a response in one place.
 
 
 class ChatError(Exception):
-    """A request that cannot be served as it was asked."""
+    """A request that cannot be served."""
 
     status = 500
     type = "server_error"
@@ -174,7 +174,7 @@ class NotServing(ChatError):
 
 
 class Unauthorized(ChatError):
-    """The server asks for a key, and this is none of its keys."""
+    """The request has no valid API key."""
 
     status, type, code = 401, "authentication_error", "invalid_api_key"
     headers = MappingProxyType({"WWW-Authenticate": "Bearer"})
@@ -185,19 +185,19 @@ class ModelNotFound(BadRequest):
 
 
 class QueueFull(ChatError):
-    """As many requests wait as may."""
+    """The waiting queue is full."""
 
     status, type, code = 429, "rate_limit_error", "queue_full"
 
 
 class TimedOut(ChatError):
-    """The request took longer than the server lets any."""
+    """The request took longer than --request-timeout."""
 
     status, code = 504, "timed_out"
 
 
 class StepFailed(ChatError):
-    """The model failed while it computed this request."""
+    """The forward pass or the sampling of this request failed."""
 
     code = "step_failed"
 
@@ -207,7 +207,7 @@ class StartError(Exception):
 
 
 # ---- Settings ---------------------------------------------------------------
-# One field is one flag (`--device-map`) and one variable (`CHAT_DEVICE_MAP`).
+# A field is a flag (`--device-map`) and an environment variable (`CHAT_DEVICE_MAP`).
 
 
 def check_memory(value: str) -> str:
@@ -303,7 +303,7 @@ def read_settings(arguments: list[str]) -> Settings:
 
 
 # ---- Model families ---------------------------------------------------------
-# What differs between models is data. A request's values override these.
+# What differs between models is data: prompt formats and sampling defaults.
 
 
 @dataclass(frozen=True)
@@ -316,36 +316,36 @@ class Sampling:
     top_p: float = 0.8
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    # OpenAI's two: off each token that the answer holds already, once and for each time.
+    # OpenAI's: subtracted from the logit of a token in the answer, once and per occurrence.
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    logprobs: int | None = None  # so many likely tokens are told beside each; None tells nothing
+    logprobs: int | None = None  # how many top tokens to report beside each; None: no logprobs
 
 
-# In a format, it parts what the original code encodes apart. A code point that Unicode keeps for
-# a program's own use, so no tokenizer and no text has it.
-APART = "\ufdd2"
+# In a format, it separates what the original code tokenizes separately. A Unicode noncharacter,
+# reserved for a program's own use, so that no vocabulary and no text has it.
+PIECE_BREAK = "\ufdd2"
 
 Message = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Family:
-    """How to talk to one kind of model: its formats, with {} for a message's content."""
+    """The prompt format of a kind of model, with {} for a message's content, and its defaults."""
 
     name: str
     model_type: str
-    markers: tuple[str, ...]  # each is one token, wherever it stands in a format
+    markers: tuple[str, ...]  # the special tokens of the format
     turns: dict[str, str]
     begin: str = ""
-    ask: str = ""  # what makes the model answer
+    ask: str = ""  # the generation prompt
     ends: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()  # tokens that only other models of this model_type have
     strip: bool = False
     defaults: Sampling = Sampling()
-    own_defaults: bool = False  # the tutorial's program ignored generation_config.json
+    ignores_generation_config: bool = False  # as the tutorial's program did
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         contents = [m["content"].strip() if self.strip else m["content"] for m in messages]
@@ -371,7 +371,7 @@ FAMILIES = (
         ask="Assistant:",
         ends=("<｜end▁of▁sentence｜>",),
         defaults=TUTORIAL,
-        own_defaults=True,
+        ignores_generation_config=True,
     ),
     Family(
         "index",
@@ -381,7 +381,7 @@ FAMILIES = (
         ask="reserved_1",
         ends=("</s>",),
         defaults=TUTORIAL,
-        own_defaults=True,
+        ignores_generation_config=True,
     ),
     Family(
         "llama-3",
@@ -395,16 +395,16 @@ FAMILIES = (
         absent=("<|eom_id|>", "<|im_start|>"),
         strip=True,
         defaults=Sampling(512, 0.5, 0, 0.9, repetition_penalty=1.1),
-        own_defaults=True,
+        ignores_generation_config=True,
     ),
     Family(
         "xverse",
         "xverse",
         markers=("<|endoftext|>",),
         turns={
-            "system": f"Human: {APART}{{}}\n{APART}",
-            "user": f"Human: {APART}{{}}\n\n{APART}",
-            "assistant": f"Assistant: {APART}{{}}<|endoftext|>",
+            "system": f"Human: {PIECE_BREAK}{{}}\n{PIECE_BREAK}",
+            "user": f"Human: {PIECE_BREAK}{{}}\n\n{PIECE_BREAK}",
+            "assistant": f"Assistant: {PIECE_BREAK}{{}}<|endoftext|>",
         },
         ask="Assistant: ",
         ends=("<|endoftext|>",),
@@ -423,7 +423,7 @@ FAMILIES = (
 
 
 def family_of(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Family | None:
-    """The family of a checkpoint: many models are called llama, but few have these tokens."""
+    """The family of a checkpoint: of the many models called llama, only some have its tokens."""
     has = tokenizer.backend_tokenizer.token_to_id
     for family in FAMILIES:
         known = all(has(marker) is not None for marker in (*family.markers, *family.ends))
@@ -434,9 +434,9 @@ def family_of(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Family | N
 
 
 def checkpoint_defaults(config: GenerationConfig, family: Family | None = None) -> Sampling:
-    """What a checkpoint's generation_config.json sets, over the family's for the rest."""
+    """The sampling of a checkpoint's generation_config.json, and the family's for the rest."""
     base = family.defaults if family else Sampling()
-    if family and family.own_defaults:
+    if family and family.ignores_generation_config:
         return base
     found = {knob.name: getattr(config, knob.name, None) for knob in fields(Sampling)}
     if config.do_sample is False:
@@ -446,20 +446,21 @@ def checkpoint_defaults(config: GenerationConfig, family: Family | None = None) 
 
 
 # ---- Text -------------------------------------------------------------------
-# Messages become token ids, by the family's format or else the checkpoint's own
-# chat template, and ids become text again as they come. Nothing that a user
-# writes can turn into a special token.
+# Messages become token ids, by the family's format or the checkpoint's own chat
+# template, and token ids become text again as they come. Nothing that a user
+# writes can become a special token.
 
-# Like APART: around a number they stand in a message for a special token that the user spelled.
-SHIELD, SHIELD_END = "\ufdd0", "\ufdd1"
-# A longer JSON schema takes too long to make into a grammar.
-MAX_SCHEMA = 2**16
-# A pattern such as ^(a{1000}){1000}$ would hold up every answer for seconds, not for a tenth.
+# ESCAPE, an index and ESCAPE_END replace a special token that a message spells out, so that it is
+# encoded as ordinary text; noncharacters like PIECE_BREAK.
+ESCAPE, ESCAPE_END = "\ufdd0", "\ufdd1"
+# A longer JSON schema takes too long to compile.
+MAX_SCHEMA_CHARS = 2**16
+# With the default limits, a pattern such as ^(a{1000}){1000}$ would block every answer for seconds.
 GUIDE_LIMITS = LLParserLimits(initial_lexer_fuel=100_000)
 
 
-def modern(node: dict[str, Any]) -> dict[str, Any]:
-    """Spell a part of XVERSE's tokenizer.json as tokenizers has done since 0.19."""
+def upgrade_metaspace(node: dict[str, Any]) -> dict[str, Any]:
+    """Rewrite a Metaspace node, as in XVERSE's tokenizer.json, for tokenizers 0.19 and later."""
     if node.get("type") == "Metaspace" and node.pop("add_prefix_space", True) is False:
         node["prepend_scheme"] = "never"
     return node
@@ -468,11 +469,11 @@ def modern(node: dict[str, Any]) -> dict[str, Any]:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     """The tokenizer of a folder, from tokenizer.json or tokenizer.model; None if it has neither.
 
-    Raises StartError if a tokenizer.model is read differently from how sentencepiece reads it.
+    Raises StartError if transformers encodes a text unlike sentencepiece.
     """
     if (folder / "tokenizer.json").is_file():
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        backend = Tokenizer.from_str(json.dumps(json.loads(text, object_hook=modern)))
+        backend = Tokenizer.from_str(json.dumps(json.loads(text, object_hook=upgrade_metaspace)))
         return PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_object=backend)
     if not (folder / "tokenizer.model").is_file():
         return None
@@ -484,19 +485,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
     return tokenizer
 
 
-def any_of(words: Iterable[str]) -> str:
-    """A pattern for any of the words, the longest first."""
+def alternation(words: Iterable[str]) -> str:
+    """A pattern that matches any of the words, the longest first."""
     return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
 
 
-def ids_of(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
-    """A text's ids. `encode` would hold up all other threads until a long text is through."""
+def token_ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
+    """A text's ids, by encode_batch_fast: `encode` would block all threads during a long text."""
     return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
 
 @dataclass(frozen=True)
 class Guide:
-    """What keeps one answer to a JSON schema."""
+    """Constrains one answer to a JSON schema (guided decoding)."""
 
     matcher: LLMatcher
     ends: list[int]
@@ -506,9 +507,10 @@ class Guide:
         return replace(self, matcher=self.matcher.deep_copy())
 
     def allowed(self) -> Any:
-        """Of each token, whether it may come next. Raises BadRequest if the guide has failed.
+        """Which tokens may come next, a boolean mask [vocabulary].
 
-        Where a schema asks for a text that spells a special token, the matcher asks for the token.
+        Raises BadRequest if the matcher has failed, or if the schema requires a text that spells a
+        special token: the matcher then allows only that token.
         """
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         self.check()
@@ -519,7 +521,7 @@ class Guide:
         return allowed
 
     def check(self) -> None:
-        """Raise BadRequest if the matcher has failed, which never raises by itself."""
+        """Raise BadRequest if the matcher has failed, as it never raises by itself."""
         if self.matcher.is_error():
             reason = self.matcher.get_error().partition("\n")[0]
             raise BadRequest(f"the JSON schema: {reason}", "response_format")
@@ -528,8 +530,7 @@ class Guide:
 class ChatTokenizer:
     """Turns messages into token ids; raises BadRequest where a chat template refuses them.
 
-    Many threads may call it: the tokenizers inside are never changed, which transformers' own
-    wrapper does when it encodes.
+    Thread-safe: unlike transformers' own wrapper, it never modifies its tokenizers.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, family: Family | None = None):
@@ -546,38 +547,38 @@ class ChatTokenizer:
         spec["truncation"] = spec["padding"] = None
         markers = (*family.markers, *family.ends) if family else ()
         for token in spec["added_tokens"]:
-            # DeepSeek's markers for filling in the middle are not marked special, but are.
+            # DeepSeek's fill-in-the-middle tokens are not flagged as special, but are.
             token["special"] |= bool(re.fullmatch(r"<[|｜]\S+[|｜]>", token["content"]))
         self.backend = Tokenizer.from_str(json.dumps(spec))
-        # The same, but blind to special tokens: it encodes them as the text they are.
+        # The same, but it encodes a special token in a text as ordinary text.
         self.plain = Tokenizer.from_str(json.dumps(spec))
         self.plain.encode_special_tokens = True
-        self._before = ids_of(self.plain, "a")
+        self._before = token_ids(self.plain, "a")
         added = [token["content"] for token in spec["added_tokens"] if token["special"]]
         find = self.backend.token_to_id
         self.special = {w: i for w in (*added, *markers) if (i := find(w)) is not None}
-        self.words = [SHIELD, SHIELD_END, APART, *self.special]
-        self._word = re.compile(any_of(self.words))
-        self._part = re.compile(f"({any_of(self.special)})|{APART}")
-        # A special token that is looked for in normalised text can be spelled in other letters.
+        self.words = [ESCAPE, ESCAPE_END, PIECE_BREAK, *self.special]
+        self._word = re.compile(alternation(self.words))
+        self._part = re.compile(f"({alternation(self.special)})|{PIECE_BREAK}")
+        # A special token that is matched after normalisation can be spelled in other characters.
         hidden = any(token["special"] and token["normalized"] for token in spec["added_tokens"])
         self._whole = family is None and not (hidden and spec["normalizer"])
 
     def encode(self, messages: list[Message]) -> list[int]:
-        """The prompt's token ids, up to where the assistant is to speak."""
-        shielded = [m | {"content": self._shield(m["content"])} for m in messages]
+        """The prompt's token ids, with the generation prompt."""
+        shielded = [m | {"content": self._escape(m["content"])} for m in messages]
         text = self._render(shielded, ask=True)
-        if self._whole and SHIELD not in text:
-            return ids_of(self.backend, text)
-        # The format's own special tokens are runs of their own.
+        if self._whole and ESCAPE not in text:
+            return token_ids(self.backend, text)
+        # Split at the format's own special tokens; what lies between is encoded as plain text.
         return [i for run in self._part.split(text) if run for i in self._encode_run(run)]
 
     def encode_text(self, text: str) -> list[int]:
-        """The ids of bare text, after the token that begins every text where the model has one."""
+        """The ids of bare text, after BOS if the model has one."""
         if self.family is None:
-            return ids_of(self.plain, text, True)
+            return token_ids(self.plain, text, True)
         begin = [self.special[self.family.begin]] if self.family.begin else []
-        return begin + ids_of(self.plain, text)
+        return begin + token_ids(self.plain, text)
 
     def spell(self, token: int) -> str:
         """A token as the text that it adds to an answer, a leading space included."""
@@ -585,17 +586,17 @@ class ChatTokenizer:
         return decode([*self._before, token]).removeprefix(decode(self._before))
 
     def guide(self, schema: dict[str, Any], end_ids: set[int]) -> Guide:
-        """What keeps an answer to a JSON schema. Raises BadRequest if that is none."""
+        """A guide for answers that match a JSON schema. Raises BadRequest if it is invalid."""
         with self._lock:
-            if self._trie is None:  # a second or two, so only for the first who asks
+            if self._trie is None:  # takes a second or two, so it is built on first use
                 spec = self.backend.to_str()
                 self._trie = LLTokenizer(spec, eos_token=sorted(end_ids), slices=[])
         spelled = json.dumps(schema)
-        if len(spelled) > MAX_SCHEMA:
-            most = f"{MAX_SCHEMA:,} characters"
+        if len(spelled) > MAX_SCHEMA_CHARS:
+            most = f"{MAX_SCHEMA_CHARS:,} characters"
             raise BadRequest(f"the JSON schema is longer than {most}", "response_format")
         try:
-            # Without a limit, a small model goes on indenting for ever.
+            # With flexible whitespace, a small model may indent for ever.
             grammar = LLMatcher.grammar_from_json_schema(
                 spelled, overrides={"whitespace_flexible": False}
             )
@@ -604,19 +605,19 @@ class ChatTokenizer:
         matcher = LLMatcher(self._trie, grammar, log_level=0, limits=GUIDE_LIMITS)
         guide = Guide(matcher, sorted(end_ids), sorted({*self.special.values()} - end_ids))
         guide.check()
-        # Some of what is wrong only shows in use; and the first use takes the longest.
+        # Some errors only show in use; and the first mask takes the longest.
         guide.copy().allowed()
         return guide
 
     def end_ids(self, config: GenerationConfig) -> set[int]:
-        """Every id that ends an answer: the checkpoint's own, and the template's end of turn."""
+        """Every id that ends an answer: the checkpoint's eos, and the template's end of turn."""
         listed = config.eos_token_id
         ends = {*(listed if isinstance(listed, list) else [listed])}
         if self.family:
             ends |= {self.special[word] for word in self.family.ends}
         else:
-            turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SHIELD}]
-            after = self._render(turn).partition(SHIELD)[2].lstrip()
+            turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ESCAPE}]
+            after = self._render(turn).partition(ESCAPE)[2].lstrip()
             closing = self._word.match(after)
             ends |= {self.tokenizer.eos_token_id, self.special.get(closing[0]) if closing else None}
         return {i for i in ends if i is not None}
@@ -630,18 +631,18 @@ class ChatTokenizer:
         except Exception as error:  # jinja's errors, and whatever a template raises
             raise BadRequest(f"the model's chat template refuses these turns: {error}") from error
 
-    def _shield(self, content: str) -> str:
-        return self._word.sub(lambda m: f"{SHIELD}{self.words.index(m[0])}{SHIELD_END}", content)
+    def _escape(self, content: str) -> str:
+        return self._word.sub(lambda m: f"{ESCAPE}{self.words.index(m[0])}{ESCAPE_END}", content)
 
     def _encode_run(self, run: str) -> list[int]:
         if run in self.special:
             return [self.special[run]]
-        spelled = re.sub(f"{SHIELD}(\\d+){SHIELD_END}", lambda m: self.words[int(m[1])], run)
-        return ids_of(self.plain, spelled)
+        spelled = re.sub(f"{ESCAPE}(\\d+){ESCAPE_END}", lambda m: self.words[int(m[1])], run)
+        return token_ids(self.plain, spelled)
 
 
 class Detokenizer:
-    """Turns one answer's ids into text as they come: whole characters, no stop string."""
+    """Incremental detokenizer of one answer: whole characters only, and never a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
         self.tokenizer, self.stop = tokenizer, stop
@@ -651,29 +652,29 @@ class Detokenizer:
         self._held = ""
 
     def push(self, token: int) -> str:
-        """Take the next id; return the text that can be sent now, often none or one word."""
+        """Add the next id; return the text that can be sent now, often none or one word."""
         self._held += self._decode(token) or ""
         starts = [at for at in map(self._held.find, self.stop) if at >= 0]
         if starts:
             self.stopped = True
             self._held = self._held[: min(starts)]
             return self.flush()
-        return self._release(len(self._held) - self._doubtful())
+        return self._release(len(self._held) - self._partial_stop())
 
     def _decode(self, token: int) -> str | None:
         try:
             return self._stream.step(self.tokenizer, token)
         except Exception:
-            # Bytes that are no text, as a model may say when it is very hot: they are dropped.
+            # Invalid UTF-8, which a model may sample at a high temperature, is dropped.
             self._stream = DecodeStream(skip_special_tokens=True)
             return self._stream.step(self.tokenizer, token)
 
     def flush(self) -> str:
-        """What was held back, once it is sure that no more ids come."""
+        """The text held back, once no more ids come."""
         return self._release(len(self._held))
 
-    def _doubtful(self) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
+    def _partial_stop(self) -> int:
+        """How many characters at the end may begin a stop string."""
         last = range(max(0, len(self._held) - self._most), len(self._held))
         ends = (self._held[at:] for at in last if self._held[at] in self._firsts)
         return next((len(end) for end in ends if any(s.startswith(end) for s in self.stop)), 0)
@@ -1974,13 +1975,13 @@ def deliver(items: list[tuple[Sequence, Delta | ChatError]]) -> None:
 
 
 # ---- Model ------------------------------------------------------------------
-# Text above, engine below: a model that answers, and the way to it from a name.
-# Nothing that a checkpoint brings is run.
+# Tokenizer and engine together: a chat model, and how one is found and loaded by
+# name. No code from a checkpoint is executed.
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A request that is ready to be generated."""
+    """A tokenized request, with its sampling settled."""
 
     ids: list[int]
     sampling: Sampling
@@ -1991,7 +1992,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class ChatModel:
-    """A loaded model, ready to answer: text above, engine below."""
+    """A loaded model, ready to answer."""
 
     name: str
     tokenizer: ChatTokenizer
@@ -2009,7 +2010,7 @@ class ChatModel:
         )
 
     def guided(self, prompt: Prompt, schema: dict[str, Any]) -> Prompt:
-        """The same, to be answered with JSON of a schema. Raises BadRequest if that is none."""
+        """The same, to be answered with JSON of a schema. Raises BadRequest if it is invalid."""
         return replace(prompt, guide=self.tokenizer.guide(schema, self.engine.end_ids))
 
     def prepare(
@@ -2019,26 +2020,27 @@ class ChatModel:
         truncate: bool = False,
         whole_context: bool = False,
     ) -> Prompt:
-        """Tokenize and check the lengths; takes a while, so not on the event loop.
+        """Tokenize and check the lengths; slow, so call it off the event loop.
 
-        A length that was not asked for is the default, or else the whole context, and is cut to
-        the room. Raises ContextTooLong if prompt and answer do not fit together.
+        `given` are the request's sampling parameters. A length that is not among them is the
+        default, or with `whole_context` all that is left, and is cut to fit. Raises ContextTooLong
+        if prompt and answer do not fit together.
         """
-        # Of an answer of no stated length, half the context is left for the prompt.
+        # If no length is given, at least half of the context is for the prompt.
         default = min(self.defaults.max_new_tokens, self.context_length // 2)
         answer = given.get("max_new_tokens", default)
         dropped = self._turns_to_drop(messages, answer) if truncate else 0
-        ids = self.tokenizer.encode(without_turns(messages, dropped))
-        return replace(self._fitted(ids, given, whole_context), dropped_turns=dropped)
+        ids = self.tokenizer.encode(drop_turns(messages, dropped))
+        return replace(self._with_length(ids, given, whole_context), dropped_turns=dropped)
 
     def prepare_text(self, prompt: str | list[int], given: dict[str, Any]) -> Prompt:
-        """The same for a text to go on with, or its token ids, without any format around it."""
+        """The same for a text to continue, or its token ids, without a chat format."""
         ids = self.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
         if not ids:
             raise BadRequest("prompt is empty; send a text or token ids", "prompt")
-        return self._fitted(ids, given, whole_context=True)
+        return self._with_length(ids, given, whole_context=True)
 
-    def _fitted(self, ids: list[int], given: dict[str, Any], whole_context: bool) -> Prompt:
+    def _with_length(self, ids: list[int], given: dict[str, Any], whole_context: bool) -> Prompt:
         if max(ids) >= self.vocabulary:
             last = self.vocabulary - 1
             raise BadRequest(f"prompt has a token id of {max(ids)}; the last is {last}", "prompt")
@@ -2062,18 +2064,18 @@ class ChatModel:
         return Prompt(ids, replace(sampling, max_new_tokens=min(room, most)), not asked)
 
     def _turns_to_drop(self, messages: list[Message], answer: int) -> int:
-        """The fewest of the oldest turns to leave out, so that the answer has its room."""
+        """The fewest of the oldest turns to drop so that the answer fits."""
 
         def fits(dropped: int) -> bool:
-            ids = self.tokenizer.encode(without_turns(messages, dropped))
+            ids = self.tokenizer.encode(drop_turns(messages, dropped))
             return len(ids) <= min(self.prompt_length, self.context_length - answer)
 
         turns = sum(m["role"] == "user" for m in messages) - 1
         return bisect_left(range(turns), True, key=fits)
 
 
-def without_turns(messages: list[Message], count: int) -> list[Message]:
-    """The messages without the oldest `count` turns; what comes before the first turn stays."""
+def drop_turns(messages: list[Message], count: int) -> list[Message]:
+    """The messages without the oldest `count` turns; a system text before them stays."""
     if not count:
         return messages
     starts = [i for i, m in enumerate(messages) if m["role"] == "user"]
@@ -2085,7 +2087,7 @@ SUPPORTED = {"torch": ">=2.6,<2.14", "transformers": ">=5.17,<6"}
 
 
 def check_versions(installed: Callable[[str], str] = version) -> None:
-    """Raise StartError unless the libraries that matter are ones that we know."""
+    """Raise StartError unless torch and transformers are in the supported ranges."""
     for name, wanted in SUPPORTED.items():
         if not SpecifierSet(wanted).contains(installed(name), prereleases=True):
             raise StartError(
@@ -2094,7 +2096,7 @@ def check_versions(installed: Callable[[str], str] = version) -> None:
             )
 
 
-def check_cards(device_map: str) -> None:
+def check_gpus(device_map: str) -> None:
     """Raise StartError if the machine has an NVIDIA card that torch cannot use.
 
     A model that falls back to the CPU without a word would seem to hang.
@@ -2115,13 +2117,13 @@ def check_cards(device_map: str) -> None:
         ) from error
 
 
-# Where a hub's client may have put a model below the folder that it was given: nowhere else, in
-# the caches of huggingface_hub and modelscope, and as modelscope's older releases had it.
+# Where hub clients put a model below a given folder: in the folder itself, in the cache layouts of
+# huggingface_hub and modelscope, and in those of modelscope's older releases.
 LAYOUTS = ("", "snapshots/*/", "*/snapshots/*/", "models/*/snapshots/*/", "hub/*/snapshots/*/",
            "*/*/", "models/*/*/", "hub/models/*/*/")  # fmt: skip
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
+def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, which may be one or a hub's cache."""
     for layout in LAYOUTS:
         configs = folder.glob(f"{layout}config.json")
@@ -2133,7 +2135,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def find_model(name: str) -> Path:
     """The folder of a model, given as a path or by its name under models/."""
     places = Path(name).expanduser(), HERE / "models" / name
-    found = checkpoints_in(places[0]) or checkpoints_in(places[1])
+    found = find_checkpoints(places[0]) or find_checkpoints(places[1])
     if len(found) > 1:
         several = ", ".join(map(str, found))
         raise StartError(f"{name} holds several models; give --model one of {several}")
@@ -2163,9 +2165,9 @@ def fetch_demo() -> Path:
 
 
 class UngroupQKV(ConversionOps):
-    """Splits InternLM2's one matrix for queries, keys and values.
+    """Splits InternLM2's fused wqkv.
 
-    A key head's rows stand together: those of its query heads, its own, its value's.
+    Its rows are grouped by key head: its query heads, the key, the value.
     """
 
     def convert(
@@ -2180,7 +2182,7 @@ class UngroupQKV(ConversionOps):
 
 
 class NormalizeRows(ConversionOps):
-    """Index's output head has rows of length one; making them so once, at load, is the same."""
+    """Index normalises its output head at every forward pass; doing so at load is the same."""
 
     def convert(
         self, input_dict: Any, source_patterns: Any, target_patterns: Any, config: Any, **_: Any
@@ -2219,15 +2221,15 @@ for name, mapping in LLAMA_LIKE.items():
 
 
 @contextmanager
-def loading(folder: Path | str) -> Iterator[None]:
-    """Make one sentence with the remedy of whatever the libraries say of a folder's files."""
+def explained(folder: Path | str) -> Iterator[None]:
+    """Turn any error about a folder's files into a StartError of one sentence."""
     try:
         yield
     except (StartError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # there is hardly a kind that none of them raises
-        broken = first_broken(Path(folder)) if isinstance(error, SafetensorError) else folder
-        # Without what would colour a terminal.
+    except Exception as error:  # the libraries raise almost every kind
+        broken = first_damaged(Path(folder)) if isinstance(error, SafetensorError) else folder
+        # Without ANSI colours and other control characters.
         said = re.sub(r"\x1b\[\d*m|[\x00-\x09\x0b-\x1f]", "", str(error)).strip()
         reason = said.partition("\n")[0].rstrip(". :") or type(error).__name__
         raise StartError(
@@ -2236,8 +2238,8 @@ def loading(folder: Path | str) -> Iterator[None]:
         ) from error
 
 
-def first_broken(folder: Path) -> Path:
-    """The first file of weights that cannot be opened, whose name safetensors does not tell."""
+def first_damaged(folder: Path) -> Path:
+    """The first safetensors file that cannot be opened; the error itself does not name it."""
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt"):
@@ -2289,7 +2291,7 @@ def load_model(
         attn_implementation="sdpa",
         trust_remote_code=False,
         local_files_only=True,
-        # Both would be filled with chance, and only a line in the log would tell.
+        # Missing or mismatched tensors would otherwise be random, with only a line in the log.
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
@@ -2302,8 +2304,8 @@ def load_model(
     return model.eval(), load_tokenizer(Path(folder))
 
 
-def placement(model: Any) -> str:
-    """Which devices hold how many of the model's parts, and what they have left."""
+def device_summary(model: Any) -> str:
+    """How many of the model's parts each device holds, and its free memory."""
     parts = Counter(map(str, getattr(model, "hf_device_map", {"": model.device}).values()))
     said = []
     for name, count in parts.items():
@@ -2317,8 +2319,8 @@ def placement(model: Any) -> str:
 def context_length(config: Any) -> int:
     """Most tokens of prompt and answer together.
 
-    Rope of these two kinds depends on the longest sequence of a batch once that is longer
-    than what the model was first trained on; up to there, the frequencies do not move.
+    Dynamic and longrope RoPE depend on the longest sequence in the batch beyond the original
+    length; up to it, their frequencies are constant.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
@@ -2327,22 +2329,22 @@ def context_length(config: Any) -> int:
 
 
 def probes(model: Any) -> tuple[list[int], list[int]]:
-    """Two short sequences of ordinary tokens: rare ones give logits that are mostly rounding."""
+    """Two short sequences of common tokens: with rare ones, rounding dominates the logits."""
     middle = model.config.get_text_config().vocab_size // 3
     return list(range(middle, middle + 12)), list(range(middle + 12, middle + 19))
 
 
 @torch.inference_mode()
-def plain_logits(model: Any, ids: list[int]) -> torch.Tensor:
-    """What the model says of one sequence alone, [tokens, vocabulary]."""
+def reference_logits(model: Any, ids: list[int]) -> torch.Tensor:
+    """The model's own logits for a sequence alone, [tokens, vocabulary]."""
     ids_there = torch.tensor([ids], device=input_device(model))
     return model(input_ids=ids_there, use_cache=False).logits[0]
 
 
 def self_check(runner: Runner, alone: list[torch.Tensor]) -> float:
-    """How far packed and chunked steps are from the probes' plain logits, by their size.
+    """The relative error of packed and chunked steps against the probes' reference logits.
 
-    Raises StartError where that is too far: such a model would read its neighbours' tokens.
+    Raises StartError if it is too large: such a model would read its neighbours' tokens.
     """
     spans = [Span(ids, start) for ids, start in zip(probes(runner.model), (0, 13), strict=True)]
     worst = 0.0
@@ -2364,8 +2366,8 @@ def self_check(runner: Runner, alone: list[torch.Tensor]) -> float:
 
 
 def start_runner(model: Any, settings: Settings) -> Runner:
-    """A runner that was shown to compute what the model does. Raises StartError if none can."""
-    alone = [plain_logits(model, ids) for ids in probes(model)]
+    """A runner whose logits were checked against the model's own. Raises StartError otherwise."""
+    alone = [reference_logits(model, ids) for ids in probes(model)]
     try:
         most = settings.max_batch * context_length(model.config)
         runner = Runner(model, settings.cache_memory, most)
@@ -2397,40 +2399,40 @@ def chat_tokenizer(
     return ChatTokenizer(tokenizer)
 
 
-def how_attended(runner: Runner) -> str:
+def attention_summary(runner: Runner) -> str:
     if runner.fallback_reason:
-        return f"over copied rows ({runner.fallback_reason})"
+        return f"sdpa over copied rows ({runner.fallback_reason})"
     sizes = sorted({recorded.size for recorded in runner.graphs})
     graphs = f"CUDA graphs for {', '.join(map(str, sizes)) or 'no'} sequences"
-    return f"over rows where they lie, {graphs}"
+    return f"FlashAttention in place, {graphs}"
 
 
-def facts_of(
+def summary_of(
     name: str, text: ChatTokenizer, runner: Runner, context: int, ends: set[int]
 ) -> dict[str, str]:
-    """What a user wants to know of a model that is ready."""
+    """What the start log tells of a model."""
     model = runner.model
     kind, size = type(model).__name__, f"{model.num_parameters():,} parameters"
     return {
         "model": f"{name}, {kind} in {str(model.dtype).removeprefix('torch.')}, {size}",
         "prompt": text.family.name if text.family else "its own chat template",
-        "devices": placement(model),
+        "devices": device_summary(model),
         "context": f"{context:,} tokens; the cache holds {runner.rows:,}",
         "end ids": f"{sorted(ends)}",
-        "attention": how_attended(runner),
-        "check": f"packed steps differ from plain ones by {runner.difference:.1e}",
+        "attention": attention_summary(runner),
+        "check": f"packed and plain logits differ by {runner.difference:.1e}, relatively",
     }
 
 
 def load_chat_model(settings: Settings) -> ChatModel:
-    """Everything between a name and an answer; takes from seconds to minutes.
+    """Find, load and check a model, and start its engine; takes seconds to minutes.
 
     Raises StartError with the remedy.
     """
     check_versions()
-    check_cards(settings.device_map)
+    check_gpus(settings.device_map)
     folder = find_model(settings.model)
-    with loading(folder):
+    with explained(folder):
         model, tokenizer = load_model(folder, dtype=settings.dtype, device_map=settings.device_map)
         text = chat_tokenizer(model, tokenizer, settings)
         ends = text.end_ids(model.generation_config)
@@ -2455,12 +2457,12 @@ def load_chat_model(settings: Settings) -> ChatModel:
         context_length=context,
         prompt_length=min(context, getattr(model.config, "max_tokenizer_truncation", context)),
         vocabulary=len(model.get_input_embeddings().weight),
-        facts=facts_of(name, text, runner, context, ends),
+        facts=summary_of(name, text, runner, context, ends),
     )
 
 
 def check_model(model: ChatModel) -> str:
-    """What a user runs first on a new machine: what was found, a prompt, and eight tokens."""
+    """The report of --check: a summary, a prompt, and eight tokens."""
     messages = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "hello"},

@@ -66,7 +66,7 @@ class Alone:
     def __init__(self, name: str):
         model, _ = api.load_model(FIXTURES / name, dtype="float32")
         self.context = min(api.context_length(model.config), 200)
-        self.plain = [api.plain_logits(model, ids) for ids in api.probes(model)]
+        self.plain = [api.reference_logits(model, ids) for ids in api.probes(model)]
         generator = torch.Generator().manual_seed(1)
         lengths = [n for n in (1, 2, 3, 9, 17, 31, 64, 130) if n + 3 < self.context]
         self.prompts = [torch.randint(5, 290, (n,), generator=generator).tolist() for n in lengths]
@@ -1122,8 +1122,8 @@ def test_a_card_is_used_for_what_it_can(monkeypatch):
     as_on_a_card(monkeypatch)
     runner = start(tiny_llama())
     assert {r.size for r in runner.graphs} == {1, 2, 4, 8, 16, 32, 64}
-    assert api.how_attended(runner).endswith(
-        "lie, CUDA graphs for 1, 2, 4, 8, 16, 32, 64 sequences"
+    assert api.attention_summary(runner).endswith(
+        "in place, CUDA graphs for 1, 2, 4, 8, 16, 32, 64 sequences"
     )
 
 
@@ -1135,7 +1135,7 @@ def test_a_kernel_that_attends_otherwise_is_not_used(monkeypatch, caplog):
     assert not runner.graphs
     assert runner.difference < 1e-5
     assert "does not batch" in caplog.text
-    assert "over copied rows (this model does not batch" in api.how_attended(runner)
+    assert "over copied rows (this model does not batch" in api.attention_summary(runner)
 
 
 def test_what_cannot_be_recorded_is_computed(monkeypatch, caplog):
@@ -1147,7 +1147,7 @@ def test_what_cannot_be_recorded_is_computed(monkeypatch, caplog):
     assert runner.in_place
     assert not runner.graphs
     assert "not permitted when stream is capturing" in caplog.text
-    assert api.how_attended(runner).endswith("CUDA graphs for no sequences")
+    assert api.attention_summary(runner).endswith("CUDA graphs for no sequences")
 
 
 class Lying(torch.Tensor):

@@ -189,7 +189,7 @@ def test_layers_on_disk_answer_the_same(tmp_path):
     where["model.layers.1"] = "disk"
     model, _ = api.load_model(FIXTURES / "llama", dtype="float32", device_map=json.dumps(where))
     assert error_of(model, expected_of("llama")) < 1e-4
-    assert "disk (1 part)" in api.placement(model)
+    assert "disk (1 part)" in api.device_summary(model)
     runner = api.start_runner(model, api.Settings(cache_memory="1MiB"))
     assert runner.split
     assert runner.difference < 1e-4

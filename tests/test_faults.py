@@ -164,7 +164,7 @@ def test_a_file_that_may_not_be_read_is_named(sound, tmp_path, monkeypatch):
 
 
 def test_memory_that_runs_out_at_the_start_is_no_broken_file(tmp_path):
-    with pytest.raises(torch.OutOfMemoryError), api.loading(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), api.explained(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 

@@ -87,13 +87,13 @@ def test_a_card_that_torch_cannot_use_is_an_error_with_the_remedy(monkeypatch):
     monkeypatch.setattr(api.Path, "glob", lambda self, pattern: iter([self / "nvidia0"]))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if torch.cuda.is_available():
-        api.check_cards("auto")
+        api.check_gpus("auto")
         return
     with pytest.raises(api.StartError, match=r"cannot use.*--device-map cpu"):
-        api.check_cards("auto")
-    api.check_cards("cpu")
+        api.check_gpus("auto")
+    api.check_gpus("cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    api.check_cards("auto")
+    api.check_gpus("auto")
 
 
 def run_api(*arguments: str, folder=ROOT) -> subprocess.CompletedProcess[str]:
@@ -168,12 +168,12 @@ def test_ctrl_c_while_loading_ends_at_once(tmp_path):
     )
     import httpx
 
-    def loading() -> bool:
+    def explained() -> bool:
         try:
             return httpx.get(f"http://127.0.0.1:{port}/health").json()["status"] == "loading"
         except httpx.TransportError:
             return False
 
-    wait_for(loading)
+    wait_for(explained)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)

@@ -53,7 +53,7 @@ def test_a_prompt_says_what_the_user_wrote(text, content):
 
 
 def test_the_shield_itself_can_be_written(text):
-    content = f"{api.SHIELD}0{api.SHIELD_END}<|end|>{api.SHIELD}"
+    content = f"{api.ESCAPE}0{api.ESCAPE_END}<|end|>{api.ESCAPE}"
     assert text.plain.decode(text.encode(user(content)), skip_special_tokens=True) == content
 
 

@@ -163,8 +163,8 @@ def steps(model: object, options: argparse.Namespace) -> None:
     settings = api.Settings(cache_memory=options.cache, max_batch=max(options.clients))
     started = time.perf_counter()
     runner = api.start_runner(model, settings)
-    print(f"Checked and captured in {time.perf_counter() - started:.1f} s: packed steps differ from"
-          f" plain ones by {runner.difference:.1e}; {api.how_attended(runner)}.\n")  # fmt: skip
+    print(f"Checked and captured in {time.perf_counter() - started:.1f} s: packed and plain logits"
+          f" differ by {runner.difference:.1e}; {api.attention_summary(runner)}.\n")  # fmt: skip
     captured, in_place = runner.graphs, runner.in_place
     for layer in runner.pool.layers:  # some numbers, as nothing was computed for the steps below
         for x in (layer.keys, layer.values):
@@ -239,7 +239,7 @@ def mla(options: argparse.Namespace) -> None:
     model = made(DeepseekV2ForCausalLM, config, device)
     runner = api.start_runner(model, api.Settings(cache_memory=options.cache, max_batch=64))
     print(f"\nDeepSeek-V2-Lite's width, {config.num_hidden_layers} layers; packed steps differ by"
-          f" {runner.difference:.1e}; {api.how_attended(runner)}.\n")  # fmt: skip
+          f" {runner.difference:.1e}; {api.attention_summary(runner)}.\n")  # fmt: skip
     attentions = [m for m in model.modules() if getattr(m, "expand_kv", None) is api.keep_latent]
     experts = model.get_experts_implementation()[""]
     ways = ["grouped_mm", "batched_mm", "eager"]
