@@ -1655,7 +1655,7 @@ class Engine:
             raise self._dead()
         if self.num_waiting >= self.max_waiting:
             now = time.monotonic()
-            recent = [ended for ended in self._ended if now - ended < 60]
+            recent = [ended for ended in list(self._ended) if now - ended < 60]
             rate = len(recent) / (now - recent[0] + 1e-3) if recent else 1.0
             seconds = min(60, 1 + int(self.num_waiting / 2 / rate))
             raise QueueFull(
@@ -1706,15 +1706,16 @@ class Engine:
 
     def _admit(self) -> None:
         """Move waiting sequences into the batch, in order of arrival but for MAX_PASSES."""
-        first_blocked = None
+        first_blocked, too_much = None, inf
         for seq in list(self.waiting):
             full = len(self.running) == self.max_batch
             if full or (first_blocked and first_blocked.passed >= MAX_PASSES):
                 return
-            if self.reuse and self._prefix_is_coming(seq):
+            # Where one found no room, nobody who wants as much needs to look.
+            if seq.wanted_room < too_much and self.reuse and self._prefix_is_coming(seq):
                 continue
-            if not self._place(seq):
-                first_blocked = first_blocked or seq
+            if seq.wanted_room >= too_much or not self._place(seq):
+                first_blocked, too_much = first_blocked or seq, min(too_much, seq.wanted_room)
                 continue
             if first_blocked:
                 first_blocked.passed += 1
@@ -1752,13 +1753,8 @@ class Engine:
         if size > self._num_free():
             return False
         shared, source = self._longest_prefix(seq) if self.reuse else (0, None)
-        is_cached = source in self.prefixes
-        if (
-            source
-            and is_cached
-            and shared == source.num_cached
-            and self._extend_prefix(seq, source)
-        ):
+        whole = source if source in self.prefixes and shared == source.num_cached else None
+        if whole and self._extend_prefix(seq, whole):
             return True
         start = self._reserve(size, spare=source)
         if start is None:
@@ -1918,12 +1914,8 @@ class Engine:
         late = [seq for seq in everyone if seq.arrived < oldest and not seq.done]
         for seq in late:
             seq.done = seq.failed = True
-        self._send(
-            [
-                (seq, TimedOut(f"the request took longer than {self.timeout:g} seconds"))
-                for seq in late
-            ]
-        )
+        reason = f"the request took longer than {self.timeout:g} seconds"
+        self._send([(seq, TimedOut(reason)) for seq in late])
         # Read `done` once: the event loop may set it at any moment.
         gone = {seq for seq in everyone if seq.done} - {seq for seq, _ in self._unsent}
         for seq in [seq for seq in everyone if seq in gone]:

@@ -776,6 +776,24 @@ def test_prefixes_are_not_evicted_where_the_rows_between_would_not_join(tokenize
     assert engine.prefixes == kept[1:]
 
 
+def test_who_wants_as_much_as_one_that_found_no_room_does_not_look(tokenizer, monkeypatch):
+    engine = engine_at_rest(tokenizer, monkeypatch, 1000)
+    engine.allocator.gaps = [(0, 400), (602, 398)]
+    engine.running = [sequence([9] * 20)]
+    tried = []
+    reserve = engine._reserve
+    monkeypatch.setattr(
+        engine, "_reserve", lambda size, **how: tried.append(size) or reserve(size, **how)
+    )
+    wanted = [500, 700, 500, 600, 300]
+    for size in wanted:
+        engine.waiting.append(sequence([1] * 10, max_new_tokens=size - 10))
+    engine._admit()
+    assert tried == [500, 300]
+    assert [seq.max_tokens for seq in engine.running[1:]] == [300]
+    assert [seq.max_tokens for seq in engine.waiting] == wanted[:4]
+
+
 def test_an_answer_grows_in_place_where_the_rows_behind_it_are_free(make, tokenizer, monkeypatch):
     monkeypatch.setattr(api, "GROWTH", 10)
     runner = ScriptedRunner(tokenizer, "x" * 30)
