@@ -138,18 +138,18 @@ def flash_attention(
     return torch.cat(outs), *[torch.empty(0)] * 4
 
 
-def record(compute, device, memory):
+def capture(compute, device, memory):
     """A CUDA graph's manners: only what lies in the same tensors counts when it is replayed."""
     out = compute().clone()
     return out, lambda: out.copy_(compute())
 
 
-def as_on_a_card(patch, attention=flash_attention, recording=record):
+def as_on_a_card(patch, attention=flash_attention, capturing=capture):
     """Let the CPU pass for a card, by the stand-ins above."""
     patch.setattr(api.Runner, "asynchronous", True)
     patch.setattr(api, "why_not_in_place", lambda layers: None)
     patch.setattr(api, "flash_attention", attention)
-    patch.setattr(api, "capture", recording)
+    patch.setattr(api, "capture", capturing)
     patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 
@@ -1156,11 +1156,11 @@ def test_a_kernel_that_attends_otherwise_is_not_used(monkeypatch, caplog):
     assert "over copied rows (this model does not batch" in api.attention_summary(runner)
 
 
-def test_what_cannot_be_recorded_is_computed(monkeypatch, caplog):
+def test_what_cannot_be_captured_is_computed(monkeypatch, caplog):
     def refuse(compute, device, memory):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    as_on_a_card(monkeypatch, recording=refuse)
+    as_on_a_card(monkeypatch, capturing=refuse)
     runner = start(tiny_llama())
     assert runner.in_place
     assert not runner.graphs

@@ -169,7 +169,7 @@ def steps(model: object, options: argparse.Namespace) -> None:
     for layer in runner.pool.layers:  # some numbers, as nothing was computed for the steps below
         for x in (layer.keys, layer.values):
             x.normal_()
-    print("| sequences | of tokens | captured | not captured | gathered | with a pick | busy"
+    print("| sequences | of tokens | CUDA graph | eager | gathered | with a pick | busy"
           " | of the bound |")  # fmt: skip
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for batch in options.clients:
@@ -192,14 +192,14 @@ def steps(model: object, options: argparse.Namespace) -> None:
                 return api.pick_tokens(seqs, runner.forward(work), runner.ids)
 
             whole, share = seconds_of(picked, device), busy_share(picked, device)
-            as_recorded = seconds_of(forward, device)
+            captured_took = seconds_of(forward, device)
             runner.graphs = []
             eager = seconds_of(forward, device)
             runner.in_place = False
             gathered = seconds_of(forward, device, 5)
             runner.graphs, runner.in_place = captured, in_place
             bound = batch / bounds.rate(batch)
-            cells = [f"{1e3 * x:.2f} ms" for x in (as_recorded, eager, gathered, whole)]
+            cells = [f"{1e3 * x:.2f} ms" for x in (captured_took, eager, gathered, whole)]
             cells += [f"{share:.0%}", f"{bound / whole:.0%}"]
             print(f"| {batch} | {length} | {' | '.join(cells)} |", flush=True)
     chunk = [(api.Span([5] * 512, 0, 512), 512)]
