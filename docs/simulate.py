@@ -16,7 +16,7 @@ import math
 import numpy as np
 
 SECONDS = 1200  # of a replica's time, of which the first quarter is left out: it begins empty
-CPU = ["1:24.1", "16:264", "64:473"]  # the README's run with three sizes, through HTTP
+CPU = ["1:24.1", "16:264", "64:473"]  # the second run in docs/benchmarks.md, through HTTP
 
 
 def simulate(users: int, options: argparse.Namespace) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""The benchmark's sums are right, and it runs: its figures are in the README."""
+"""The benchmark's sums are right, and it runs: its figures are in docs/benchmarks.md."""
 
 import os
 import re

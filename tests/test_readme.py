@@ -1,29 +1,50 @@
-"""The two READMEs say the same, and nothing that the program does not do."""
+"""The READMEs say the same, and with docs/ nothing that the program does not do."""
 
 import ast
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 import requests
-from conftest import ROOT, serve, wait_for
+import torch
+from conftest import ROOT, chat_model, ready, serve, wait_for
+from transformers import GenerationConfig
 
 import api
 import model_download
 
 NAMES = ("README.md", "README.zh.md")
-TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8") for name in (*NAMES, "CHANGELOG.md", *DOCS)
+}
+TEXTS = {name: PAGES[name] for name in NAMES}
+OPERATING, BENCHMARKS = PAGES["docs/operating.md"], PAGES["docs/benchmarks.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
-# The programs of others that the README starts, and their flags in it.
+# The programs of others that the documents start, and their flags.
 FOREIGN = {
-    *("--factory", "--port"),  # uvicorn
+    *("--factory", "--host", "--port", "--root-path"),  # uvicorn
+    *("--log-level", "--timeout-graceful-shutdown", "--workers"),
+    *("--generate", "--head", "--address", "--http-host", "--http-port"),  # ray, serve
     *("--index-url", "--system-site-packages"),  # pip, venv
     *("--continuous-batching", "--data-binary"),  # transformers serve, curl
 }
+FAMILY_OF = {
+    "deepseek-coder-v2-lite": "deepseek-v2",
+    "index-1.9b": "index",
+    "llama-3-8b": "llama-3",
+    "xverse-7b": "xverse",
+    "internlm2-7b": "internlm2",
+}
 
 each = pytest.mark.parametrize("text", TEXTS.values(), ids=NAMES)
+every = pytest.mark.parametrize("name", PAGES)
 
 
 def rows_under(text: str, heading: str) -> list[list[str]]:
@@ -120,14 +141,25 @@ def test_the_figures_of_the_benchmark_are_the_same():
     english, chinese = (figures(text) for text in TEXTS.values())
     assert len(english) >= 6
     assert numbers(english) == numbers(chinese)
+    assert set(english) <= set(figures(BENCHMARKS))
 
 
-@each
-def test_its_links_lead_somewhere(text):
-    links = re.findall(r"\]\(([^)]+)\)", text)
+@every
+def test_its_links_lead_somewhere(name):
+    links = re.findall(r"\]\(([^)]+)\)", PAGES[name])
     assert links
     for link in links:
-        assert link[1:] in anchors(text) if link.startswith("#") else (ROOT / link).is_file(), link
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_every_document_is_linked():
+    for text in TEXTS.values():
+        assert set(re.findall(r"\]\((docs/\w[\w-]*\.md)\)", text)) == set(DOCS)
 
 
 # ---- The program
@@ -142,13 +174,16 @@ def flags_of(file: str) -> set[str]:
     return set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source)) | {"--help"}
 
 
-OURS = ("api.py", "model_download.py", "request.py", "tests/benchmark.py", "tests/soak.py")
+OURS = (
+    *("api.py", "model_download.py", "request.py", "docs/simulate.py"),
+    *("tests/benchmark.py", "tests/soak.py", "tests/scale.py", "tests/host.py"),
+)
 
 
-@each
-def test_every_flag_exists(text):
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
-    assert len(named) > 15
+@every
+def test_every_flag_exists(name):
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGES[name]))
+    assert len(named) > 15 or name not in TEXTS
     assert named <= FOREIGN.union(*map(flags_of, OURS))
 
 
@@ -158,21 +193,48 @@ def commands(text: str) -> Iterator[tuple[str, str]]:
         yield from re.findall(r"\bpython (\S+\.py)([^&\n]*)", code)
 
 
-@each
-def test_every_program_exists_and_takes_its_flags(text):
-    started = list(commands(text))
-    assert {"api.py", "model_download.py", "request.py"} <= {file for file, _ in started}
+@every
+def test_every_program_exists_and_takes_its_flags(name):
+    started = list(commands(PAGES[name]))
+    if name in TEXTS:
+        assert {"api.py", "model_download.py", "request.py"} <= {file for file, _ in started}
     for file, rest in started:
         assert (ROOT / file).is_file(), file
         assert set(re.findall(r"--[a-z-]+", rest)) <= flags_of(file), (file, rest)
-    for path in re.findall(r"\btests/\w+\.(?:py|txt)|\.ci/\w+", text):
+    files = r"\b(?:tests|docs|deploy)/(?:\w+/)*[\w-]+\.(?:py|txt|md|png)|\.ci/\w+"
+    for path in re.findall(files, PAGES[name]):
         assert (ROOT / path).is_file(), path
 
 
-@each
-def test_every_variable_exists(text):
-    fields = {f"CHAT_{name.upper()}" for name in api.Settings.model_fields}
-    assert set(re.findall(r"\bCHAT_[A-Z_]+\b", text)) - fields == {"CHAT_TEST_DATA"}
+def cluster_settings() -> set[str]:
+    """Read from the source, as the module itself starts Ray."""
+    tree = ast.parse((ROOT / "deploy/cluster.py").read_text(encoding="utf-8"))
+    (kind,) = (n for n in tree.body if getattr(n, "name", None) == "ClusterSettings")
+    return {f"CLUSTER_{n.target.id.upper()}" for n in kind.body if isinstance(n, ast.AnnAssign)}
+
+
+def test_every_variable_exists():
+    fields = {f"CHAT_{name.upper()}" for name in api.Settings.model_fields} | cluster_settings()
+    named = {name: set(re.findall(r"\b(?:CHAT|CLUSTER)_[A-Z_]+\b", PAGES[name])) for name in PAGES}
+    tests = named.pop("docs/testing.md")
+    assert tests - fields == {"CHAT_TEST_DATA", "CHAT_TEST_DEVICE"}
+    assert set.union(*named.values()) <= fields
+    assert cluster_settings() <= named["docs/scaling.md"]
+
+
+def test_the_table_of_settings_is_complete():
+    def spelled(value: object) -> str:
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        if isinstance(value, api.SecretStr):
+            value = value.get_secret_value()
+        return "" if value is None else str(value)
+
+    real = {
+        f"--{name.replace('_', '-')}": spelled(f.default)
+        for name, f in api.Settings.model_fields.items()
+    }
+    assert {row[0].strip("`"): row[2] for row in rows_under(OPERATING, "flag")} == real
 
 
 @each
@@ -199,10 +261,33 @@ def test_the_table_of_fields_is_what_the_call_takes(rows):
     assert told == taken
     (lengths,) = (set(SPAN.findall(row[1])) for row in rows if row[0] == "`max_length`")
     assert lengths | {"max_length"} == set(api.LENGTH_NAMES)
-    defaults = {SPAN.findall(row[0])[0]: re.findall(r"[\d.]+$", row[2]) for row in rows}
-    assert defaults["max_length"] == [str(api.Sampling().max_new_tokens)]
-    assert defaults["temperature"] == [str(api.Sampling().temperature)]
-    assert defaults["repetition_penalty"] == [str(api.Sampling().repetition_penalty)]
+
+
+@table("defaults of", "模型的默认值")
+def test_the_table_of_defaults_is_the_programs(rows, demo_folder):
+    families = {family.name: family.defaults for family in api.FAMILIES}
+    real = {name: families[family] for name, family in FAMILY_OF.items()}
+    real["demo"] = api.checkpoint_defaults(GenerationConfig.from_pretrained(demo_folder))
+    knobs = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
+    told = []
+    for row in rows:
+        given = [re.match(r"[\d.]*", cell)[0] for cell in row[1:]]
+        for name in SPAN.findall(row[0]):
+            told.append(name)
+            for text, knob in zip(given, knobs, strict=True):
+                # Greedy decoding needs neither.
+                unused = real[name].temperature == 0 and knob in ("top_k", "top_p")
+                assert unused or float(text) == getattr(real[name], knob), (name, knob)
+    assert sorted(told) == sorted(model_download.KNOWN)
+    assert real["internlm2-7b"] == api.Sampling()  # and so of any other model
+
+
+@each
+def test_whose_own_defaults_go_first_is_right(text):
+    said = re.search(r"^(?:For|对) `(.+?)generation_config", text, re.MULTILINE | re.DOTALL)[0]
+    theirs = GenerationConfig(do_sample=True, temperature=0.123)
+    own = {f.name for f in api.FAMILIES if api.checkpoint_defaults(theirs, f).temperature == 0.123}
+    assert {FAMILY_OF[name] for name in SPAN.findall(said)} == own
 
 
 @table("name", "名称")
@@ -227,20 +312,44 @@ def test_what_it_says_is_refused_is_refused(text, server):
 
 
 @each
-def test_every_metric_exists(text, server):
-    told = set(re.findall(r"\bchat_[a-z0-9_]+\b", text))
-    assert len(told) >= 10
+def test_what_it_says_is_refused_under_v1_is_refused(text, server):
+    items = re.split(r"^(?=- |$)", text, flags=re.MULTILINE)
+    (item,) = (item for item in items if "`suffix`" in item)
+    both, _, completions = item.partition("completions")
+    prompts = {
+        "chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+        "completions": {"prompt": "x"},
+    }
+    everywhere = SPAN.findall(both)
+    there = [name for name in SPAN.findall(completions) if name != "error"]
+    assert len(everywhere) >= 2
+    assert len(there) >= 3
+    for call, prompt in prompts.items():
+        for name in everywhere + (there if call == "completions" else []):
+            answer = requests.post(f"{server}/v1/{call}", json={**prompt, name: 2})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+
+
+def test_every_metric_exists(server):
     known = set(re.findall(r"^# TYPE (\w+)", requests.get(f"{server}/metrics").text, re.M))
-    assert told <= known
-    assert {name for name in known if not name.endswith("_created")} <= told
+    told = {name: set(re.findall(r"\bchat_[a-z0-9_]+\b", text)) for name, text in PAGES.items()}
+    assert set.union(*told.values()) <= known
+    assert {name for name in known if not name.endswith("_created")} <= told["docs/operating.md"]
+
+
+def test_the_table_of_the_log_is_a_real_line(server, caplog):
+    caplog.set_level("INFO", "chat")
+    requests.post(server, json={"prompt": "x"})
+    wait_for(lambda: "completion_tokens" in caplog.text)
+    (line,) = (r.getMessage() for r in caplog.records if "completion_tokens" in r.getMessage())
+    rows = rows_under(OPERATING, "field of the log")
+    assert [name for row in rows for name in SPAN.findall(row[0])] == re.findall(r"(\w+)=", line)
 
 
 @table("what you see", "现象")
 def test_what_goes_wrong_is_said_in_these_words(rows):
     said = literals("api.py", "model_download.py", "request.py")
-    # uvicorn's, by way of the operating system.
     quoted = {word for row in rows for word in SPAN.findall(row[0])}
-    quoted -= {"address already in use", "ssh"}
     assert len(quoted) >= 8
     assert not [words for words in quoted if words not in said]
 
@@ -257,10 +366,30 @@ def test_the_expected_error_is_the_real_one(text, server):
 
 
 @pytest.fixture(scope="module")
-def demo(demo_folder):
-    with serve(api.load_chat_model, model=str(demo_folder)) as url:
-        wait_for(lambda: requests.get(f"{url}/health").ok, seconds=180)
-        yield url
+def demo_model(demo_folder):
+    return api.load_chat_model(api.Settings(model=str(demo_folder)))
+
+
+@pytest.fixture(scope="module")
+def demo(demo_model):
+    with serve(lambda settings: demo_model) as url:
+        yield ready(url)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is the log of a start without a card")
+def test_the_start_log_is_a_real_one(demo_model):
+    for text in TEXTS.values():
+        (log,) = (code for code in blocks(text) if " INFO ready\n" in code)
+        lines = [line.split(" INFO ")[1] for line in log.splitlines()]
+        first, *facts, last = lines
+        assert first.replace("6006", "%d") in literals("api.py")
+        assert last == "ready"
+        rounding = re.compile(r"[\d.]+e-\d+")
+        real = [rounding.sub("", f"{name}: {fact}") for name, fact in demo_model.facts.items()]
+        assert len(facts) >= 4
+        assert [
+            rounding.sub("", line) for line in facts if rounding.sub("", line) not in real
+        ] == []
 
 
 def test_the_first_call_is_answered_as_expected(demo):
@@ -275,7 +404,7 @@ def test_the_first_call_is_answered_as_expected(demo):
 
 def test_the_python_examples_run(demo, capsys):
     names: dict[str, object] = {}
-    for code in blocks(TEXTS["README.md"], "python"):
+    for code in [*blocks(TEXTS["README.md"], "python"), *blocks(OPERATING, "python")]:
         code = code.replace("http://127.0.0.1:6006", demo)
         if "get_completion" in code:
             code = re.sub(
@@ -292,6 +421,27 @@ def test_the_python_examples_run(demo, capsys):
 def test_the_langchain_setting_works(server, runner):
     from langchain_openai import ChatOpenAI
 
-    (setting,) = (s for s in SPAN.findall(TEXTS["README.md"]) if s.startswith("ChatOpenAI("))
+    (setting,) = (s for s in SPAN.findall(OPERATING) if s.startswith("ChatOpenAI("))
     setting = setting.replace("http://127.0.0.1:6006", server).replace('"demo"', '"test"')
     assert eval(setting, {"ChatOpenAI": ChatOpenAI}).invoke("hi").content == "hello"
+
+
+def test_the_laptops_commands_have_the_key(runner, tokenizer):
+    (code,) = (code for code in blocks(TEXTS["README.md"], "bash") if "export CHAT_API_KEY" in code)
+    (key,) = re.findall(r"export CHAT_API_KEY=(\S+)", code)
+    assert f"CHAT_API_KEY={key} python api.py" in TEXTS["README.md"]
+    (call,), (asked,) = re.findall(r"^curl .+", code, re.M), re.findall(r"request.py .+", code)
+    with serve(lambda settings: chat_model(runner, tokenizer), api_key=key) as url:
+        ready(url)
+        call = call.replace("http://127.0.0.1:6006", url)
+        for line in (f"{call} --silent", f"{sys.executable} {asked} --url {url}"):
+            done = subprocess.run(
+                ["bash", "-c", line],
+                cwd=ROOT,
+                env=os.environ | {"CHAT_API_KEY": key},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            said = done.stdout
+            assert (json.loads(said)["response"] if "curl" in line else said.strip()) == "hello"
