@@ -3854,7 +3854,11 @@ def start_log(as_json: bool) -> None:
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, but what comes before a body is limited, in bytes and in seconds."""
+    """uvicorn's, but what comes before a body is limited, in bytes and in seconds.
+
+    And an offer to speak HTTP/2, which Java's client makes with each request, is ignored: the
+    parser would take the body for HTTP/2.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -3866,6 +3870,10 @@ class Connection(HttpToolsProtocol):
         self.patience = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
+        if not self.head:  # the first bytes of a request
+            head, blank, rest = data.partition(b"\r\n\r\n")
+            # A name as long as that one, so that every count stays right.
+            data = re.sub(rb"(?i)(?<=\r\n)upgrade(?=: *h2c)", b"ignored", head) + blank + rest
         self.head += len(data)
         super().data_received(data)
         # Asked when it is known how much of it was body.

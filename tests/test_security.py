@@ -203,6 +203,32 @@ def test_strangers_cannot_make_the_metrics_grow(server):
     assert series() == before
 
 
+# ---- A client that offers HTTP/2
+
+OFFER = (
+    "POST / HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nHost: x\r\n"
+    "HTTP2-Settings: AAEAAEAAAAIAAAAB\r\n{length}\r\nUpgrade: h2c\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["body apart", "body at once"])
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "with a length"])
+def test_an_offer_of_http_2_is_ignored_and_the_body_is_read(server, chunked, apart):
+    """As Java's HttpClient makes it with every request on a connection."""
+    length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(BODY)}"
+    head = OFFER.format(length=length).encode()
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY) if chunked else BODY
+    with peer(server) as connection:
+        for _ in range(2):
+            connection.sendall(head if apart else head + body)
+            if apart:
+                time.sleep(0.05)
+                connection.sendall(body)
+            answer = connection.recv(65536)
+            assert status(answer) == 200, answer
+            assert b'"hello"' in answer
+
+
 # ---- What costs too much
 
 
