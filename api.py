@@ -94,6 +94,7 @@ try:
         PlainValidator,
         SecretStr,
         Tag,
+        TypeAdapter,
         ValidationError,
         model_validator,
     )
@@ -2502,6 +2503,8 @@ NOT_HONOURED = (
     "tools", "tool_choice", "functions", "function_call", "logit_bias", "response_format",
     "best_of", "num_beams", "suffix", "echo", "audio", "prediction", "web_search_options",
 )  # fmt: skip
+# But for these values, which change nothing.
+NEUTRAL = {"n": 1, "best_of": 1, "num_beams": 1, "response_format": {"type": "text"}}
 LENGTH_NAMES = ("max_length", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -2513,8 +2516,10 @@ class WireModel(BaseModel):
 
 def whole_characters(text: str) -> str:
     """Refuse half of a surrogate pair, which JSON can spell and no tokenizer can read."""
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError("must not contain an unpaired surrogate")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must not contain an unpaired surrogate") from None
     return text
 
 
@@ -2543,9 +2548,11 @@ def history_shape(history: Any) -> str | None:
     return "pairs" if kinds <= {list} else "turns" if kinds <= {dict, WireMessage} else None
 
 
-# Up to the first mistake, which is all that is told: a body has room for millions.
-Pairs = Annotated[list[Pair], Field(fail_fast=True), Tag("pairs")]
-Turns = Annotated[list[WireMessage], Field(fail_fast=True), Tag("turns")]
+# A body has room for millions, of turns and of mistakes; only the first mistake is told.
+MAX_TURNS = 4096
+FewTurns = Field(max_length=MAX_TURNS, fail_fast=True)
+Pairs = Annotated[list[Pair], FewTurns, Tag("pairs")]
+Turns = Annotated[list[WireMessage], FewTurns, Tag("turns")]
 History = Annotated[
     Pairs | Turns,
     Discriminator(
@@ -2592,17 +2599,43 @@ def joined_parts(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
+# Checks millions in the time that a loop of our own needs for thousands.
+TOKEN_IDS = TypeAdapter(
+    Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(fail_fast=True)]
+)
+
+
 def one_prompt(prompt: Any) -> str | list[int]:
     """A text or token ids; a list of one such is taken for it."""
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str):
         return whole_characters(prompt)
-    if isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt):
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         raise ValueError("must be a single prompt; send one request for each, they are batched")
-    if not isinstance(prompt, list) or not all(type(i) is int and i >= 0 for i in prompt):
-        raise ValueError("must be a text, or a list of token ids")
-    return prompt
+    try:
+        return TOKEN_IDS.validate_python(prompt)
+    except ValidationError:
+        raise ValueError("must be a text, or a list of token ids") from None
+
+
+def from_validation(error: ValidationError | RequestValidationError) -> BadRequest:
+    """Say in one sentence what pydantic found first."""
+    first = error.errors()[0]
+    # The location without the tags of a union's branches.
+    path = [part for part in first["loc"] if part not in ("body", "pairs", "turns")]
+    if first["type"] == "json_invalid":
+        return BadRequest(
+            f"the body is not valid JSON: {first['ctx']['error']}, near character {path[0]}"
+        )
+    if not path:
+        return BadRequest('the body must be a JSON object, such as {"prompt": "hello"}')
+    name = str(path[0]) + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path[1:])
+    if first["type"] == "missing":
+        return BadRequest(f"{name} is missing", str(path[0]))
+    message = first["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    message = re.sub("^(Input|List|Tuple|Value) should", "must", message)
+    return BadRequest(f"{name} {message[0].lower()}{message[1:]}", str(path[0]))
 
 
 class SamplingFields(WireModel):
@@ -2631,15 +2664,17 @@ class SamplingFields(WireModel):
     @model_validator(mode="before")
     @classmethod
     def refuse_what_is_not_honoured(cls, body: Any) -> Any:
-        if isinstance(body, dict):
-            for name in cls.not_honoured:
-                if body.get(name) not in (None, False, [], {}):
-                    raise BadRequest(f"{name} is not supported by this call; leave it out", name)
-            lengths = [name for name in LENGTH_NAMES if body.get(name) is not None]
-            if len(lengths) > 1:
-                names = " and ".join(lengths)
-                raise BadRequest(f"{names} mean the same; send one of them", lengths[1])
-        return body
+        if not isinstance(body, dict):
+            return body
+        for name in cls.not_honoured:
+            if body.get(name) not in (None, False, [], {}, NEUTRAL.get(name)):
+                raise BadRequest(f"{name} is not supported by this call; leave it out", name)
+        lengths = [name for name in LENGTH_NAMES if body.get(name) is not None]
+        if len(lengths) > 1:
+            names = " and ".join(lengths)
+            raise BadRequest(f"{names} mean the same; send one of them", lengths[1])
+        # The first of several names would be read, null or not.
+        return {k: v for k, v in body.items() if k not in LENGTH_NAMES or v is not None}
 
     def given(self) -> dict[str, Any]:
         """The knobs that were really given, by the names of Sampling."""
@@ -2761,7 +2796,7 @@ class ChatCompletionRequest(OpenAIRequest):
 
     not_honoured = tuple(name for name in NOT_HONOURED if name != "response_format")
 
-    messages: list[OpenAIMessage] = Field(min_length=1, fail_fast=True)
+    messages: list[OpenAIMessage] = Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -3242,8 +3277,7 @@ class ChatPage:
         try:
             return ChatRequest.model_validate({**texts, **given, "truncate": True})
         except ValidationError as error:
-            first = error.errors()[0]
-            raise BadRequest(f"{first['loc'][0]}: {first['msg']}") from error
+            raise from_validation(error) from error
 
     def fill(self) -> list[Any]:
         """Once the model is there: an end of asking, its name, and its defaults."""
@@ -3409,24 +3443,6 @@ def error_body(error: ChatError, openai: bool = False) -> dict[str, Any]:
     detail = {"message": str(error), "type": error.type, "param": param, "code": error.code}
     ours = {"status": error.status, "time": local_time()}
     return {"error": detail} | ({} if openai else ours)
-
-
-def from_validation(error: RequestValidationError) -> BadRequest:
-    """Say in one sentence what pydantic found first."""
-    first = error.errors()[0]
-    # The location without "body" and without the tags of a union's branches.
-    path = [part for part in first["loc"][1:] if part not in ("pairs", "turns")]
-    if first["type"] == "json_invalid":
-        return BadRequest(
-            f"the body is not valid JSON: {first['ctx']['error']}, near character {path[0]}"
-        )
-    if not path:
-        return BadRequest('the body must be a JSON object, such as {"prompt": "hello"}')
-    name = str(path[0]) + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path[1:])
-    if first["type"] == "missing":
-        return BadRequest(f"{name} is missing", str(path[0]))
-    message = first["msg"].replace("Input should", "must").replace("Value error, ", "")
-    return BadRequest(f"{name} {message[0].lower()}{message[1:]}", str(path[0]))
 
 
 def from_http(error: HTTPException, path: str) -> ChatError:

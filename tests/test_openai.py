@@ -198,7 +198,7 @@ def test_what_asks_for_nothing_is_not_refused(client):
     [
         ("", "empty"),
         ([], "empty"),
-        (["a", "b"], "a request for each"),
+        (["a", "b"], "one request for each"),
         ([1, 2.5], "token ids"),
         ([-1], "token ids"),
         ([99999], "the last is 259"),
