@@ -54,7 +54,7 @@ from collections.abc import (
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import accumulate, groupby, pairwise, product
 from math import inf
@@ -563,6 +563,8 @@ class ChatTokenizer:
         # A special token that is looked for in normalised text can be spelled in other letters.
         hidden = any(token["special"] and token["normalized"] for token in spec["added_tokens"])
         self._whole = family is None and not (hidden and spec["normalizer"])
+        # Of an answer with logprobs the same tokens are spelled over and over.
+        self.spell = lru_cache(2**16)(self._spell)
 
     def encode(self, messages: list[Message]) -> list[int]:
         """The prompt's token ids, up to where the assistant is to speak."""
@@ -580,7 +582,7 @@ class ChatTokenizer:
         begin = [self.special[self.family.begin]] if self.family.begin else []
         return begin + ids_of(self.plain, text)
 
-    def spell(self, token: int) -> str:
+    def _spell(self, token: int) -> str:
         """A token as the text that it adds to an answer, a leading space included."""
         decode = partial(self.backend.decode, skip_special_tokens=False)
         return decode([*self._before, token]).removeprefix(decode(self._before))
@@ -3630,7 +3632,6 @@ class Serving:
         self.metrics = Metrics(lambda: self._model.engine if self._model else None)
         self._model: ChatModel | None = None
         self._end_by: float | None = None
-        self._coming = 0  # requests of which the engine may not know yet
 
     @property
     def health(self) -> dict[str, Any]:
@@ -3667,19 +3668,16 @@ class Serving:
         if self.settings.log_prompts:
             asked = body.model_dump(include={"prompt", "history", "system", "messages"})
             log.info("request_id=%s asked=%r", call_of(request.scope).id, asked)
-        self._coming += 1
-        try:
-            prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
-            reply = reply_of(model, body, prompt)
-            choices = [Choice(index) for index in range(n)]
-            deltas = model.answer(prompt, n, call_of(request.scope))
-            if body.stream:
-                events = events_of(deltas, choices, reply)
-                return await event_stream(request, events, partial(self.tell, request.scope))
-            await while_connected(request, collect(deltas, choices))
-            return JSONText(reply.whole(choices))
-        finally:
-            self._coming -= 1
+        prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
+        reply = reply_of(model, body, prompt)
+        choices = [Choice(index) for index in range(n)]
+        deltas = model.answer(prompt, n, call_of(request.scope))
+        if body.stream:
+            events = events_of(deltas, choices, reply)
+            return await event_stream(request, events, partial(self.tell, request.scope))
+        await while_connected(request, collect(deltas, choices))
+        # The logprobs of many tokens take seconds to spell.
+        return await asyncio.to_thread(lambda: JSONText(reply.whole(choices)))
 
     def tell(self, scope: Scope, error: ChatError) -> dict[str, Any]:
         """The body of an error, in the caller's dialect; the error is counted."""
@@ -3702,25 +3700,21 @@ class Serving:
         self._end_by = time.monotonic() + self.settings.drain_timeout
         log.info("stopping, once the answers under way are through; again to stop at once")
 
-    async def drained(self) -> bool:
-        """Whether all that was under way has ended; what takes too long is ended here."""
-        if self._end_by is None or not self._model:
-            return self.draining
-        engine = self._model.engine
-        if engine.failure or not (self._coming or engine.running or engine.num_waiting):
-            return True
-        if time.monotonic() < self._end_by:
-            return False
-        await asyncio.to_thread(engine.close)
-        return True
+    def drained(self, busy: bool) -> bool:
+        """Whether to stop now: no request is busy any more, or their time is over."""
+        return self._end_by is not None and (not busy or time.monotonic() >= self._end_by)
+
+    async def close(self) -> None:
+        """End with an error what is still being generated."""
+        if self._model:
+            await asyncio.to_thread(self._model.engine.close)
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         # A daemon, so that Ctrl-C need not wait for the weights.
         threading.Thread(target=self._load, name="loader", daemon=True).start()
         yield
-        if self._model:
-            await asyncio.to_thread(self._model.engine.close)
+        await self.close()
 
     def _load(self) -> None:
         try:
@@ -3934,7 +3928,9 @@ class Server(uvicorn.Server):
         self.serving.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        self.should_exit = self.should_exit or await self.serving.drained()
+        if self.serving.drained(busy=bool(self.server_state.tasks)):
+            await self.serving.close()
+            self.should_exit = True
         return await super().on_tick(counter)
 
 
