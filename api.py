@@ -3088,9 +3088,10 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 6
 
 
 class Metrics:
-    """Counts what happens; `engine` gives the engine once there is one."""
+    """Counts and logs what happens; `engine` gives the engine once there is one."""
 
-    def __init__(self, engine: Callable[[], Engine | None]):
+    def __init__(self, engine: Callable[[], Engine | None], log_prompts: bool = False):
+        self.log_prompts = log_prompts
         self.registry = prometheus_client.CollectorRegistry()
         mine: Any = {"namespace": "chat", "registry": self.registry}
         count: Any = partial(prometheus_client.Counter, **mine)
@@ -3114,6 +3115,12 @@ class Metrics:
         for name, value in read.items():
             gauge = prometheus_client.Gauge(name, name.replace("_", " "), **mine)
             gauge.set_function(partial(lambda value: value(e) if (e := engine()) else 0, value))
+
+    def asked(self, call: Call, body: SamplingFields) -> None:
+        """Log the texts of a request, if that is wanted."""
+        if self.log_prompts:
+            texts = body.model_dump(include={"prompt", "history", "system", "messages"})
+            log.info("request_id=%s asked=%r", call.id, texts)
 
     def ended(self, seq: Sequence) -> None:
         """Take account of a sequence that left the engine; called on its thread."""
@@ -3158,6 +3165,16 @@ def log_line(line: dict[str, Any]) -> None:
     log.info(" ".join(f"{name}={value}" for name, value in line.items()), extra=line)
 
 
+def start_log(as_json: bool) -> None:
+    """Lines for a person, or one JSON object each."""
+    shape = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=shape)
+    if as_json:
+        from pythonjsonlogger.json import JsonFormatter
+
+        logging.getLogger().handlers[0].setFormatter(JsonFormatter(shape))
+
+
 # ---- Chat page --------------------------------------------------------------
 # A chat in the browser, made with gradio, under /chat. It is a caller like any other: what a
 # person asks becomes a ChatRequest, and ChatModel.answer answers it.
@@ -3200,6 +3217,8 @@ PAGE_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline';"
     " img-src 'self' data: blob:; font-src 'self' data:; form-action 'self'"
 )
+# The second has nginx pass on an answer as it comes.
+PAGE_HEADERS = {"Content-Security-Policy": PAGE_POLICY, "X-Accel-Buffering": "no"}
 # Seconds between two states of an answer: each takes time that the model could use.
 PAGE_PACE = 0.1
 # Of so many people gradio knows what was said, and so many may wait for answers; which of them
@@ -3235,10 +3254,10 @@ def turns_of(history: list[dict[str, Any]]) -> list[Message]:
 class ChatPage:
     """The page, and what it asks of the model. gradio takes seconds to import, so it comes late."""
 
-    def __init__(self, model: Callable[[], ChatModel], refused: Callable[[Call, ChatError], None]):
+    def __init__(self, model: Callable[[], ChatModel], metrics: Metrics):
         import gradio
 
-        self.model, self.refused, self.gradio = model, refused, gradio
+        self.model, self.metrics, self.gradio = model, metrics, gradio
         english, chinese = (
             {name: words[i] for name, words in PAGE_WORDS.items()} for i in range(2)
         )
@@ -3250,6 +3269,7 @@ class ChatPage:
         try:
             model = self.model()
             body = self._request(model, *asked)
+            self.metrics.asked(call, body)
             prompt = await asyncio.to_thread(body.prepare, model)
             if prompt.dropped_turns:
                 self.gradio.Info(PAGE_DROPPED, title="")
@@ -3266,7 +3286,7 @@ class ChatPage:
         except Exception:
             log.exception("the chat page failed")
             refusal = ChatError("the server failed; its log says why")
-        self.refused(call, refusal)
+        self.metrics.refused(call, refusal)
         yield {"role": "assistant", "content": "", "metadata": {"title": f"⚠️ {refusal}"}}
 
     def _request(
@@ -3356,12 +3376,12 @@ def path_of(scope: Scope) -> str:
     return str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
 
 
-def with_header(send: Send, name: str, value: str) -> Send:
-    """The same `send`, but every answer has this header too."""
+def with_headers(send: Send, headers: dict[str, str]) -> Send:
+    """The same `send`, but every answer has these headers too."""
 
     async def named(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            MutableHeaders(scope=message)[name] = value
+            MutableHeaders(scope=message).update(headers)
         await send(message)
 
     return named
@@ -3378,7 +3398,7 @@ class PageGuard:
             raise HTTPException(404)
         # gradio would let the pages of any other site read its answers.
         del MutableHeaders(scope=scope)["origin"]
-        await self.app(scope, receive, with_header(send, "Content-Security-Policy", PAGE_POLICY))
+        await self.app(scope, receive, with_headers(send, PAGE_HEADERS))
 
 
 def is_key(given: bytes, keys: tuple[str, ...]) -> bool:
@@ -3388,14 +3408,11 @@ def is_key(given: bytes, keys: tuple[str, ...]) -> bool:
 
 
 def mount_chat_page(
-    app: FastAPI,
-    model: Callable[[], ChatModel],
-    refused: Callable[[Call, ChatError], None],
-    keys: tuple[str, ...],
+    app: FastAPI, model: Callable[[], ChatModel], metrics: Metrics, keys: tuple[str, ...]
 ) -> bool:
     """Add the page, which asks for a key where there are any; False if gradio is not installed."""
     try:
-        page = ChatPage(model, refused)
+        page = ChatPage(model, metrics)
     except ImportError as missing:
         log.warning("there is no chat page: %s", missing)
         return False
@@ -3490,7 +3507,7 @@ class NamedCalls:
         call_id = given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
         call = Call(call_id, path if path in ROUTES else "other")
         scope.setdefault("state", {})["call"] = call
-        await self.app(scope, receive, with_header(send, "X-Request-ID", call.id))
+        await self.app(scope, receive, with_headers(send, {"X-Request-ID": call.id}))
 
 
 class RequireKey:
@@ -3510,7 +3527,9 @@ class RequireKey:
 
     def _open(self, scope: Scope) -> bool:
         path = path_of(scope)
-        at_page = f"{path}/".startswith("/chat/") or (scope["method"], path) == ("GET", "/")
+        at_page = f"{path}/".startswith("/chat/") or (
+            path == "/" and scope["method"] in ("GET", "HEAD")
+        )
         return path == "/health" or (self.page and at_page)
 
     def _known(self, scope: Scope) -> bool:
@@ -3624,12 +3643,24 @@ async def event_stream(
     return EventStream(body())
 
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def local_address(host: str) -> str:
+    """Where this machine itself reaches a server that listens on `host`, as URLs write it."""
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
 class Serving:
     """The model behind the routes: first it loads, then it answers."""
 
     def __init__(self, settings: Settings, load: Callable[[Settings], ChatModel]):
         self.settings, self.load = settings, load
-        self.metrics = Metrics(lambda: self._model.engine if self._model else None)
+        self.metrics = Metrics(
+            lambda: self._model.engine if self._model else None, settings.log_prompts
+        )
         self._model: ChatModel | None = None
         self._end_by: float | None = None
 
@@ -3665,9 +3696,7 @@ class Serving:
         model = self.model(name)
         # Before anything is spent on a request that would be refused.
         model.engine.check_queue()
-        if self.settings.log_prompts:
-            asked = body.model_dump(include={"prompt", "history", "system", "messages"})
-            log.info("request_id=%s asked=%r", call_of(request.scope).id, asked)
+        self.metrics.asked(call_of(request.scope), body)
         prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
         reply = reply_of(model, body, prompt)
         choices = [Choice(index) for index in range(n)]
@@ -3732,16 +3761,16 @@ class Serving:
 
     def _greet(self, model: ChatModel) -> None:
         """What is served, where, and how to reach it from elsewhere."""
-        port, open_to_all = self.settings.port, self.settings.host not in ("127.0.0.1", "localhost")
-        here = f"http://127.0.0.1:{port}"
+        port, here = self.settings.port, local_address(self.settings.host)
+        url = f"http://{here}:{port}"
         lines = model.facts | {
-            "calls": f"{here} (prompt and history), {here}/v1 (OpenAI's), {here}/docs",
-            **({"chat page": f"{here}/chat"} if self.settings.chat_page else {}),
-            "from a laptop": f"ssh -CNg -L {port}:127.0.0.1:{port} -p PORT USER@THIS-MACHINE",
+            "calls": f"{url} (prompt and history), {url}/v1 (OpenAI's), {url}/docs",
+            **({"chat page": f"{url}/chat"} if self.settings.chat_page else {}),
+            "from a laptop": f"ssh -CNg -L {port}:{here}:{port} -p PORT USER@THIS-MACHINE",
         }
         for name, fact in lines.items():
             log.info("%s: %s", name, fact)
-        if open_to_all and not self.settings.keys:
+        if self.settings.host not in LOOPBACK and not self.settings.keys:
             log.warning(
                 "anyone who reaches port %d can use this server; set a key with CHAT_API_KEY or"
                 " --api-key, or listen with --host 127.0.0.1",
@@ -3753,27 +3782,29 @@ class Serving:
 def add_error_handlers(app: FastAPI, serving: Serving) -> None:
     """Every error becomes a ChatError, and is told in the caller's dialect."""
 
-    def told(kind: type[Exception], meaning: Callable[[Request, Any], ChatError]) -> None:
-        async def refuse(request: Request, error: Exception) -> JSONText:
-            return serving.refuse(request.scope, meaning(request, error))
+    async def told(request: Request, error: Exception) -> Response:
+        # FastAPI wraps what happens to it while it reads a body.
+        if isinstance(error, ClientDisconnect) or isinstance(error.__cause__, ClientDisconnect):
+            return Response(status_code=499)
+        if isinstance(error, RequestValidationError):
+            error = from_validation(error)
+        elif isinstance(error, HTTPException):
+            error = from_http(error, request.url.path)
+        elif not isinstance(error, ChatError):
+            error = ChatError("the server failed; its log says why")
+        return serving.refuse(request.scope, error)
 
-        app.add_exception_handler(kind, refuse)
-
-    told(ChatError, lambda request, error: error)
-    told(RequestValidationError, lambda request, error: from_validation(error))
-    told(HTTPException, lambda request, error: from_http(error, request.url.path))
-    told(Exception, lambda request, error: ChatError("the server failed; its log says why"))
-
-    @app.exception_handler(ClientDisconnect)
-    async def forget(_: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=499)
+    for kind in (ChatError, ClientDisconnect, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, told)
 
 
 def build_app(
     settings: Settings | None = None, load: Callable[[Settings], ChatModel] = load_chat_model
 ) -> FastAPI:
     """The application; its model loads in a thread once it is started."""
-    settings = settings or read_settings([])
+    if settings is None:
+        settings = read_settings([])
+        start_log(settings.log_json)
     serving = Serving(settings, load)
     # FastAPI, but /docs fetches nothing from another host, which a rented machine may not reach.
     app = FastAPIOffline(redoc_url=None, title="chat-api", lifespan=serving.lifespan)
@@ -3794,17 +3825,20 @@ def build_app(
         )
     add_error_handlers(app, serving)
     has_page = settings.chat_page and mount_chat_page(
-        app, serving.model, serving.metrics.refused, settings.keys
+        app, serving.model, serving.metrics, settings.keys
     )
 
     elsewhere = {307: {"description": "A browser is sent to the chat page"}} if has_page else {}
 
+    # HEAD is for monitors, and not for the docs.
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse, responses=promised(error=ErrorBody) | elsewhere)
     async def page(request: Request) -> Response:
         if has_page and "text/html" in request.headers.get("accept", ""):
             return RedirectResponse("chat/")
         return HTMLResponse(PAGE)
 
+    @app.head("/health", include_in_schema=False)
     @app.get(
         "/health", responses={200: STATE, 503: STATE | {"description": "Loading, draining or dead"}}
     )
@@ -3851,16 +3885,8 @@ def card_of(model: ChatModel) -> dict[str, Any]:
 # What may come before a body.
 MAX_HEAD = 64 * 2**10
 HEAD_SECONDS = 30.0
-
-
-def start_log(as_json: bool) -> None:
-    """Lines for a person, or one JSON object each."""
-    shape = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=shape)
-    if as_json:
-        from pythonjsonlogger.json import JsonFormatter
-
-        logging.getLogger().handlers[0].setFormatter(JsonFormatter(shape))
+# Longer than the minute for which load balancers keep a connection that they may use again.
+KEEP_ALIVE = 75
 
 
 class Connection(HttpToolsProtocol):
@@ -3875,9 +3901,9 @@ class Connection(HttpToolsProtocol):
         self.head: float = 0
         self.patience = self.loop.call_later(HEAD_SECONDS, transport.close)
 
-    def _have_patience(self) -> None:
+    def _have_patience(self, seconds: float) -> None:
         self.patience.cancel()
-        self.patience = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        self.patience = self.loop.call_later(seconds, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
         if not self.head:  # the first bytes of a request
@@ -3891,7 +3917,7 @@ class Connection(HttpToolsProtocol):
             self.send_400_response("The headers are too long.")
 
     def on_message_begin(self) -> None:
-        self._have_patience()
+        self._have_patience(HEAD_SECONDS)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -3907,7 +3933,7 @@ class Connection(HttpToolsProtocol):
         # uvicorn's own patience ends with any next byte, also with one that begins no message.
         super().on_response_complete()
         if self.timeout_keep_alive_task:  # no other request is under way
-            self._have_patience()
+            self._have_patience(KEEP_ALIVE)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.patience.cancel()
@@ -3937,8 +3963,9 @@ class Server(uvicorn.Server):
 def listener(host: str, port: int) -> socket.socket:
     """The socket to serve on, taken before anything is loaded; exits with one sentence."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((host, port), family=family)
+        return socket.create_server((host, port), family=family, dualstack_ipv6=both)
     except OSError as error:
         why = (error.strerror or str(error)).partition(" (")[0]
         sys.exit(
@@ -3959,13 +3986,15 @@ def main() -> None:
         return
     sockets = [listener(settings.host, settings.port)]
     app = build_app(settings)
-    log.info("loading; http://127.0.0.1:%d/health tells when it is done", settings.port)
+    here = f"{local_address(settings.host)}:{settings.port}"
+    log.info("loading; http://%s/health tells when it is done", here)
     config = uvicorn.Config(
         app,
         root_path=settings.root_path,
         log_config=None,  # its lines are like all others
         log_level="warning",
         http=Connection,
+        timeout_keep_alive=KEEP_ALIVE,
         # Seconds for what is no answer: a page that is open, a body that never comes.
         timeout_graceful_shutdown=5,
     )

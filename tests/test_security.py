@@ -282,12 +282,21 @@ def test_a_second_request_is_waited_for_no_longer(server, monkeypatch):
 )
 def test_a_crumb_after_an_answer_holds_no_connection(server, monkeypatch, request_, crumb):
     """uvicorn waits for the next request with a patience that any byte ends."""
-    monkeypatch.setattr(api, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(api, "KEEP_ALIVE", 0.3)
     with peer(server) as connection:
         connection.sendall(request_)
         assert connection.recv(65536).startswith(b"HTTP/1.1 ")
         connection.sendall(crumb)
         assert told(connection) == b""
+
+
+def test_between_requests_a_connection_is_kept_for_longer(server, monkeypatch):
+    monkeypatch.setattr(api, "HEAD_SECONDS", 0.2)
+    with peer(server) as connection:
+        for _ in range(2):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b"ready" in connection.recv(65536)
+            time.sleep(0.5)
 
 
 def test_an_answer_may_take_longer_than_a_question(server, runner, monkeypatch):

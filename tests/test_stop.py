@@ -11,11 +11,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from benchmark import free_port
 from conftest import ROOT, wait_for
+
+import api
 
 # api.py with a model that says "hello" one character each tenth of a second.
 SLOW = """
@@ -205,6 +208,18 @@ def test_a_second_signal_ends_at_once():
         assert process.wait(10) == 128 + signal.SIGINT
         client.join(20)
     assert client.cut_off
+
+
+def test_a_connection_is_kept_for_longer_than_a_load_balancer_keeps_it(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["api.py", "--no-chat-page"])
+    monkeypatch.setattr(api, "listener", lambda *_: None)
+    monkeypatch.setattr(api.os, "_exit", lambda _: None)
+    configs = []
+    monkeypatch.setattr(
+        api, "Server", lambda config, _: configs.append(config) or SimpleNamespace(run=id)
+    )
+    api.main()
+    assert configs[0].timeout_keep_alive > 60
 
 
 @pytest.mark.parametrize("load", [0, 60])
