@@ -54,7 +54,7 @@ from collections.abc import (
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import accumulate, groupby, pairwise, product
 from math import inf
@@ -94,6 +94,7 @@ try:
         PlainValidator,
         SecretStr,
         Tag,
+        TypeAdapter,
         ValidationError,
         model_validator,
     )
@@ -563,6 +564,8 @@ class ChatTokenizer:
         # A special token that is matched after normalisation can be spelled in other characters.
         hidden = any(token["special"] and token["normalized"] for token in spec["added_tokens"])
         self._whole = family is None and not (hidden and spec["normalizer"])
+        # Of an answer with logprobs the same tokens are spelled over and over.
+        self.spell = lru_cache(2**16)(self._spell)
 
     def encode(self, messages: list[Message]) -> list[int]:
         """The prompt's token ids, with the generation prompt."""
@@ -580,7 +583,7 @@ class ChatTokenizer:
         begin = [self.special[self.family.begin]] if self.family.begin else []
         return begin + token_ids(self.plain, text)
 
-    def spell(self, token: int) -> str:
+    def _spell(self, token: int) -> str:
         """A token as the text that it adds to an answer, a leading space included."""
         decode = partial(self.backend.decode, skip_special_tokens=False)
         return decode([*self._before, token]).removeprefix(decode(self._before))
@@ -2482,6 +2485,8 @@ NOT_HONOURED = (
     "tools", "tool_choice", "functions", "function_call", "logit_bias", "response_format",
     "best_of", "num_beams", "suffix", "echo", "audio", "prediction", "web_search_options",
 )  # fmt: skip
+# But for these values, which change nothing.
+NEUTRAL = {"n": 1, "best_of": 1, "num_beams": 1, "response_format": {"type": "text"}}
 LENGTH_NAMES = ("max_length", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -2493,8 +2498,10 @@ class WireModel(BaseModel):
 
 def whole_characters(text: str) -> str:
     """Refuse half of a surrogate pair, which JSON can spell and no tokenizer can read."""
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError("must not contain an unpaired surrogate")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must not contain an unpaired surrogate") from None
     return text
 
 
@@ -2523,9 +2530,11 @@ def history_shape(history: Any) -> str | None:
     return "pairs" if kinds <= {list} else "turns" if kinds <= {dict, WireMessage} else None
 
 
-# Up to the first mistake, which is all that is told: a body has room for millions.
-Pairs = Annotated[list[Pair], Field(fail_fast=True), Tag("pairs")]
-Turns = Annotated[list[WireMessage], Field(fail_fast=True), Tag("turns")]
+# A body has room for millions, of turns and of mistakes; only the first mistake is told.
+MAX_TURNS = 4096
+FewTurns = Field(max_length=MAX_TURNS, fail_fast=True)
+Pairs = Annotated[list[Pair], FewTurns, Tag("pairs")]
+Turns = Annotated[list[WireMessage], FewTurns, Tag("turns")]
 History = Annotated[
     Pairs | Turns,
     Discriminator(
@@ -2572,17 +2581,43 @@ def joined_parts(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
+# Checks millions in the time that a loop of our own needs for thousands.
+TOKEN_IDS = TypeAdapter(
+    Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(fail_fast=True)]
+)
+
+
 def one_prompt(prompt: Any) -> str | list[int]:
     """A text or token ids; a list of one such is taken for it."""
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str):
         return whole_characters(prompt)
-    if isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt):
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         raise ValueError("must be a single prompt; send one request for each, they are batched")
-    if not isinstance(prompt, list) or not all(type(i) is int and i >= 0 for i in prompt):
-        raise ValueError("must be a text, or a list of token ids")
-    return prompt
+    try:
+        return TOKEN_IDS.validate_python(prompt)
+    except ValidationError:
+        raise ValueError("must be a text, or a list of token ids") from None
+
+
+def from_validation(error: ValidationError | RequestValidationError) -> BadRequest:
+    """Say in one sentence what pydantic found first."""
+    first = error.errors()[0]
+    # The location without the tags of a union's branches.
+    path = [part for part in first["loc"] if part not in ("body", "pairs", "turns")]
+    if first["type"] == "json_invalid":
+        return BadRequest(
+            f"the body is not valid JSON: {first['ctx']['error']}, near character {path[0]}"
+        )
+    if not path:
+        return BadRequest('the body must be a JSON object, such as {"prompt": "hello"}')
+    name = str(path[0]) + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path[1:])
+    if first["type"] == "missing":
+        return BadRequest(f"{name} is missing", str(path[0]))
+    message = first["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    message = re.sub("^(Input|List|Tuple|Value) should", "must", message)
+    return BadRequest(f"{name} {message[0].lower()}{message[1:]}", str(path[0]))
 
 
 class SamplingFields(WireModel):
@@ -2611,15 +2646,17 @@ class SamplingFields(WireModel):
     @model_validator(mode="before")
     @classmethod
     def refuse_what_is_not_honoured(cls, body: Any) -> Any:
-        if isinstance(body, dict):
-            for name in cls.not_honoured:
-                if body.get(name) not in (None, False, [], {}):
-                    raise BadRequest(f"{name} is not supported by this call; leave it out", name)
-            lengths = [name for name in LENGTH_NAMES if body.get(name) is not None]
-            if len(lengths) > 1:
-                names = " and ".join(lengths)
-                raise BadRequest(f"{names} mean the same; send one of them", lengths[1])
-        return body
+        if not isinstance(body, dict):
+            return body
+        for name in cls.not_honoured:
+            if body.get(name) not in (None, False, [], {}, NEUTRAL.get(name)):
+                raise BadRequest(f"{name} is not supported by this call; leave it out", name)
+        lengths = [name for name in LENGTH_NAMES if body.get(name) is not None]
+        if len(lengths) > 1:
+            names = " and ".join(lengths)
+            raise BadRequest(f"{names} mean the same; send one of them", lengths[1])
+        # The first of several names would be read, null or not.
+        return {k: v for k, v in body.items() if k not in LENGTH_NAMES or v is not None}
 
     def given(self) -> dict[str, Any]:
         """The knobs that were really given, by the names of Sampling."""
@@ -2741,7 +2778,7 @@ class ChatCompletionRequest(OpenAIRequest):
 
     not_honoured = tuple(name for name in NOT_HONOURED if name != "response_format")
 
-    messages: list[OpenAIMessage] = Field(min_length=1, fail_fast=True)
+    messages: list[OpenAIMessage] = Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -3031,9 +3068,10 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 6
 
 
 class Metrics:
-    """Counts what happens; `engine` gives the engine once there is one."""
+    """Counts and logs what happens; `engine` gives the engine once there is one."""
 
-    def __init__(self, engine: Callable[[], Engine | None]):
+    def __init__(self, engine: Callable[[], Engine | None], log_prompts: bool = False):
+        self.log_prompts = log_prompts
         self.registry = prometheus_client.CollectorRegistry()
         mine: Any = {"namespace": "chat", "registry": self.registry}
         count: Any = partial(prometheus_client.Counter, **mine)
@@ -3057,6 +3095,12 @@ class Metrics:
         for name, value in read.items():
             gauge = prometheus_client.Gauge(name, name.replace("_", " "), **mine)
             gauge.set_function(partial(lambda value: value(e) if (e := engine()) else 0, value))
+
+    def asked(self, call: Call, body: SamplingFields) -> None:
+        """Log the texts of a request, if that is wanted."""
+        if self.log_prompts:
+            texts = body.model_dump(include={"prompt", "history", "system", "messages"})
+            log.info("request_id=%s asked=%r", call.id, texts)
 
     def ended(self, seq: Sequence) -> None:
         """Take account of a sequence that left the engine; called on its thread."""
@@ -3101,6 +3145,16 @@ def log_line(line: dict[str, Any]) -> None:
     log.info(" ".join(f"{name}={value}" for name, value in line.items()), extra=line)
 
 
+def start_log(as_json: bool) -> None:
+    """Lines for a person, or one JSON object each."""
+    shape = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=shape)
+    if as_json:
+        from pythonjsonlogger.json import JsonFormatter
+
+        logging.getLogger().handlers[0].setFormatter(JsonFormatter(shape))
+
+
 # ---- Chat page --------------------------------------------------------------
 # A chat in the browser, made with gradio, under /chat. It is a caller like any other: what a
 # person asks becomes a ChatRequest, and ChatModel.answer answers it.
@@ -3143,6 +3197,8 @@ PAGE_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline';"
     " img-src 'self' data: blob:; font-src 'self' data:; form-action 'self'"
 )
+# The second has nginx pass on an answer as it comes.
+PAGE_HEADERS = {"Content-Security-Policy": PAGE_POLICY, "X-Accel-Buffering": "no"}
 # Seconds between two states of an answer: each takes time that the model could use.
 PAGE_PACE = 0.1
 # Of so many people gradio knows what was said, and so many may wait for answers; which of them
@@ -3178,10 +3234,10 @@ def turns_of(history: list[dict[str, Any]]) -> list[Message]:
 class ChatPage:
     """The page, and what it asks of the model. gradio takes seconds to import, so it comes late."""
 
-    def __init__(self, model: Callable[[], ChatModel], refused: Callable[[Call, ChatError], None]):
+    def __init__(self, model: Callable[[], ChatModel], metrics: Metrics):
         import gradio
 
-        self.model, self.refused, self.gradio = model, refused, gradio
+        self.model, self.metrics, self.gradio = model, metrics, gradio
         english, chinese = (
             {name: words[i] for name, words in PAGE_WORDS.items()} for i in range(2)
         )
@@ -3193,6 +3249,7 @@ class ChatPage:
         try:
             model = self.model()
             body = self._request(model, *asked)
+            self.metrics.asked(call, body)
             prompt = await asyncio.to_thread(body.prepare, model)
             if prompt.dropped_turns:
                 self.gradio.Info(PAGE_DROPPED, title="")
@@ -3209,7 +3266,7 @@ class ChatPage:
         except Exception:
             log.exception("the chat page failed")
             refusal = ChatError("the server failed; its log says why")
-        self.refused(call, refusal)
+        self.metrics.refused(call, refusal)
         yield {"role": "assistant", "content": "", "metadata": {"title": f"⚠️ {refusal}"}}
 
     def _request(
@@ -3222,8 +3279,7 @@ class ChatPage:
         try:
             return ChatRequest.model_validate({**texts, **given, "truncate": True})
         except ValidationError as error:
-            first = error.errors()[0]
-            raise BadRequest(f"{first['loc'][0]}: {first['msg']}") from error
+            raise from_validation(error) from error
 
     def fill(self) -> list[Any]:
         """Once the model is there: an end of asking, its name, and its defaults."""
@@ -3300,12 +3356,12 @@ def path_of(scope: Scope) -> str:
     return str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
 
 
-def with_header(send: Send, name: str, value: str) -> Send:
-    """The same `send`, but every answer has this header too."""
+def with_headers(send: Send, headers: dict[str, str]) -> Send:
+    """The same `send`, but every answer has these headers too."""
 
     async def named(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            MutableHeaders(scope=message)[name] = value
+            MutableHeaders(scope=message).update(headers)
         await send(message)
 
     return named
@@ -3322,7 +3378,7 @@ class PageGuard:
             raise HTTPException(404)
         # gradio would let the pages of any other site read its answers.
         del MutableHeaders(scope=scope)["origin"]
-        await self.app(scope, receive, with_header(send, "Content-Security-Policy", PAGE_POLICY))
+        await self.app(scope, receive, with_headers(send, PAGE_HEADERS))
 
 
 def is_key(given: bytes, keys: tuple[str, ...]) -> bool:
@@ -3332,14 +3388,11 @@ def is_key(given: bytes, keys: tuple[str, ...]) -> bool:
 
 
 def mount_chat_page(
-    app: FastAPI,
-    model: Callable[[], ChatModel],
-    refused: Callable[[Call, ChatError], None],
-    keys: tuple[str, ...],
+    app: FastAPI, model: Callable[[], ChatModel], metrics: Metrics, keys: tuple[str, ...]
 ) -> bool:
     """Add the page, which asks for a key where there are any; False if gradio is not installed."""
     try:
-        page = ChatPage(model, refused)
+        page = ChatPage(model, metrics)
     except ImportError as missing:
         log.warning("there is no chat page: %s", missing)
         return False
@@ -3391,24 +3444,6 @@ def error_body(error: ChatError, openai: bool = False) -> dict[str, Any]:
     return {"error": detail} | ({} if openai else ours)
 
 
-def from_validation(error: RequestValidationError) -> BadRequest:
-    """Say in one sentence what pydantic found first."""
-    first = error.errors()[0]
-    # The location without "body" and without the tags of a union's branches.
-    path = [part for part in first["loc"][1:] if part not in ("pairs", "turns")]
-    if first["type"] == "json_invalid":
-        return BadRequest(
-            f"the body is not valid JSON: {first['ctx']['error']}, near character {path[0]}"
-        )
-    if not path:
-        return BadRequest('the body must be a JSON object, such as {"prompt": "hello"}')
-    name = str(path[0]) + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path[1:])
-    if first["type"] == "missing":
-        return BadRequest(f"{name} is missing", str(path[0]))
-    message = first["msg"].replace("Input should", "must").replace("Value error, ", "")
-    return BadRequest(f"{name} {message[0].lower()}{message[1:]}", str(path[0]))
-
-
 def from_http(error: HTTPException, path: str) -> ChatError:
     """Starlette's and FastAPI's own refusals, in our words."""
     if error.status_code == 413:
@@ -3452,7 +3487,7 @@ class NamedCalls:
         call_id = given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
         call = Call(call_id, path if path in ROUTES else "other")
         scope.setdefault("state", {})["call"] = call
-        await self.app(scope, receive, with_header(send, "X-Request-ID", call.id))
+        await self.app(scope, receive, with_headers(send, {"X-Request-ID": call.id}))
 
 
 class RequireKey:
@@ -3472,7 +3507,9 @@ class RequireKey:
 
     def _open(self, scope: Scope) -> bool:
         path = path_of(scope)
-        at_page = f"{path}/".startswith("/chat/") or (scope["method"], path) == ("GET", "/")
+        at_page = f"{path}/".startswith("/chat/") or (
+            path == "/" and scope["method"] in ("GET", "HEAD")
+        )
         return path == "/health" or (self.page and at_page)
 
     def _known(self, scope: Scope) -> bool:
@@ -3586,15 +3623,26 @@ async def event_stream(
     return EventStream(body())
 
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def local_address(host: str) -> str:
+    """Where this machine itself reaches a server that listens on `host`, as URLs write it."""
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
 class Serving:
     """The model behind the routes: first it loads, then it answers."""
 
     def __init__(self, settings: Settings, load: Callable[[Settings], ChatModel]):
         self.settings, self.load = settings, load
-        self.metrics = Metrics(lambda: self._model.engine if self._model else None)
+        self.metrics = Metrics(
+            lambda: self._model.engine if self._model else None, settings.log_prompts
+        )
         self._model: ChatModel | None = None
         self._end_by: float | None = None
-        self._coming = 0  # requests of which the engine may not know yet
 
     @property
     def health(self) -> dict[str, Any]:
@@ -3628,22 +3676,17 @@ class Serving:
         model = self.model(name)
         # Before anything is spent on a request that would be refused.
         model.engine.check_queue()
-        if self.settings.log_prompts:
-            asked = body.model_dump(include={"prompt", "history", "system", "messages"})
-            log.info("request_id=%s asked=%r", call_of(request.scope).id, asked)
-        self._coming += 1
-        try:
-            prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
-            reply = reply_of(model, body, prompt)
-            choices = [Choice(index) for index in range(n)]
-            deltas = model.answer(prompt, n, call_of(request.scope))
-            if body.stream:
-                events = events_of(deltas, choices, reply)
-                return await event_stream(request, events, partial(self.tell, request.scope))
-            await while_connected(request, collect(deltas, choices))
-            return JSONText(reply.whole(choices))
-        finally:
-            self._coming -= 1
+        self.metrics.asked(call_of(request.scope), body)
+        prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
+        reply = reply_of(model, body, prompt)
+        choices = [Choice(index) for index in range(n)]
+        deltas = model.answer(prompt, n, call_of(request.scope))
+        if body.stream:
+            events = events_of(deltas, choices, reply)
+            return await event_stream(request, events, partial(self.tell, request.scope))
+        await while_connected(request, collect(deltas, choices))
+        # The logprobs of many tokens take seconds to spell.
+        return await asyncio.to_thread(lambda: JSONText(reply.whole(choices)))
 
     def tell(self, scope: Scope, error: ChatError) -> dict[str, Any]:
         """The body of an error, in the caller's dialect; the error is counted."""
@@ -3666,25 +3709,21 @@ class Serving:
         self._end_by = time.monotonic() + self.settings.drain_timeout
         log.info("stopping, once the answers under way are through; again to stop at once")
 
-    async def drained(self) -> bool:
-        """Whether all that was under way has ended; what takes too long is ended here."""
-        if self._end_by is None or not self._model:
-            return self.draining
-        engine = self._model.engine
-        if engine.failure or not (self._coming or engine.running or engine.num_waiting):
-            return True
-        if time.monotonic() < self._end_by:
-            return False
-        await asyncio.to_thread(engine.close)
-        return True
+    def drained(self, busy: bool) -> bool:
+        """Whether to stop now: no request is busy any more, or their time is over."""
+        return self._end_by is not None and (not busy or time.monotonic() >= self._end_by)
+
+    async def close(self) -> None:
+        """End with an error what is still being generated."""
+        if self._model:
+            await asyncio.to_thread(self._model.engine.close)
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         # A daemon, so that Ctrl-C need not wait for the weights.
         threading.Thread(target=self._load, name="loader", daemon=True).start()
         yield
-        if self._model:
-            await asyncio.to_thread(self._model.engine.close)
+        await self.close()
 
     def _load(self) -> None:
         try:
@@ -3702,16 +3741,16 @@ class Serving:
 
     def _greet(self, model: ChatModel) -> None:
         """What is served, where, and how to reach it from elsewhere."""
-        port, open_to_all = self.settings.port, self.settings.host not in ("127.0.0.1", "localhost")
-        here = f"http://127.0.0.1:{port}"
+        port, here = self.settings.port, local_address(self.settings.host)
+        url = f"http://{here}:{port}"
         lines = model.facts | {
-            "calls": f"{here} (prompt and history), {here}/v1 (OpenAI's), {here}/docs",
-            **({"chat page": f"{here}/chat"} if self.settings.chat_page else {}),
-            "from a laptop": f"ssh -CNg -L {port}:127.0.0.1:{port} -p PORT USER@THIS-MACHINE",
+            "calls": f"{url} (prompt and history), {url}/v1 (OpenAI's), {url}/docs",
+            **({"chat page": f"{url}/chat"} if self.settings.chat_page else {}),
+            "from a laptop": f"ssh -CNg -L {port}:{here}:{port} -p PORT USER@THIS-MACHINE",
         }
         for name, fact in lines.items():
             log.info("%s: %s", name, fact)
-        if open_to_all and not self.settings.keys:
+        if self.settings.host not in LOOPBACK and not self.settings.keys:
             log.warning(
                 "anyone who reaches port %d can use this server; set a key with CHAT_API_KEY or"
                 " --api-key, or listen with --host 127.0.0.1",
@@ -3723,27 +3762,29 @@ class Serving:
 def add_error_handlers(app: FastAPI, serving: Serving) -> None:
     """Every error becomes a ChatError, and is told in the caller's dialect."""
 
-    def told(kind: type[Exception], meaning: Callable[[Request, Any], ChatError]) -> None:
-        async def refuse(request: Request, error: Exception) -> JSONText:
-            return serving.refuse(request.scope, meaning(request, error))
+    async def told(request: Request, error: Exception) -> Response:
+        # FastAPI wraps what happens to it while it reads a body.
+        if isinstance(error, ClientDisconnect) or isinstance(error.__cause__, ClientDisconnect):
+            return Response(status_code=499)
+        if isinstance(error, RequestValidationError):
+            error = from_validation(error)
+        elif isinstance(error, HTTPException):
+            error = from_http(error, request.url.path)
+        elif not isinstance(error, ChatError):
+            error = ChatError("the server failed; its log says why")
+        return serving.refuse(request.scope, error)
 
-        app.add_exception_handler(kind, refuse)
-
-    told(ChatError, lambda request, error: error)
-    told(RequestValidationError, lambda request, error: from_validation(error))
-    told(HTTPException, lambda request, error: from_http(error, request.url.path))
-    told(Exception, lambda request, error: ChatError("the server failed; its log says why"))
-
-    @app.exception_handler(ClientDisconnect)
-    async def forget(_: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=499)
+    for kind in (ChatError, ClientDisconnect, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, told)
 
 
 def build_app(
     settings: Settings | None = None, load: Callable[[Settings], ChatModel] = load_chat_model
 ) -> FastAPI:
     """The application; its model loads in a thread once it is started."""
-    settings = settings or read_settings([])
+    if settings is None:
+        settings = read_settings([])
+        start_log(settings.log_json)
     serving = Serving(settings, load)
     # FastAPI, but /docs fetches nothing from another host, which a rented machine may not reach.
     app = FastAPIOffline(redoc_url=None, title="chat-api", lifespan=serving.lifespan)
@@ -3764,17 +3805,20 @@ def build_app(
         )
     add_error_handlers(app, serving)
     has_page = settings.chat_page and mount_chat_page(
-        app, serving.model, serving.metrics.refused, settings.keys
+        app, serving.model, serving.metrics, settings.keys
     )
 
     elsewhere = {307: {"description": "A browser is sent to the chat page"}} if has_page else {}
 
+    # HEAD is for monitors, and not for the docs.
+    @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse, responses=promised(error=ErrorBody) | elsewhere)
     async def page(request: Request) -> Response:
         if has_page and "text/html" in request.headers.get("accept", ""):
             return RedirectResponse("chat/")
         return HTMLResponse(PAGE)
 
+    @app.head("/health", include_in_schema=False)
     @app.get(
         "/health", responses={200: STATE, 503: STATE | {"description": "Loading, draining or dead"}}
     )
@@ -3821,31 +3865,31 @@ def card_of(model: ChatModel) -> dict[str, Any]:
 # What may come before a body.
 MAX_HEAD = 64 * 2**10
 HEAD_SECONDS = 30.0
-
-
-def start_log(as_json: bool) -> None:
-    """Lines for a person, or one JSON object each."""
-    shape = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=shape)
-    if as_json:
-        from pythonjsonlogger.json import JsonFormatter
-
-        logging.getLogger().handlers[0].setFormatter(JsonFormatter(shape))
+# Longer than the minute for which load balancers keep a connection that they may use again.
+KEEP_ALIVE = 75
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, but what comes before a body is limited, in bytes and in seconds."""
+    """uvicorn's, but what comes before a body is limited, in bytes and in seconds.
+
+    And an offer to speak HTTP/2, which Java's client makes with each request, is ignored: the
+    parser would take the body for HTTP/2.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.head: float = 0
         self.patience = self.loop.call_later(HEAD_SECONDS, transport.close)
 
-    def _have_patience(self) -> None:
+    def _have_patience(self, seconds: float) -> None:
         self.patience.cancel()
-        self.patience = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        self.patience = self.loop.call_later(seconds, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
+        if not self.head:  # the first bytes of a request
+            head, blank, rest = data.partition(b"\r\n\r\n")
+            # A name as long as that one, so that every count stays right.
+            data = re.sub(rb"(?i)(?<=\r\n)upgrade(?=: *h2c)", b"ignored", head) + blank + rest
         self.head += len(data)
         super().data_received(data)
         # Asked when it is known how much of it was body.
@@ -3853,7 +3897,7 @@ class Connection(HttpToolsProtocol):
             self.send_400_response("The headers are too long.")
 
     def on_message_begin(self) -> None:
-        self._have_patience()
+        self._have_patience(HEAD_SECONDS)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -3869,7 +3913,7 @@ class Connection(HttpToolsProtocol):
         # uvicorn's own patience ends with any next byte, also with one that begins no message.
         super().on_response_complete()
         if self.timeout_keep_alive_task:  # no other request is under way
-            self._have_patience()
+            self._have_patience(KEEP_ALIVE)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.patience.cancel()
@@ -3890,15 +3934,18 @@ class Server(uvicorn.Server):
         self.serving.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        self.should_exit = self.should_exit or await self.serving.drained()
+        if self.serving.drained(busy=bool(self.server_state.tasks)):
+            await self.serving.close()
+            self.should_exit = True
         return await super().on_tick(counter)
 
 
 def listener(host: str, port: int) -> socket.socket:
     """The socket to serve on, taken before anything is loaded; exits with one sentence."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((host, port), family=family)
+        return socket.create_server((host, port), family=family, dualstack_ipv6=both)
     except OSError as error:
         why = (error.strerror or str(error)).partition(" (")[0]
         sys.exit(
@@ -3919,13 +3966,15 @@ def main() -> None:
         return
     sockets = [listener(settings.host, settings.port)]
     app = build_app(settings)
-    log.info("loading; http://127.0.0.1:%d/health tells when it is done", settings.port)
+    here = f"{local_address(settings.host)}:{settings.port}"
+    log.info("loading; http://%s/health tells when it is done", here)
     config = uvicorn.Config(
         app,
         root_path=settings.root_path,
         log_config=None,  # its lines are like all others
         log_level="warning",
         http=Connection,
+        timeout_keep_alive=KEEP_ALIVE,
         # Seconds for what is no answer: a page that is open, a body that never comes.
         timeout_graceful_shutdown=5,
     )

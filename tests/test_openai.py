@@ -1,6 +1,9 @@
 """OpenAI's dialect, as the real `openai` client and LangChain speak it, over a real socket."""
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -317,6 +320,29 @@ def test_tokens_told_join_to_the_text(client):
     chunks = [chunk.choices[0] for chunk in streamed]
     tokens = [t for chunk in chunks if chunk.logprobs for t in chunk.logprobs.content]
     assert "".join(token.token for token in tokens) == "hello"
+
+
+def test_many_tokens_are_spelled_once_and_beside_the_event_loop(server, monkeypatch, tokenizer):
+    text = api.ChatTokenizer(tokenizer)
+    assert text.spell(7) == text.spell(7)
+    assert text.spell.cache_info().hits == 1
+    wording = threading.Event()
+    whole = api.ChatCompletionReply.whole
+
+    def slowly(self, choices: list[api.Choice]) -> dict[str, object]:
+        wording.set()
+        time.sleep(1)
+        return whole(self, choices)
+
+    monkeypatch.setattr(api.ChatCompletionReply, "whole", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        url = f"{server}/v1/chat/completions"
+        answer = pool.submit(httpx.post, url, json={"messages": HELLO}, timeout=30)
+        assert wording.wait(20)
+        started = time.perf_counter()
+        assert httpx.get(f"{server}/health").status_code == 200
+        assert time.perf_counter() - started < 0.8
+        assert answer.result().status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

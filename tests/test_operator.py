@@ -151,6 +151,17 @@ def test_those_who_left_and_those_that_failed_are_counted(server, runner):
     assert "chat_requests_total,/,failed,none" not in samples(server)
 
 
+def test_who_leaves_while_the_body_is_sent_made_no_mistake(server, caplog):
+    caplog.set_level(logging.INFO)
+    host, port = server.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{"prompt"')
+    httpx.post(server, json=ASK, headers={"X-Request-ID": "abc-5"})
+    wait_for(lambda: "abc-5" in caplog.text)
+    assert "invalid_value" not in caplog.text
+    assert "chat_requests_total,/,invalid_value,none" not in samples(server)
+
+
 def test_one_line_for_each_request_and_no_text_of_it(server, caplog):
     caplog.set_level(logging.INFO)
     secret = {"prompt": "my secret\nforged line"}
@@ -183,9 +194,11 @@ def test_a_path_cannot_forge_a_line(server, caplog):
 
 
 @contextmanager
-def started(port: int, *arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+def started(
+    port: int, *arguments: str, how: tuple[str, ...] = ("api.py",), **variables: str
+) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "api.py", "--port", str(port), *arguments],
+        [sys.executable, *how, "--port", str(port), *arguments],
         cwd=ROOT,
         env=os.environ | variables,
         text=True,
@@ -218,6 +231,40 @@ def test_the_start_says_what_is_served_and_how_to_reach_it(demo_folder):
     assert f"http://127.0.0.1:{port}/v1" in text
     assert f"ssh -CNg -L {port}:127.0.0.1:{port}" in text
     assert f"anyone who reaches port {port}" in text
+
+
+def test_a_start_by_uvicorn_says_the_same(demo_folder):
+    factory = ("-m", "uvicorn", "--factory", "api:build_app")
+    with started(free_port(), how=factory, CHAT_CHAT_PAGE="false") as process:
+        text = "".join(read_until(process, "INFO ready"))
+    assert "model: demo, LlamaForCausalLM in bfloat16" in text
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "warned"),
+    [
+        ("0.0.0.0", "127.0.0.1", True),
+        ("::", "127.0.0.1", True),
+        ("::1", "[::1]", False),
+        ("127.0.0.1", "127.0.0.1", False),
+        ("localhost", "localhost", False),
+        ("192.0.2.7", "192.0.2.7", True),
+    ],
+)
+def test_the_address_told_is_one_that_works(runner, tokenizer, caplog, host, address, warned):
+    caplog.set_level(logging.INFO)
+    with serve(lambda settings: chat_model(runner, tokenizer), host=host, port=7000) as url:
+        ready(url)
+    assert f"http://{address}:7000/v1 (OpenAI's)" in caplog.text
+    assert f"ssh -CNg -L 7000:{address}:7000 " in caplog.text
+    assert ("anyone who reaches port 7000" in caplog.text) == warned
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="there is no IPv6 here")
+def test_all_of_ipv6_is_ipv4_too():
+    with api.listener("::", 0) as listening:
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, listening.getsockname()[1])).close()
 
 
 def test_no_warning_with_a_key_and_lines_of_json(demo_folder):

@@ -1,5 +1,8 @@
 """Old names and shapes stop at the schema; what it does not honour it refuses."""
 
+import time
+from contextlib import suppress
+
 import pytest
 from pydantic import ValidationError
 
@@ -10,6 +13,14 @@ def test_the_old_names_mean_new_tokens():
     for name in api.LENGTH_NAMES:
         request = api.ChatRequest.model_validate({"prompt": "x", name: 7})
         assert request.given() == {"max_new_tokens": 7}
+
+
+def test_a_null_beside_a_length_is_no_length():
+    """Whichever name is looked for first."""
+    for null in api.LENGTH_NAMES:
+        for name in set(api.LENGTH_NAMES) - {null}:
+            request = api.ChatRequest.model_validate({"prompt": "x", null: None, name: 5})
+            assert request.given() == {"max_new_tokens": 5}
 
 
 def test_only_what_was_given_overrides():
@@ -32,6 +43,42 @@ def test_of_many_mistakes_the_first_is_looked_for(schema, body):
     with pytest.raises(ValidationError) as refusal:
         schema.model_validate(body)
     assert refusal.value.error_count() <= 2  # of one item
+
+
+TURN = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "field", "turn"),
+    [
+        (api.ChatRequest, "history", ["a", "b"]),
+        (api.ChatRequest, "history", TURN),
+        (api.ChatCompletionRequest, "messages", TURN),
+    ],
+)
+def test_of_turns_there_may_be_so_many(schema, field, turn):
+    """Each costs far more in a template than its bytes in a body."""
+    schema.model_validate({"prompt": "x", field: [turn] * api.MAX_TURNS})
+    with pytest.raises(ValidationError) as refusal:
+        schema.model_validate({"prompt": "x", field: [turn] * 300_000})
+    told = api.from_validation(refusal.value)
+    assert str(told) == f"{field} must have at most 4096 items, not 300000"
+    assert told.param == field
+
+
+def test_millions_of_ids_are_checked_soon():
+    """The event loop waits while they are."""
+    started = time.perf_counter()
+    for ids in ([1] * 4_000_000, [*[1] * 4_000_000, -1]):
+        with suppress(ValidationError):
+            api.CompletionRequest.model_validate({"prompt": ids})
+    assert time.perf_counter() - started < 1
+
+
+def test_half_a_character_is_looked_for_soon():
+    started = time.perf_counter()
+    assert api.ChatRequest(prompt="你" * 8_000_000)
+    assert time.perf_counter() - started < 0.4
 
 
 def test_a_sign_of_life_does_not_undo_an_ending():
@@ -89,8 +136,14 @@ def test_two_system_texts_are_refused():
 @pytest.mark.parametrize("name", api.NOT_HONOURED)
 def test_what_would_change_the_meaning_is_refused(name):
     with pytest.raises(api.BadRequest, match=name):
-        api.ChatRequest.model_validate({"prompt": "x", name: 1})
+        api.ChatRequest.model_validate({"prompt": "x", name: 2})
     api.ChatRequest.model_validate({"prompt": "x", name: None, "user": "ignored"})
+
+
+@pytest.mark.parametrize("schema", [api.ChatRequest, api.CompletionRequest])
+def test_what_changes_nothing_is_not_refused(schema):
+    neutral = {"n": 1, "best_of": 1, "num_beams": 1, "response_format": {"type": "text"}}
+    assert schema.model_validate({"prompt": "x"} | neutral).given() == {}
 
 
 def test_every_knob_of_sampling_can_be_asked_for():

@@ -203,6 +203,32 @@ def test_strangers_cannot_make_the_metrics_grow(server):
     assert series() == before
 
 
+# ---- A client that offers HTTP/2
+
+OFFER = (
+    "POST / HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nHost: x\r\n"
+    "HTTP2-Settings: AAEAAEAAAAIAAAAB\r\n{length}\r\nUpgrade: h2c\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["body apart", "body at once"])
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "with a length"])
+def test_an_offer_of_http_2_is_ignored_and_the_body_is_read(server, chunked, apart):
+    """As Java's HttpClient makes it with every request on a connection."""
+    length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(BODY)}"
+    head = OFFER.format(length=length).encode()
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY) if chunked else BODY
+    with peer(server) as connection:
+        for _ in range(2):
+            connection.sendall(head if apart else head + body)
+            if apart:
+                time.sleep(0.05)
+                connection.sendall(body)
+            answer = connection.recv(65536)
+            assert status(answer) == 200, answer
+            assert b'"hello"' in answer
+
+
 # ---- What costs too much
 
 
@@ -256,12 +282,21 @@ def test_a_second_request_is_waited_for_no_longer(server, monkeypatch):
 )
 def test_a_crumb_after_an_answer_holds_no_connection(server, monkeypatch, request_, crumb):
     """uvicorn waits for the next request with a patience that any byte ends."""
-    monkeypatch.setattr(api, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(api, "KEEP_ALIVE", 0.3)
     with peer(server) as connection:
         connection.sendall(request_)
         assert connection.recv(65536).startswith(b"HTTP/1.1 ")
         connection.sendall(crumb)
         assert told(connection) == b""
+
+
+def test_between_requests_a_connection_is_kept_for_longer(server, monkeypatch):
+    monkeypatch.setattr(api, "HEAD_SECONDS", 0.2)
+    with peer(server) as connection:
+        for _ in range(2):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b"ready" in connection.recv(65536)
+            time.sleep(0.5)
 
 
 def test_an_answer_may_take_longer_than_a_question(server, runner, monkeypatch):

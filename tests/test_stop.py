@@ -1,7 +1,9 @@
 """A server that is told to stop loses nothing that it has begun."""
 
 import json
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -9,11 +11,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from benchmark import free_port
 from conftest import ROOT, wait_for
+
+import api
 
 # api.py with a model that says "hello" one character each tenth of a second.
 SLOW = """
@@ -24,9 +29,9 @@ from conftest import ScriptedRunner, byte_tokenizer, chat_model
 
 def load(settings):
     time.sleep({load})
-    runner = ScriptedRunner(byte_tokenizer(), "{say}")
-    runner.pause = 0.1
-    return chat_model(runner, byte_tokenizer(), max_batch=settings.max_batch)
+    runner = ScriptedRunner(byte_tokenizer(), "{say}", {context})
+    runner.pause = {pause}
+    return chat_model(runner, byte_tokenizer(), {context}, max_batch=settings.max_batch)
 
 def slowly(self, *given, encode=api.ChatTokenizer.encode):
     time.sleep(8)  # longer than uvicorn would wait
@@ -41,11 +46,18 @@ api.main()
 
 @contextmanager
 def started(
-    *flags: str, say: str = "x" * 20, load: float = 0, before: str = ""
+    *flags: str,
+    say: str = "x" * 20,
+    load: float = 0,
+    before: str = "",
+    pause: float = 0.1,
+    context: int = 512,
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     port = str(free_port())
-    code = SLOW.format(say=say, load=load, before=before)
-    command = [sys.executable, "-c", code, "--port", port, "--no-chat-page", *flags]
+    code = SLOW.format(say=say, load=load, before=before, pause=pause, context=context)
+    command = [sys.executable, "-c", code, "--port", port, *flags]
+    if "--chat-page" not in flags:
+        command.append("--no-chat-page")
     with subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE) as process:
         url = f"http://127.0.0.1:{port}"
         try:
@@ -143,6 +155,50 @@ def test_a_request_that_is_still_tokenized_is_answered_too():
     assert answers[0].json()["response"] == "x" * 20
 
 
+def test_an_answer_that_is_still_being_read_is_not_cut():
+    """It is all computed, and its reader takes longer than uvicorn would wait."""
+    with started(say="x" * 3000, pause=0, context=8192) as (process, url):
+        question = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+        body = json.dumps(question | {"logprobs": True, "top_logprobs": 20}).encode()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
+            client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+            client.sendall(head % len(body) + body)
+            answer = client.recv(1000)
+            wait_for(lambda: httpx.get(f"{url}/health").json()["running"] == 0)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(7)
+            answer += b"".join(iter(lambda: client.recv(2**20), b""))
+        assert process.wait(20) == 0
+    assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert len(answer) > 2**22, "less would lie in the sockets' buffers"
+
+
+def test_a_question_on_the_chat_page_that_is_still_tokenized_is_answered_too():
+    with started("--chat-page", before="api.ChatTokenizer.encode = slowly") as (process, url):
+        answers = []
+        asker = threading.Thread(target=lambda: answers.append(asked_on_the_page(url)))
+        asker.start()
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        asker.join(20)
+    assert "x" * 20 in answers[0]
+
+
+def asked_on_the_page(url: str) -> str:
+    """All that the page's browser would be sent for a question."""
+    config = httpx.get(f"{url}/chat/").text
+    asks = json.loads(re.search(r"gradio_config = (.*?);</script>", config)[1])["dependencies"]
+    ask = next(d for d in asks if d["api_name"] == "answer")
+    data = ["hi", [], "", *[None] * (len(ask["inputs"]) - 3)]
+    join = {"data": data, "fn_index": ask["id"], "session_hash": "abc"}
+    httpx.post(f"{url}/chat/gradio_api/queue/join", json=join).raise_for_status()
+    params = {"session_hash": "abc"}
+    return httpx.get(f"{url}/chat/gradio_api/queue/data", params=params, timeout=60).text
+
+
 def test_a_second_signal_ends_at_once():
     with started(say="x" * 300) as (process, url):
         client = Client(url)
@@ -152,6 +208,18 @@ def test_a_second_signal_ends_at_once():
         assert process.wait(10) == 128 + signal.SIGINT
         client.join(20)
     assert client.cut_off
+
+
+def test_a_connection_is_kept_for_longer_than_a_load_balancer_keeps_it(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["api.py", "--no-chat-page"])
+    monkeypatch.setattr(api, "listener", lambda *_: None)
+    monkeypatch.setattr(api.os, "_exit", lambda _: None)
+    configs = []
+    monkeypatch.setattr(
+        api, "Server", lambda config, _: configs.append(config) or SimpleNamespace(run=id)
+    )
+    api.main()
+    assert configs[0].timeout_keep_alive > 60
 
 
 @pytest.mark.parametrize("load", [0, 60])
