@@ -382,7 +382,7 @@ def test_the_start_log_is_a_real_one(demo_model):
         (log,) = (code for code in blocks(text) if " INFO ready\n" in code)
         lines = [line.split(" INFO ")[1] for line in log.splitlines()]
         first, *facts, last = lines
-        assert first.replace("6006", "%d") in literals("api.py")
+        assert first.replace("127.0.0.1:6006", "%s") in literals("api.py")
         assert last == "ready"
         rounding = re.compile(r"[\d.]+e-\d+")
         real = [rounding.sub("", f"{name}: {fact}") for name, fact in demo_model.facts.items()]
