@@ -2899,36 +2899,36 @@ class Choice:
     index: int
     text: str = ""
     tokens: list[Token] = field(default_factory=list)  # only with logprobs
-    last: Delta | None = None
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     begun: bool = False
-    spelled: int = 0  # characters of the tokens that were told
+    spelled: int = 0  # characters of the tokens that were sent
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
         self.tokens += [delta.token] if delta.token else []
-        self.last = delta if delta.finish_reason else self.last
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        return self.last.finish_reason if self.last else None
+        if delta.finish_reason:
+            self.finish_reason = delta.finish_reason
+            self.prompt_tokens = delta.prompt_tokens
+            self.completion_tokens = delta.completion_tokens
 
 
 def usage_of(choices: list[Choice]) -> dict[str, int]:
     """Tokens of a request that is done; its prompt counts once."""
-    lasts = [choice.last for choice in choices if choice.last]
-    said = sum(last.completion_tokens for last in lasts)
-    counts = {"prompt_tokens": lasts[0].prompt_tokens, "completion_tokens": said}
+    completion = sum(choice.completion_tokens for choice in choices)
+    counts = {"prompt_tokens": choices[0].prompt_tokens, "completion_tokens": completion}
     return counts | {"total_tokens": sum(counts.values())}
 
 
 class Reply(Protocol):
     """The wording of one call's answer."""
 
-    def pieces(self, delta: Delta, choice: Choice) -> Iterator[dict[str, Any]]:
-        """The events for a piece, which the choice holds already."""
+    def chunk(self, delta: Delta, choice: Choice) -> dict[str, Any] | None:
+        """The event for a delta, which the choice holds already."""
 
-    def ending(self, choices: list[Choice]) -> Iterator[dict[str, Any]]:
-        """The events after the last piece."""
+    def final_event(self, choices: list[Choice]) -> dict[str, Any] | None:
+        """The event after the last delta."""
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """The answer in one piece."""
@@ -2944,11 +2944,8 @@ async def events_of(deltas: AsyncGenerator[Delta], choices: list[Choice], reply:
     async with aclosing(deltas):
         async for delta in deltas:
             choices[delta.index].add(delta)
-            if delta.silent:
-                yield None
-            for event in reply.pieces(delta, choices[delta.index]):
-                yield event
-    for event in reply.ending(choices):
+            yield None if delta.silent else reply.chunk(delta, choices[delta.index])
+    if event := reply.final_event(choices):
         yield event
 
 
@@ -2960,12 +2957,11 @@ class ClassicReply:
     body: ChatRequest
     prompt: Prompt
 
-    def pieces(self, delta: Delta, choice: Choice) -> Iterator[dict[str, Any]]:
-        if delta.text:
-            yield {"delta": delta.text}
+    def chunk(self, delta: Delta, choice: Choice) -> dict[str, Any] | None:
+        return {"delta": delta.text} if delta.text else None
 
-    def ending(self, choices: list[Choice]) -> Iterator[dict[str, Any]]:
-        yield self.whole(choices)
+    def final_event(self, choices: list[Choice]) -> dict[str, Any]:
+        return self.whole(choices)
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         return {
@@ -2984,39 +2980,32 @@ class OpenAIReply:
 
     prefix: ClassVar[str]
     kind: ClassVar[str]
-    kind_of_pieces: ClassVar[str]
+    chunk_kind: ClassVar[str]
 
     def __init__(self, model: ChatModel, body: OpenAIRequest, _: Prompt):
         self.model, self.include_usage = model, body.include_usage
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
-        said = [
-            self.choice(c, c.text, c.tokens) | {"finish_reason": c.finish_reason} for c in choices
+        content = [
+            self.choice(c, "message", c.text, c.tokens) | {"finish_reason": c.finish_reason}
+            for c in choices
         ]
-        return self._frame(self.kind, said) | {"usage": usage_of(choices)}
+        return self._frame(self.kind, content) | {"usage": usage_of(choices)}
 
-    def pieces(self, delta: Delta, choice: Choice) -> Iterator[dict[str, Any]]:
-        if delta.text or delta.token:
-            yield self._piece(choice, delta.text, [delta.token] if delta.token else [])
-        if delta.finish_reason:
-            yield self._piece(choice, "", [], delta.finish_reason)
-
-    def ending(self, choices: list[Choice]) -> Iterator[dict[str, Any]]:
-        if self.include_usage:
-            yield self._frame(self.kind_of_pieces, []) | {"usage": usage_of(choices)}
-
-    def choice(self, choice: Choice, text: str, tokens: list[Token]) -> dict[str, Any]:
-        """A choice, or a piece of one, but for its finish_reason."""
-        raise NotImplementedError
-
-    def _piece(
-        self, choice: Choice, text: str, tokens: list[Token], reason: FinishReason | None = None
-    ) -> dict[str, Any]:
-        said = self.choice(choice, text, tokens) | {"finish_reason": reason}
+    def chunk(self, delta: Delta, choice: Choice) -> dict[str, Any]:
+        content = self.choice(choice, "delta", delta.text, [delta.token] if delta.token else [])
         usage = {"usage": None} if self.include_usage else {}
-        choice.begun = True
-        return self._frame(self.kind_of_pieces, [said]) | usage
+        content["finish_reason"] = delta.finish_reason
+        return self._frame(self.chunk_kind, [content]) | usage
+
+    def final_event(self, choices: list[Choice]) -> dict[str, Any] | None:
+        usage = {"usage": usage_of(choices)}
+        return self._frame(self.chunk_kind, []) | usage if self.include_usage else None
+
+    def choice(self, choice: Choice, key: str, text: str, tokens: list[Token]) -> dict[str, Any]:
+        """A choice, or a chunk of one, but for its finish_reason."""
+        raise NotImplementedError
 
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         frame = {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
@@ -3024,24 +3013,15 @@ class OpenAIReply:
 
 
 class ChatCompletionReply(OpenAIReply):
-    prefix, kind, kind_of_pieces = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, choice: Choice, text: str, tokens: list[Token]) -> dict[str, Any]:
-        logprobs = {"content": [self._told(token) for token in tokens]} if tokens else None
-        message = {"role": "assistant", "content": text}
-        return {"index": choice.index, "message": message, "logprobs": logprobs}
-
-    def _piece(
-        self, choice: Choice, text: str, tokens: list[Token], reason: FinishReason | None = None
-    ) -> dict[str, Any]:
+    def choice(self, choice: Choice, key: str, text: str, tokens: list[Token]) -> dict[str, Any]:
+        logprobs = {"content": [self._logprob(token) for token in tokens]} if tokens else None
         role = {} if choice.begun else {"role": "assistant"}
-        content = {"content": text} if text or tokens else {}
-        piece = super()._piece(choice, text, tokens, reason)
-        del piece["choices"][0]["message"]
-        piece["choices"][0]["delta"] = role | content
-        return piece
+        choice.begun = True
+        return {"index": choice.index, key: role | {"content": text}, "logprobs": logprobs}
 
-    def _told(self, token: Token) -> dict[str, Any]:
+    def _logprob(self, token: Token) -> dict[str, Any]:
         top_logprobs = [self._scored(*pair) for pair in token.top_logprobs]
         return self._scored(token.id, token.logprob or 0.0) | {"top_logprobs": top_logprobs}
 
@@ -3053,9 +3033,9 @@ class ChatCompletionReply(OpenAIReply):
 
 
 class CompletionReply(OpenAIReply):
-    prefix, kind, kind_of_pieces = "cmpl", "text_completion", "text_completion"
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def choice(self, choice: Choice, text: str, tokens: list[Token]) -> dict[str, Any]:
+    def choice(self, choice: Choice, key: str, text: str, tokens: list[Token]) -> dict[str, Any]:
         logprobs = self._logprobs(choice, tokens) if tokens else None
         return {"index": choice.index, "text": text, "logprobs": logprobs}
 

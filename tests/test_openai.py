@@ -77,6 +77,12 @@ def test_a_streamed_chat_completion(client, server):
     assert chunks[-1].usage.total_tokens == 11
 
 
+def test_the_last_text_and_its_reason_come_in_one_chunk(client):
+    stream = client.chat.completions.create(model="test", messages=HELLO, stream=True, max_tokens=2)
+    chunks = [(c.choices[0].delta.content, c.choices[0].finish_reason) for c in stream]
+    assert chunks == [("h", None), ("e", "length")]
+
+
 def test_the_stream_ends_as_clients_expect(server):
     body = {"model": "test", "messages": HELLO, "stream": True}
     response = httpx.post(f"{server}/v1/chat/completions", json=body)
