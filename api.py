@@ -72,14 +72,7 @@ try:
     from accelerate.utils import convert_file_size_to_int
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import (
-        HTMLResponse,
-        JSONResponse,
-        PlainTextResponse,
-        RedirectResponse,
-        Response,
-        StreamingResponse,
-    )
+    from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
     from fastapi_offline import FastAPIOffline
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
     from packaging.specifiers import SpecifierSet
@@ -2851,33 +2844,30 @@ class ErrorBody(OpenAIError):
     time: str
 
 
-def promised(schema: dict[str, Any] | None = None, error: type[OpenAIError] = OpenAIError) -> Any:
-    """What a call may answer, for the docs: with a schema JSON or events, and errors."""
-    # Named by hand, as FastAPI would have the errors of an HTML page be HTML.
-    shape = {"schema": {"$ref": f"#/components/schemas/{error.__name__}"}}
-    errors: dict[str, Any] = {"content": {"application/json": shape}}
-    answers: dict[int | str, Any] = {}
-    if schema is not None:
-        errors["model"] = error
-        kinds = {"application/json": schema, "text/event-stream": {}}
-        answers[200] = {"content": {kind: {"schema": shape} for kind, shape in kinds.items()}}
-    answers["4XX"] = errors | {"description": "Refused: 400, 401, 404, 405, 408, 413 or 429"}
-    answers["5XX"] = errors | {"description": "Not served: 500, 503 or 504"}
-    return answers
+class State(BaseModel):
+    status: Literal["loading", "ready", "draining", "dead"]
+    running: int
+    waiting: int
 
 
-def object_of(**kinds: str) -> dict[str, Any]:
-    """The schema of an object with these fields, for the docs."""
-    shapes = {name: {"type": kind} for name, kind in kinds.items()}
-    return {"type": "object", "required": list(shapes), "properties": shapes}
+class Completion(BaseModel):
+    """What OpenAI's two calls answer; their clients know the rest."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: dict[str, int]
 
 
-STATE = {"content": {"application/json": {"schema": object_of(
-    status="string", running="integer", waiting="integer"
-)}}}  # fmt: skip
-COMPLETION = object_of(
-    id="string", object="string", created="integer", model="string", choices="array", usage="object"
-)
+def also(error: type[OpenAIError], content: str = "application/json") -> dict[int | str, Any]:
+    """What else a call may answer, for the docs."""
+    return {
+        200: {"content": {content: {}}},
+        "4XX": {"model": error, "description": "Refused: 400, 401, 404, 405, 408, 413 or 429"},
+        "5XX": {"model": error, "description": "Not served: 500, 503 or 504"},
+    }
 
 
 # ---- Replies ----------------------------------------------------------------
@@ -3427,11 +3417,6 @@ def mount_chat_page(
 
 MAX_BODY = 8 * 2**20
 BODY_SECONDS = 120.0
-PAGE = """<!doctype html><meta charset="utf-8"><title>chat-api</title>
-<p>The chat server is up: <code>POST /</code> with <code>{"prompt": "..."}</code>.
-See <a href="docs">the fields of every call</a> and <a href="health">its health</a>."""
-
-
 # These routes have names of their own in the metrics.
 ROUTES = ("/", "/v1/chat/completions", "/v1/completions")
 
@@ -3446,10 +3431,8 @@ def error_body(error: ChatError, openai: bool = False) -> dict[str, Any]:
 
 def from_http(error: HTTPException, path: str) -> ChatError:
     """Starlette's and FastAPI's own refusals, in our words."""
-    if error.status_code == 413:
-        return BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
-    if error.status_code == 408:
-        return BodyTooSlow(f"the body took more than {BODY_SECONDS:.0f} seconds; send it at once")
+    if isinstance(error.__cause__, ChatError):
+        return error.__cause__
     if isinstance(error.__cause__, UnicodeDecodeError):
         return BadRequest(
             "the body is not UTF-8; save the script as UTF-8, and in PowerShell send"
@@ -3534,24 +3517,26 @@ class JSONBodies:
         # The chat page's own calls say what they are.
         if not path_of(scope).startswith("/chat/"):
             headers["content-type"] = "application/json"
-        size, declared = 0, headers.get("content-length", "")
+        size, declared = 0, int(headers.get("content-length", 0))
         deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def limited() -> MutableMapping[str, Any]:
             nonlocal size, deadline
-            # HTTPException is the one kind that FastAPI lets through.
-            if declared.isdecimal() and int(declared) > MAX_BODY:
-                raise HTTPException(413)
+            too_large = BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
+            if declared > MAX_BODY:
+                raise too_large
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408) from None
+                raise BodyTooSlow(
+                    f"the body took more than {BODY_SECONDS:.0f} seconds; send it at once"
+                ) from None
             if not message.get("more_body"):
                 deadline = None
             size += len(message.get("body", b""))
             if size > MAX_BODY:
-                raise HTTPException(413)
+                raise too_large
             return message
 
         await self.app(scope, limited, send)
@@ -3642,7 +3627,7 @@ class Serving:
             lambda: self._model.engine if self._model else None, settings.log_prompts
         )
         self._model: ChatModel | None = None
-        self._end_by: float | None = None
+        self._end_by = inf
 
     @property
     def health(self) -> dict[str, Any]:
@@ -3654,7 +3639,7 @@ class Serving:
 
     def model(self, name: str | None = None) -> ChatModel:
         """The model, which must have that name. Raises NotServing, ModelNotFound."""
-        if self._end_by is not None:
+        if self.draining:
             seconds = 1 + max(0, int(self._end_by - time.monotonic()))
             raise NotServing("the server is stopping; try again after its restart", None, seconds)
         if self._model is None:
@@ -3702,7 +3687,7 @@ class Serving:
 
     @property
     def draining(self) -> bool:
-        return self._end_by is not None
+        return self._end_by < inf
 
     def drain(self) -> None:
         """From now on refuse new requests, and give those under way their last seconds."""
@@ -3711,7 +3696,7 @@ class Serving:
 
     def drained(self, busy: bool) -> bool:
         """Whether to stop now: no request is busy any more, or their time is over."""
-        return self._end_by is not None and (not busy or time.monotonic() >= self._end_by)
+        return self.draining and (not busy or time.monotonic() >= self._end_by)
 
     async def close(self) -> None:
         """End with an error what is still being generated."""
@@ -3808,46 +3793,46 @@ def build_app(
         app, serving.model, serving.metrics, settings.keys
     )
 
-    elsewhere = {307: {"description": "A browser is sent to the chat page"}} if has_page else {}
-
     # HEAD is for monitors, and not for the docs.
     @app.head("/", include_in_schema=False)
-    @app.get("/", response_class=HTMLResponse, responses=promised(error=ErrorBody) | elsewhere)
-    async def page(request: Request) -> Response:
-        if has_page and "text/html" in request.headers.get("accept", ""):
-            return RedirectResponse("chat/")
-        return HTMLResponse(PAGE)
+    @app.get("/", status_code=307, response_class=RedirectResponse)
+    async def front() -> Response:
+        return RedirectResponse("chat/" if has_page else "docs")
+
+    down: Any = {503: {"model": State, "description": "Loading, draining or dead"}}
 
     @app.head("/health", include_in_schema=False)
-    @app.get(
-        "/health", responses={200: STATE, 503: STATE | {"description": "Loading, draining or dead"}}
-    )
+    @app.get("/health", response_model=State, responses=down)
     async def health() -> JSONText:
         state = serving.health
         return JSONText(state, 200 if state["status"] == "ready" else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=promised(error=ErrorBody))
+    @app.get("/metrics", response_class=Response, responses=also(ErrorBody, "text/plain"))
     async def metrics() -> Response:
         text = prometheus_client.generate_latest(serving.metrics.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    @app.post("/", response_model=ChatResponse, responses=promised({}, ErrorBody))
+    events = "text/event-stream"
+
+    @app.post("/", response_model=ChatResponse, responses=also(ErrorBody, events))
     async def chat(body: ChatRequest, request: Request) -> Any:
         return await serving.answer(request, body, ClassicReply)
 
-    @app.get("/v1/models", responses=promised())
+    @app.get("/v1/models", responses=also(OpenAIError))
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card_of(serving.model())]}
 
-    @app.get("/v1/models/{name:path}", responses=promised())
+    @app.get("/v1/models/{name:path}", responses=also(OpenAIError))
     async def model(name: str) -> dict[str, Any]:
         return card_of(serving.model(name))
 
-    @app.post("/v1/chat/completions", responses=promised(COMPLETION))
+    openai: Any = {"response_model": Completion, "responses": also(OpenAIError, events)}
+
+    @app.post("/v1/chat/completions", **openai)
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any:
         return await serving.answer(request, body, ChatCompletionReply, body.model, body.n or 1)
 
-    @app.post("/v1/completions", responses=promised(COMPLETION))
+    @app.post("/v1/completions", **openai)
     async def completions(body: CompletionRequest, request: Request) -> Any:
         return await serving.answer(request, body, CompletionReply, body.model, body.n or 1)
 

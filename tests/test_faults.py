@@ -83,11 +83,11 @@ BROKEN = {
     "a missing shard": (lambda folder: (folder / SHARD).unlink(), SHARD),
     "a wrong shape": (
         partial(change_norm, lambda weights: weights.update({"model.norm.weight": torch.ones(7)})),
-        "of another shape, model.norm.weight",
+        "of another shape, for example model.norm.weight",
     ),
     "a missing tensor": (
         partial(change_norm, lambda weights: weights.pop("model.norm.weight")),
-        "not there, model.norm.weight",
+        "not there, for example model.norm.weight",
     ),
     "numbers that are none": (
         partial(change_norm, lambda weights: weights["model.norm.weight"].fill_(torch.nan)),

@@ -84,7 +84,7 @@ def test_the_docs_promise_what_we_send(client):
         for operation in operations.values():
             answers = operation["responses"]
             assert "422" not in answers
-            if path != "/health":
+            if path != "/health" and "307" not in answers:
                 kind = "OpenAIError" if path.startswith("/v1/") else "ErrorBody"
                 shapes = [answers[status]["content"] for status in ("4XX", "5XX")]
                 wanted = {"schema": {"$ref": f"#/components/schemas/{kind}"}}

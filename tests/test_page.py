@@ -426,17 +426,15 @@ def test_a_key_is_asked_for_and_every_route_behind_it_refuses(browser, runner, t
 # ---- Where it stands
 
 
-def test_a_browser_is_sent_to_the_page_and_a_program_is_not(url):
-    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
-    sent = httpx.get(url, headers=browser)
+def test_a_browser_is_sent_to_the_page(url):
+    sent = httpx.get(url)
     assert (sent.status_code, sent.headers["location"]) == (307, "chat/")
-    assert "POST /" in httpx.get(url).text
-    assert httpx.get(f"{url}/chat", headers=browser, follow_redirects=True).status_code == 200
+    assert httpx.get(f"{url}/chat", follow_redirects=True).status_code == 200
 
 
-def test_without_the_page_there_is_only_the_note(runner, tokenizer):
+def test_without_the_page_a_browser_is_sent_to_the_docs(runner, tokenizer):
     with serve(lambda _: chat_model(runner, tokenizer), chat_page=False) as url:
-        assert "POST /" in httpx.get(url, headers={"Accept": "text/html"}).text
+        assert "swagger" in httpx.get(url, follow_redirects=True).text
         assert httpx.get(f"{url}/chat/").status_code == 404
     assert api.read_settings(["--no-chat-page"]).chat_page is False
 
