@@ -177,7 +177,7 @@ def asked(draw) -> tuple[str, bytes, bool]:
             del body["messages" if "messages" in body else "prompt"]
         case "junk":
             refuse = False
-            for name in draw(st.lists(st.sampled_from([*sorted(body), *api.NOT_HONOURED]),
+            for name in draw(st.lists(st.sampled_from([*sorted(body), *api.UNSUPPORTED]),
                                       min_size=1, max_size=4)):  # fmt: skip
                 body[name] = draw(JUNK)
         case "odd":

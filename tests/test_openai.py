@@ -333,14 +333,14 @@ def test_many_tokens_are_spelled_once_and_beside_the_event_loop(server, monkeypa
     assert text.spell(7) == text.spell(7)
     assert text.spell.cache_info().hits == 1
     wording = threading.Event()
-    whole = api.ChatCompletionReply.whole
+    whole = api.ChatCompletionReply.full_response
 
     def slowly(self, choices: list[api.Choice]) -> dict[str, object]:
         wording.set()
         time.sleep(1)
         return whole(self, choices)
 
-    monkeypatch.setattr(api.ChatCompletionReply, "whole", slowly)
+    monkeypatch.setattr(api.ChatCompletionReply, "full_response", slowly)
     with ThreadPoolExecutor(1) as pool:
         url = f"{server}/v1/chat/completions"
         answer = pool.submit(httpx.post, url, json={"messages": HELLO}, timeout=30)

@@ -76,7 +76,7 @@ def text_of(runner, index: int) -> str:
 
 @in_browser
 def test_an_answer_is_seen_while_it_comes(browser, url, runner, monkeypatch):
-    monkeypatch.setattr(api, "PAGE_PACE", 0)
+    monkeypatch.setattr(api, "UPDATE_INTERVAL", 0)
     runner.say = "one two three"
     runner.hold()
     with opened(browser, f"{url}/chat/") as page:
@@ -154,10 +154,10 @@ def test_four_people_are_served_at_once(browser, url, runner):
 def test_settings_begin_with_the_model_s_and_are_used_zero_included(browser, url, runner):
     with opened(browser, f"{url}/chat/") as page:
         page.get_by_text("Settings").click()
-        expect(page.get_by_label("Most new tokens")).to_have_value("1024")
+        expect(page.get_by_label("Max new tokens")).to_have_value("1024")
         ask(page, "as it is")
         expect(answers(page)).to_have_count(1)
-        page.get_by_label("System text").fill("be brief")
+        page.get_by_label("System prompt").fill("be brief")
         page.get_by_label("Temperature").fill("0")
         page.get_by_label("Top-k").fill("")
         page.get_by_label("Seed").fill("0")
@@ -334,18 +334,18 @@ def test_text_code_and_formulas_are_shown_and_no_other_host_is_asked(browser, ur
 
 def test_tags_are_readable_and_come_back_as_they_were():
     text = "<s> `<s>` $a<b$ a<b 1 < 2 ```\n<s>\n``` <!-- </x>"
-    shown = api.readable(text)
+    shown = api.escape_tags(text)
     assert shown == "&#60;s> `<s>` $a<b$ a&#60;b 1 < 2 ```\n<s>\n``` &#60;!-- &#60;/x>"
     parts = [{"type": "text", "text": shown}]
     history = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]
-    assert [turn["content"] for turn in api.turns_of(history)] == [text, text]
+    assert [turn["content"] for turn in api.messages_from_gradio(history)] == [text, text]
 
 
 def test_what_only_looks_like_formulas_is_not_searched_to_the_end_each_time():
     """That would take the square of a text's length, on the event loop: a formula has an end."""
     long = "x" * 2000
-    assert api.readable(rf"\({long}<s>\)") == rf"\({long}&#60;s>\)"
-    assert api.readable(r"\( \[ $$<s>" * 10_000 + "<s>").endswith("&#60;s>")
+    assert api.escape_tags(rf"\({long}<s>\)") == rf"\({long}&#60;s>\)"
+    assert api.escape_tags(r"\( \[ $$<s>" * 10_000 + "<s>").endswith("&#60;s>")
 
 
 # ---- What is closed

@@ -212,7 +212,7 @@ def test_a_second_signal_ends_at_once():
 
 def test_a_connection_is_kept_for_longer_than_a_load_balancer_keeps_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["api.py", "--no-chat-page"])
-    monkeypatch.setattr(api, "listener", lambda *_: None)
+    monkeypatch.setattr(api, "bind_socket", lambda *_: None)
     monkeypatch.setattr(api.os, "_exit", lambda _: None)
     configs = []
     monkeypatch.setattr(
