@@ -3334,6 +3334,10 @@ class ChatPage:
             gr.on([page.load, timer.tick], self.fill, None, filled, **quiet)
             resumed = [page.conversation_id, page.chatbot, page.chatbot_state]
             page.load(self.resume, page.saved_conversations, resumed, **quiet)
+            # gradio clears the placeholder with the first message.
+            page.saved_conversations.change(
+                lambda: gr.update(placeholder=words("ask")), None, page.textbox, **quiet
+            )
         return page.queue(max_size=MAX_SESSIONS)
 
     def _number_box(self, knob: str) -> Any:

@@ -87,6 +87,7 @@ def test_an_answer_is_seen_while_it_comes(browser, url, runner, monkeypatch):
         runner.free()
         expect(answers(page)).to_have_text("one two three")
         wait_for(lambda: not running(url))
+        expect(page.get_by_placeholder("Write a message")).to_be_visible()
 
 
 @in_browser
