@@ -3327,6 +3327,11 @@ class ChatPage:
         page.new_chat_button.icon, page.new_chat_button.value = None, words("new")
         # The same at every start, so that saved conversations survive a restart.
         page.saved_conversations.storage_key = page.saved_conversations.secret = "chat-api"
+        self._connect(page)
+        return page.queue(max_size=MAX_SESSIONS)
+
+    def _connect(self, page: Any) -> None:
+        gr = self.gradio
         with page:
             timer = gr.Timer(2)
             quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "undocumented"}
@@ -3336,9 +3341,8 @@ class ChatPage:
             page.load(self.resume, page.saved_conversations, resumed, **quiet)
             # gradio clears the placeholder with the first message.
             page.saved_conversations.change(
-                lambda: gr.update(placeholder=words("ask")), None, page.textbox, **quiet
+                lambda: gr.update(placeholder=self.words("ask")), None, page.textbox, **quiet
             )
-        return page.queue(max_size=MAX_SESSIONS)
 
     def _number_box(self, knob: str) -> Any:
         whole = knob in ("max_new_tokens", "top_k", "seed")
