@@ -72,14 +72,7 @@ try:
     from accelerate.utils import convert_file_size_to_int, send_to_device
     from fastapi import FastAPI, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import (
-        HTMLResponse,
-        JSONResponse,
-        PlainTextResponse,
-        RedirectResponse,
-        Response,
-        StreamingResponse,
-    )
+    from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
     from fastapi_offline import FastAPIOffline
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
     from packaging.specifiers import SpecifierSet
@@ -2478,26 +2471,26 @@ def check_model(model: ChatModel) -> str:
 
 
 # ---- Schemas ----------------------------------------------------------------
-# What goes over the wire. Old names and shapes stop here.
+# Requests and responses as pydantic models. Aliases and legacy shapes are resolved here.
 
-# They would change what an answer means, so they are refused and not ignored.
-NOT_HONOURED = (
+# Fields that would change the answer's meaning: they are refused, not ignored.
+UNSUPPORTED = (
     "tools", "tool_choice", "functions", "function_call", "logit_bias", "response_format",
     "best_of", "num_beams", "suffix", "echo", "audio", "prediction", "web_search_options",
 )  # fmt: skip
-# But for these values, which change nothing.
+# Values of them that change nothing.
 NEUTRAL = {"n": 1, "best_of": 1, "num_beams": 1, "response_format": {"type": "text"}}
 LENGTH_NAMES = ("max_length", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
-class WireModel(BaseModel):
+class StrictModel(BaseModel):
     """Strict: a number is not a string, and True is not 1."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-def whole_characters(text: str) -> str:
-    """Refuse half of a surrogate pair, which JSON can spell and no tokenizer can read."""
+def reject_lone_surrogates(text: str) -> str:
+    """Reject half of a surrogate pair: JSON can express it, but no tokenizer accepts it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -2505,38 +2498,38 @@ def whole_characters(text: str) -> str:
     return text
 
 
-WireText = Annotated[str, AfterValidator(whole_characters)]
+Text = Annotated[str, AfterValidator(reject_lone_surrogates)]
 
 
-class WireMessage(WireModel):
+class HistoryMessage(StrictModel):
     role: Literal["system", "user", "assistant"]
-    content: WireText
+    content: Text
 
 
-def two_texts(pair: list[str]) -> list[str]:
+def check_pair(pair: list[str]) -> list[str]:
     if len(pair) != 2:
         raise ValueError('must be a ["question", "answer"] pair')
     return pair
 
 
-Pair = Annotated[list[WireText], AfterValidator(two_texts)]
+Pair = Annotated[list[Text], AfterValidator(check_pair)]
 
 
 def history_shape(history: Any) -> str | None:
-    """Which of the two shapes a history has; None if neither."""
+    """Tell pairs from messages by the items' types; None if the history is neither."""
     if not isinstance(history, list):
         return None
     kinds = {type(turn) for turn in history}
-    return "pairs" if kinds <= {list} else "turns" if kinds <= {dict, WireMessage} else None
+    return "pairs" if kinds <= {list} else "turns" if kinds <= {dict, HistoryMessage} else None
 
 
-# A body has room for millions, of turns and of mistakes; only the first mistake is told.
+# A body has room for millions of items; validation stops at the first error.
 MAX_TURNS = 4096
-FewTurns = Field(max_length=MAX_TURNS, fail_fast=True)
-Pairs = Annotated[list[Pair], FewTurns, Tag("pairs")]
-Turns = Annotated[list[WireMessage], FewTurns, Tag("turns")]
+TurnLimit = Field(max_length=MAX_TURNS, fail_fast=True)
+Pairs = Annotated[list[Pair], TurnLimit, Tag("pairs")]
+Messages = Annotated[list[HistoryMessage], TurnLimit, Tag("turns")]
 History = Annotated[
-    Pairs | Turns,
+    Pairs | Messages,
     Discriminator(
         history_shape,
         custom_error_type="history_shape",
@@ -2546,22 +2539,22 @@ History = Annotated[
 ]
 
 
-def several_texts(stop: Any) -> Any:
-    """One text is a list of one."""
+def as_stop_strings(stop: Any) -> Any:
+    """Accept a single string as a list of one."""
     texts = [stop] if isinstance(stop, str) else stop
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise ValueError("must be a text or a list of texts, none of them empty")
     return tuple(texts)
 
 
-StopTexts = Annotated[
-    tuple[Annotated[WireText, Field(max_length=256)], ...],
+StopStrings = Annotated[
+    tuple[Annotated[Text, Field(max_length=256)], ...],
     Field(max_length=16),
-    BeforeValidator(several_texts, json_schema_input_type=str | list[str]),
+    BeforeValidator(as_stop_strings, json_schema_input_type=str | list[str]),
 ]
 
 
-class TextPart(WireModel):
+class TextPart(StrictModel):
     type: Literal["text"]
     text: str
 
@@ -2569,8 +2562,8 @@ class TextPart(WireModel):
 Content = str | list[TextPart]
 
 
-def joined_parts(content: Any) -> Any:
-    """A content that comes in parts as one text."""
+def join_text_parts(content: Any) -> Any:
+    """Join text content parts into one string."""
     if not isinstance(content, list):
         return content
     for part in content:
@@ -2581,18 +2574,18 @@ def joined_parts(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
-# Checks millions in the time that a loop of our own needs for thousands.
+# Validates millions of ids in a fraction of a second, unlike a Python loop.
 TOKEN_IDS = TypeAdapter(
     Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(fail_fast=True)]
 )
 
 
-def one_prompt(prompt: Any) -> str | list[int]:
-    """A text or token ids; a list of one such is taken for it."""
+def parse_prompt(prompt: Any) -> str | list[int]:
+    """Accept a string, a list of token ids, or a list that holds one of these."""
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str):
-        return whole_characters(prompt)
+        return reject_lone_surrogates(prompt)
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         raise ValueError("must be a single prompt; send one request for each, they are batched")
     try:
@@ -2601,10 +2594,10 @@ def one_prompt(prompt: Any) -> str | list[int]:
         raise ValueError("must be a text, or a list of token ids") from None
 
 
-def from_validation(error: ValidationError | RequestValidationError) -> BadRequest:
-    """Say in one sentence what pydantic found first."""
+def validation_error(error: ValidationError | RequestValidationError) -> BadRequest:
+    """Turn pydantic's first error into one sentence."""
     first = error.errors()[0]
-    # The location without the tags of a union's branches.
+    # Without "body" and without the union's tags.
     path = [part for part in first["loc"] if part not in ("body", "pairs", "turns")]
     if first["type"] == "json_invalid":
         return BadRequest(
@@ -2620,10 +2613,10 @@ def from_validation(error: ValidationError | RequestValidationError) -> BadReque
     return BadRequest(f"{name} {message[0].lower()}{message[1:]}", str(path[0]))
 
 
-class SamplingFields(WireModel):
-    """The sampling knobs of a request; absent or null is the model's default."""
+class SamplingFields(StrictModel):
+    """Sampling parameters of a request; absent or null means the model's default."""
 
-    not_honoured: ClassVar[tuple[str, ...]] = NOT_HONOURED
+    unsupported: ClassVar[tuple[str, ...]] = UNSUPPORTED
 
     stream: bool | None = Field(None, description="answer with server-sent events")
 
@@ -2641,40 +2634,40 @@ class SamplingFields(WireModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="as in OpenAI's API")
     frequency_penalty: float | None = Field(None, ge=-2, le=2, description="as in OpenAI's API")
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: StopTexts | None = Field(None, description="a text, or several, that ends the answer")
+    stop: StopStrings | None = Field(None, description="a text, or several, that ends the answer")
 
     @model_validator(mode="before")
     @classmethod
-    def refuse_what_is_not_honoured(cls, body: Any) -> Any:
+    def check_body(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
-        for name in cls.not_honoured:
+        for name in cls.unsupported:
             if body.get(name) not in (None, False, [], {}, NEUTRAL.get(name)):
                 raise BadRequest(f"{name} is not supported by this call; leave it out", name)
         lengths = [name for name in LENGTH_NAMES if body.get(name) is not None]
         if len(lengths) > 1:
             names = " and ".join(lengths)
             raise BadRequest(f"{names} mean the same; send one of them", lengths[1])
-        # The first of several names would be read, null or not.
+        # AliasChoices takes the first alias that is present, even if it is null.
         return {k: v for k, v in body.items() if k not in LENGTH_NAMES or v is not None}
 
-    def given(self) -> dict[str, Any]:
-        """The knobs that were really given, by the names of Sampling."""
+    def overrides(self) -> dict[str, Any]:
+        """The sampling parameters that the request sets, by their names in Sampling."""
         return self.model_dump(include={knob.name for knob in fields(Sampling)}, exclude_none=True)
 
     def prepare(self, model: ChatModel) -> Prompt:
-        """What the model is to go on from. Raises BadRequest where it cannot."""
+        """Tokenize the request. Raises BadRequest if it cannot be served."""
         raise NotImplementedError
 
 
 class ChatRequest(SamplingFields):
-    """The classic call. `max_length` always counted new tokens only."""
+    """The body of POST /. `max_length` has always counted new tokens only."""
 
-    not_honoured = (*NOT_HONOURED, "n", "logprobs", "top_logprobs")
+    unsupported = (*UNSUPPORTED, "n", "logprobs", "top_logprobs")
 
-    prompt: WireText = Field(description="the user's text")
+    prompt: Text = Field(description="the user's text")
     history: History | None = Field(None, description="earlier turns, pairs or messages")
-    system: WireText | None = Field(None, description="a system text for the model")
+    system: Text | None = Field(None, description="a system text for the model")
     truncate: bool | None = Field(None, description="drop the oldest turns that do not fit")
 
     @model_validator(mode="after")
@@ -2687,7 +2680,7 @@ class ChatRequest(SamplingFields):
 
     def prepare(self, model: ChatModel) -> Prompt:
         try:
-            return model.prepare(self.messages(), self.given(), bool(self.truncate))
+            return model.prepare(self.messages(), self.overrides(), bool(self.truncate))
         except ContextTooLong as error:
             if not self.history or self.truncate:
                 raise
@@ -2698,7 +2691,7 @@ class ChatRequest(SamplingFields):
         return [*system, *self._past(), {"role": "user", "content": self.prompt}]
 
     def with_answer(self, answer: str) -> list[Any]:
-        """The history in the shape it came in, with this turn added."""
+        """The history in the shape of the request's, with this turn added."""
         if history_shape(self.history or []) == "pairs":
             return [*(self.history or []), [self.prompt, answer]]
         turn = {"user": self.prompt, "assistant": answer}
@@ -2706,7 +2699,7 @@ class ChatRequest(SamplingFields):
 
     def _past(self) -> Iterator[Message]:
         for turn in self.history or []:
-            if isinstance(turn, WireMessage):
+            if isinstance(turn, HistoryMessage):
                 yield turn.model_dump()
             else:
                 yield {"role": "user", "content": turn[0]}
@@ -2714,7 +2707,7 @@ class ChatRequest(SamplingFields):
 
 
 class ChatResponse(BaseModel):
-    """The classic answer: the first four fields are what its callers have always read."""
+    """The response of POST /; its first four fields are the ones that clients rely on."""
 
     response: str
     history: list[Any]
@@ -2727,32 +2720,32 @@ class ChatResponse(BaseModel):
     )
 
 
-class OpenAIMessage(WireModel):
+class OpenAIMessage(StrictModel):
     role: Annotated[
         Literal["system", "developer", "user", "assistant"],
-        # The newer name of the same.
+        # OpenAI's newer name for the system role.
         AfterValidator(lambda role: "system" if role == "developer" else role),
     ]
-    content: Annotated[WireText, BeforeValidator(joined_parts, json_schema_input_type=Content)]
+    content: Annotated[Text, BeforeValidator(join_text_parts, json_schema_input_type=Content)]
 
 
-class StreamOptions(WireModel):
+class StreamOptions(StrictModel):
     include_usage: bool | None = None
 
 
-class JSONSchema(WireModel):
+class JSONSchema(StrictModel):
     name: str | None = None
     wanted: dict[str, Any] = Field(validation_alias="schema")
 
 
-class ResponseFormat(WireModel):
+class ResponseFormat(StrictModel):
     """https://platform.openai.com/docs/guides/structured-outputs"""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
 
-    def schema_asked(self) -> dict[str, Any] | None:
-        """The JSON schema of the answer; None if it may be any text."""
+    def to_schema(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer; None if any text is allowed."""
         if self.type == "json_schema" and self.json_schema is None:
             raise BadRequest(
                 'response_format needs "json_schema": {"schema": …}', "response_format"
@@ -2762,9 +2755,9 @@ class ResponseFormat(WireModel):
 
 
 class OpenAIRequest(SamplingFields):
-    """What OpenAI's two calls have in common."""
+    """Fields shared by OpenAI's two endpoints."""
 
-    model: WireText | None = Field(None, description="absent is the one that is served")
+    model: Text | None = Field(None, description="absent is the one that is served")
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=16, description="answers to give, computed together")
 
@@ -2776,7 +2769,7 @@ class OpenAIRequest(SamplingFields):
 class ChatCompletionRequest(OpenAIRequest):
     """https://platform.openai.com/docs/api-reference/chat/create"""
 
-    not_honoured = tuple(name for name in NOT_HONOURED if name != "response_format")
+    unsupported = tuple(name for name in UNSUPPORTED if name != "response_format")
 
     messages: list[OpenAIMessage] = Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)
     response_format: ResponseFormat | None = None
@@ -2789,14 +2782,14 @@ class ChatCompletionRequest(OpenAIRequest):
             raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
         return self
 
-    def given(self) -> dict[str, Any]:
-        rest = {name: value for name, value in super().given().items() if name != "logprobs"}
+    def overrides(self) -> dict[str, Any]:
+        rest = {name: value for name, value in super().overrides().items() if name != "logprobs"}
         return {**rest, "logprobs": self.top_logprobs or 0} if self.logprobs else rest
 
     def prepare(self, model: ChatModel) -> Prompt:
         messages = [message.model_dump() for message in self.messages]
-        prompt = model.prepare(messages, self.given(), whole_context=True)
-        schema = self.response_format.schema_asked() if self.response_format else None
+        prompt = model.prepare(messages, self.overrides(), whole_context=True)
+        schema = self.response_format.to_schema() if self.response_format else None
         return prompt if schema is None else model.guided(prompt, schema)
 
 
@@ -2804,16 +2797,16 @@ class CompletionRequest(OpenAIRequest):
     """https://platform.openai.com/docs/api-reference/completions/create"""
 
     prompt: Annotated[
-        str | list[int], PlainValidator(one_prompt, json_schema_input_type=str | list[int])
+        str | list[int], PlainValidator(parse_prompt, json_schema_input_type=str | list[int])
     ]
     logprobs: int | None = Field(None, ge=0, le=5)
 
     def prepare(self, model: ChatModel) -> Prompt:
-        return model.prepare_text(self.prompt, self.given())
+        return model.prepare_text(self.prompt, self.overrides())
 
 
 class OpenAIError(BaseModel):
-    """What went wrong, with which field, and what would be right."""
+    """The body of an error under /v1."""
 
     class Detail(BaseModel):
         message: str
@@ -2825,46 +2818,45 @@ class OpenAIError(BaseModel):
 
 
 class ErrorBody(OpenAIError):
-    """The same outside OpenAI's dialect."""
+    """The body of an error elsewhere."""
 
     status: int
     time: str
 
 
-def promised(schema: dict[str, Any] | None = None, error: type[OpenAIError] = OpenAIError) -> Any:
-    """What a call may answer, for the docs: with a schema JSON or events, and errors."""
-    # Named by hand, as FastAPI would have the errors of an HTML page be HTML.
-    shape = {"schema": {"$ref": f"#/components/schemas/{error.__name__}"}}
-    errors: dict[str, Any] = {"content": {"application/json": shape}}
-    answers: dict[int | str, Any] = {}
-    if schema is not None:
-        errors["model"] = error
-        kinds = {"application/json": schema, "text/event-stream": {}}
-        answers[200] = {"content": {kind: {"schema": shape} for kind, shape in kinds.items()}}
-    answers["4XX"] = errors | {"description": "Refused: 400, 401, 404, 405, 408, 413 or 429"}
-    answers["5XX"] = errors | {"description": "Not served: 500, 503 or 504"}
-    return answers
+class State(BaseModel):
+    status: Literal["loading", "ready", "draining", "dead"]
+    running: int
+    waiting: int
 
 
-def object_of(**kinds: str) -> dict[str, Any]:
-    """The schema of an object with these fields, for the docs."""
-    shapes = {name: {"type": kind} for name, kind in kinds.items()}
-    return {"type": "object", "required": list(shapes), "properties": shapes}
+class Completion(BaseModel):
+    """The response of OpenAI's two endpoints, as far as the docs show it."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: dict[str, int]
 
 
-STATE = {"content": {"application/json": {"schema": object_of(
-    status="string", running="integer", waiting="integer"
-)}}}  # fmt: skip
-COMPLETION = object_of(
-    id="string", object="string", created="integer", model="string", choices="array", usage="object"
-)
+def extra_responses(
+    error: type[OpenAIError], content: str = "application/json"
+) -> dict[int | str, Any]:
+    """Further responses of a route, for the docs."""
+    return {
+        200: {"content": {content: {}}},
+        "4XX": {"model": error, "description": "Refused: 400, 401, 404, 405, 408, 413 or 429"},
+        "5XX": {"model": error, "description": "Not served: 500, 503 or 504"},
+    }
 
 
 # ---- Replies ----------------------------------------------------------------
-# How each call words what the engine says. There is one generation path: a
-# whole answer is a streamed one, joined.
+# How each endpoint formats what the engine generates. There is one generation
+# path: a full response is built from the same deltas as a stream.
 
-# One event: an object, or None for a comment that keeps proxies from hanging up.
+# An event is an object, or None for a keep-alive comment.
 Events = AsyncGenerator[dict[str, Any] | None]
 
 
@@ -2874,44 +2866,44 @@ def local_time() -> str:
 
 @dataclass(eq=False)
 class Choice:
-    """One of the answers to a request, as it grows."""
+    """One of a request's n answers, as it grows."""
 
     index: int
     text: str = ""
     tokens: list[Token] = field(default_factory=list)  # only with logprobs
-    last: Delta | None = None
-    begun: bool = False
-    spelled: int = 0  # characters of the tokens that were told
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    started: bool = False
+    text_offset: int = 0  # characters of the tokens that were sent
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
         self.tokens += [delta.token] if delta.token else []
-        self.last = delta if delta.finish_reason else self.last
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        return self.last.finish_reason if self.last else None
+        if delta.finish_reason:
+            self.finish_reason = delta.finish_reason
+            self.prompt_tokens = delta.prompt_tokens
+            self.completion_tokens = delta.completion_tokens
 
 
 def usage_of(choices: list[Choice]) -> dict[str, int]:
-    """Tokens of a request that is done; its prompt counts once."""
-    lasts = [choice.last for choice in choices if choice.last]
-    said = sum(last.completion_tokens for last in lasts)
-    counts = {"prompt_tokens": lasts[0].prompt_tokens, "completion_tokens": said}
+    """Token counts of a finished request; the prompt is counted once."""
+    completion = sum(choice.completion_tokens for choice in choices)
+    counts = {"prompt_tokens": choices[0].prompt_tokens, "completion_tokens": completion}
     return counts | {"total_tokens": sum(counts.values())}
 
 
 class Reply(Protocol):
-    """The wording of one call's answer."""
+    """Formats the answer of one endpoint."""
 
-    def pieces(self, delta: Delta, choice: Choice) -> Iterator[dict[str, Any]]:
-        """The events for a piece, which the choice holds already."""
+    def chunk(self, delta: Delta, choice: Choice) -> dict[str, Any] | None:
+        """The event for a delta, which has already been added to the choice."""
 
-    def ending(self, choices: list[Choice]) -> Iterator[dict[str, Any]]:
-        """The events after the last piece."""
+    def final_event(self, choices: list[Choice]) -> dict[str, Any] | None:
+        """The event that follows the last delta, if any."""
 
-    def whole(self, choices: list[Choice]) -> dict[str, Any]:
-        """The answer in one piece."""
+    def full_response(self, choices: list[Choice]) -> dict[str, Any]:
+        """The response without streaming."""
 
 
 async def collect(deltas: AsyncGenerator[Delta], choices: list[Choice]) -> None:
@@ -2924,30 +2916,26 @@ async def events_of(deltas: AsyncGenerator[Delta], choices: list[Choice], reply:
     async with aclosing(deltas):
         async for delta in deltas:
             choices[delta.index].add(delta)
-            if delta.silent:
-                yield None
-            for event in reply.pieces(delta, choices[delta.index]):
-                yield event
-    for event in reply.ending(choices):
+            yield None if delta.silent else reply.chunk(delta, choices[delta.index])
+    if event := reply.final_event(choices):
         yield event
 
 
 @dataclass
 class ClassicReply:
-    """The classic call's: the deltas, and then the whole."""
+    """POST /: the deltas as they come, then the full response."""
 
     model: ChatModel
     body: ChatRequest
     prompt: Prompt
 
-    def pieces(self, delta: Delta, choice: Choice) -> Iterator[dict[str, Any]]:
-        if delta.text:
-            yield {"delta": delta.text}
+    def chunk(self, delta: Delta, choice: Choice) -> dict[str, Any] | None:
+        return {"delta": delta.text} if delta.text else None
 
-    def ending(self, choices: list[Choice]) -> Iterator[dict[str, Any]]:
-        yield self.whole(choices)
+    def final_event(self, choices: list[Choice]) -> dict[str, Any]:
+        return self.full_response(choices)
 
-    def whole(self, choices: list[Choice]) -> dict[str, Any]:
+    def full_response(self, choices: list[Choice]) -> dict[str, Any]:
         return {
             "response": choices[0].text,
             "history": self.body.with_answer(choices[0].text),
@@ -2960,43 +2948,36 @@ class ClassicReply:
 
 
 class OpenAIReply:
-    """What OpenAI's two calls have in common: the frame around each object."""
+    """What OpenAI's two endpoints share: the object around the choices."""
 
     prefix: ClassVar[str]
     kind: ClassVar[str]
-    kind_of_pieces: ClassVar[str]
+    chunk_kind: ClassVar[str]
 
     def __init__(self, model: ChatModel, body: OpenAIRequest, _: Prompt):
         self.model, self.include_usage = model, body.include_usage
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
-    def whole(self, choices: list[Choice]) -> dict[str, Any]:
-        said = [
-            self.choice(c, c.text, c.tokens) | {"finish_reason": c.finish_reason} for c in choices
+    def full_response(self, choices: list[Choice]) -> dict[str, Any]:
+        content = [
+            self.choice(c, "message", c.text, c.tokens) | {"finish_reason": c.finish_reason}
+            for c in choices
         ]
-        return self._frame(self.kind, said) | {"usage": usage_of(choices)}
+        return self._frame(self.kind, content) | {"usage": usage_of(choices)}
 
-    def pieces(self, delta: Delta, choice: Choice) -> Iterator[dict[str, Any]]:
-        if delta.text or delta.token:
-            yield self._piece(choice, delta.text, [delta.token] if delta.token else [])
-        if delta.finish_reason:
-            yield self._piece(choice, "", [], delta.finish_reason)
-
-    def ending(self, choices: list[Choice]) -> Iterator[dict[str, Any]]:
-        if self.include_usage:
-            yield self._frame(self.kind_of_pieces, []) | {"usage": usage_of(choices)}
-
-    def choice(self, choice: Choice, text: str, tokens: list[Token]) -> dict[str, Any]:
-        """A choice, or a piece of one, but for its finish_reason."""
-        raise NotImplementedError
-
-    def _piece(
-        self, choice: Choice, text: str, tokens: list[Token], reason: FinishReason | None = None
-    ) -> dict[str, Any]:
-        said = self.choice(choice, text, tokens) | {"finish_reason": reason}
+    def chunk(self, delta: Delta, choice: Choice) -> dict[str, Any]:
+        content = self.choice(choice, "delta", delta.text, [delta.token] if delta.token else [])
         usage = {"usage": None} if self.include_usage else {}
-        choice.begun = True
-        return self._frame(self.kind_of_pieces, [said]) | usage
+        content["finish_reason"] = delta.finish_reason
+        return self._frame(self.chunk_kind, [content]) | usage
+
+    def final_event(self, choices: list[Choice]) -> dict[str, Any] | None:
+        usage = {"usage": usage_of(choices)}
+        return self._frame(self.chunk_kind, []) | usage if self.include_usage else None
+
+    def choice(self, choice: Choice, key: str, text: str, tokens: list[Token]) -> dict[str, Any]:
+        """A choice or a chunk of one, without its finish_reason."""
+        raise NotImplementedError
 
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         frame = {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
@@ -3004,45 +2985,36 @@ class OpenAIReply:
 
 
 class ChatCompletionReply(OpenAIReply):
-    prefix, kind, kind_of_pieces = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, choice: Choice, text: str, tokens: list[Token]) -> dict[str, Any]:
-        logprobs = {"content": [self._told(token) for token in tokens]} if tokens else None
-        message = {"role": "assistant", "content": text}
-        return {"index": choice.index, "message": message, "logprobs": logprobs}
+    def choice(self, choice: Choice, key: str, text: str, tokens: list[Token]) -> dict[str, Any]:
+        logprobs = {"content": [self._logprob(token) for token in tokens]} if tokens else None
+        role = {} if choice.started else {"role": "assistant"}
+        choice.started = True
+        return {"index": choice.index, key: role | {"content": text}, "logprobs": logprobs}
 
-    def _piece(
-        self, choice: Choice, text: str, tokens: list[Token], reason: FinishReason | None = None
-    ) -> dict[str, Any]:
-        role = {} if choice.begun else {"role": "assistant"}
-        content = {"content": text} if text or tokens else {}
-        piece = super()._piece(choice, text, tokens, reason)
-        del piece["choices"][0]["message"]
-        piece["choices"][0]["delta"] = role | content
-        return piece
-
-    def _told(self, token: Token) -> dict[str, Any]:
+    def _logprob(self, token: Token) -> dict[str, Any]:
         top_logprobs = [self._scored(*pair) for pair in token.top_logprobs]
         return self._scored(token.id, token.logprob or 0.0) | {"top_logprobs": top_logprobs}
 
     def _scored(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.model.tokenizer.spell(token)
-        # A part of a character has no text of its own, and so no bytes that we could tell.
+        # Part of a multi-byte character: its bytes are not known from its text.
         known = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": logprob, "bytes": known}
 
 
 class CompletionReply(OpenAIReply):
-    prefix, kind, kind_of_pieces = "cmpl", "text_completion", "text_completion"
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def choice(self, choice: Choice, text: str, tokens: list[Token]) -> dict[str, Any]:
+    def choice(self, choice: Choice, key: str, text: str, tokens: list[Token]) -> dict[str, Any]:
         logprobs = self._logprobs(choice, tokens) if tokens else None
         return {"index": choice.index, "text": text, "logprobs": logprobs}
 
     def _logprobs(self, choice: Choice, tokens: list[Token]) -> dict[str, Any]:
         spell = self.model.tokenizer.spell
         texts = [spell(token.id) for token in tokens]
-        *offsets, choice.spelled = accumulate(map(len, texts), initial=choice.spelled)
+        *offsets, choice.text_offset = accumulate(map(len, texts), initial=choice.text_offset)
         return {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
@@ -3052,30 +3024,30 @@ class CompletionReply(OpenAIReply):
 
 
 # ---- Metrics ----------------------------------------------------------------
-# What an operator sees: numbers for Prometheus, under vLLM's names, and one line
-# in the log for each request that ended.
+# Prometheus metrics, under vLLM's names, and one log line for each finished
+# request.
 
 
 @dataclass(frozen=True)
-class Call:
-    """Who asked the engine for something."""
+class RequestInfo:
+    """Identifies a request in metrics and logs."""
 
     id: str
     route: str
 
 
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """Counts and logs what happens; `engine` gives the engine once there is one."""
+    """Counts and logs requests; `engine` returns the engine once it is loaded."""
 
     def __init__(self, engine: Callable[[], Engine | None], log_prompts: bool = False):
         self.log_prompts = log_prompts
         self.registry = prometheus_client.CollectorRegistry()
         mine: Any = {"namespace": "chat", "registry": self.registry}
         count: Any = partial(prometheus_client.Counter, **mine)
-        times: Any = partial(prometheus_client.Histogram, buckets=SECONDS, **mine)
+        times: Any = partial(prometheus_client.Histogram, buckets=LATENCY_BUCKETS, **mine)
         self.requests = count(
             "requests", "Requests that ended", ["route", "outcome", "finish_reason"]
         )
@@ -3096,15 +3068,15 @@ class Metrics:
             gauge = prometheus_client.Gauge(name, name.replace("_", " "), **mine)
             gauge.set_function(partial(lambda value: value(e) if (e := engine()) else 0, value))
 
-    def asked(self, call: Call, body: SamplingFields) -> None:
-        """Log the texts of a request, if that is wanted."""
+    def record_prompt(self, call: RequestInfo, body: SamplingFields) -> None:
+        """Log the text of a request if --log-prompts is set."""
         if self.log_prompts:
             texts = body.model_dump(include={"prompt", "history", "system", "messages"})
             log.info("request_id=%s asked=%r", call.id, texts)
 
-    def ended(self, seq: Sequence) -> None:
-        """Take account of a sequence that left the engine; called on its thread."""
-        now, call = time.monotonic(), seq.label or Call("-", "-")
+    def record_finished(self, seq: Sequence) -> None:
+        """Record a sequence that has left the engine; called on the engine's thread."""
+        now, call = time.monotonic(), seq.label or RequestInfo("-", "-")
         self.prompt_tokens.inc(seq.num_prompt)
         self.reused_tokens.inc(seq.num_reused)
         self.generation_tokens.inc(seq.num_completion)
@@ -3117,7 +3089,7 @@ class Metrics:
             "reused_tokens": seq.num_reused,
             "completion_tokens": seq.num_completion,
         }
-        if not seq.failed:  # that one is counted where its error is told
+        if not seq.failed:  # record_error counts it
             self.requests.labels(call.route, line["outcome"], line["finish_reason"]).inc()
         if seq.admitted:
             line["queue_time"] = observed(self.queue_time, seq.admitted - seq.arrived)
@@ -3129,8 +3101,8 @@ class Metrics:
         line["seconds"] = observed(self.whole_time, now - seq.arrived)
         log_line(line)
 
-    def refused(self, call: Call, error: ChatError) -> None:
-        """Take account of a request that got an error for its answer."""
+    def record_error(self, call: RequestInfo, error: ChatError) -> None:
+        """Record a request that was answered with an error."""
         self.requests.labels(call.route, error.code, "none").inc()
         log_line({"request_id": call.id, "route": call.route, "outcome": error.code})
 
@@ -3146,7 +3118,7 @@ def log_line(line: dict[str, Any]) -> None:
 
 
 def start_log(as_json: bool) -> None:
-    """Lines for a person, or one JSON object each."""
+    """Log plain text lines, or JSON lines."""
     shape = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=shape)
     if as_json:
@@ -3156,17 +3128,17 @@ def start_log(as_json: bool) -> None:
 
 
 # ---- Chat page --------------------------------------------------------------
-# A chat in the browser, made with gradio, under /chat. It is a caller like any other: what a
-# person asks becomes a ChatRequest, and ChatModel.answer answers it.
+# A chat in the browser, made with gradio, under /chat. It is a client like any other: a question
+# becomes a ChatRequest, and ChatModel.answer answers it.
 
-# What a person reads, in English and in Chinese; the browser's language decides.
-PAGE_WORDS = {
+# The page's texts in English and Chinese; the browser's language decides.
+TRANSLATIONS = {
     "ask": ("Write a message", "输入消息"),
     "new": ("New chat", "新对话"),
     "settings": ("Settings", "设置"),
     "default": ("default", "默认"),
-    "system": ("System text", "系统提示词"),
-    "max_new_tokens": ("Most new tokens", "最多生成词元数"),
+    "system": ("System prompt", "系统提示词"),
+    "max_new_tokens": ("Max new tokens", "最大生成 token 数"),
     "temperature": ("Temperature (0: greedy)", "温度（0 为贪心）"),
     "top_k": ("Top-k (0: off)", "Top-k（0 为关闭）"),
     "top_p": ("Top-p", "Top-p"),
@@ -3174,39 +3146,39 @@ PAGE_WORDS = {
     "repetition_penalty": ("Repetition penalty (1: off)", "重复惩罚（1 为关闭）"),
     "seed": ("Seed", "随机种子"),
 }
-# Where gradio does not translate, they stand side by side.
-PAGE_LOGIN = "Any username; the password is the server's key. · 用户名任意，密码为服务器的密钥。"
-PAGE_DROPPED = (
+# gradio does not translate these, so they hold both languages.
+LOGIN_MESSAGE = "Any username; the password is the server's key. · 用户名任意，密码为服务器的密钥。"
+DROPPED_MESSAGE = (
     "The oldest turns no longer fit and are left out. · 最早的几轮对话已超出长度，不再发送。"
 )
-PAGE_KNOBS = [knob.name for knob in fields(Sampling) if knob.name in PAGE_WORDS]
-PAGE_STYLE = """
+PAGE_PARAMETERS = [knob.name for knob in fields(Sampling) if knob.name in TRANSLATIONS]
+PAGE_CSS = """
 #settings .form {display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr))}
 #settings .form {background: none}
 #settings .form > :first-child {grid-column: 1 / -1}
 """
-# All that the page needs of gradio. Other routes read files, take uploads, fetch pages; the one
-# named heartbeat would hold a connection for each open page, of which a browser grants a host six
-# and for which uvicorn would wait at its end.
+# The only gradio routes that the page needs. Others read files, take uploads or fetch pages;
+# heartbeat would hold a connection for each open page, of which a browser allows six per host and
+# for which uvicorn would wait at shutdown.
 PAGE_ROUTES = re.compile(
     r"/(login|theme\.css|(assets|static)/.+"
     r"|gradio_api/(run/predict|queue/join|queue/data|cancel))?"
 )
-# The browser asks no other host for anything, not even for an image that an answer names.
-PAGE_POLICY = (
+# The browser loads nothing from other hosts, not even an image in an answer.
+PAGE_CSP = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline';"
     " img-src 'self' data: blob:; font-src 'self' data:; form-action 'self'"
 )
-# The second has nginx pass on an answer as it comes.
-PAGE_HEADERS = {"Content-Security-Policy": PAGE_POLICY, "X-Accel-Buffering": "no"}
-# Seconds between two states of an answer: each takes time that the model could use.
-PAGE_PACE = 0.1
-# Of so many people gradio knows what was said, and so many may wait for answers; which of them
-# are served is for the engine to say.
-PAGE_CROWD = 1024
+# The second turns off nginx's buffering of streams.
+PAGE_HEADERS = {"Content-Security-Policy": PAGE_CSP, "X-Accel-Buffering": "no"}
+# Seconds between updates of an answer: each costs CPU time that the model could use.
+UPDATE_INTERVAL = 0.1
+# Most sessions that gradio keeps, and most requests that it queues; the engine has limits of
+# its own.
+MAX_SESSIONS = 1024
 FORMULAS = (("$$", "$$", True), (r"\[", r"\]", True), (r"\(", r"\)", False), ("$", "$", False))
-# Code or a formula, or else the beginning of a tag. A formula that may be of any length would be
-# looked for to the end of the text wherever one seems to begin.
+# Code, a formula, or else the start of a tag. The bound on a formula's length keeps the search
+# linear.
 VERBATIM_OR_TAG = re.compile(
     r"(```.*?(?:```|\Z)|`[^`\n]+`|\$\$.{1,1000}?\$\$|\$[^$\n]+\$"
     r"|\\\(.{1,1000}?\\\)|\\\[.{1,1000}?\\\])|<(?=[a-z/!?])",
@@ -3214,13 +3186,13 @@ VERBATIM_OR_TAG = re.compile(
 )
 
 
-def readable(text: str) -> str:
-    """The text with its tags to be read; as they are, they would be obeyed or vanish."""
+def escape_tags(text: str) -> str:
+    """Escape HTML tags outside code and formulas, so that they are shown and not interpreted."""
     return VERBATIM_OR_TAG.sub(lambda m: m[1] or "&#60;", text)
 
 
-def turns_of(history: list[dict[str, Any]]) -> list[Message]:
-    """gradio's messages as ours, without the questions that got no answer, or a refusal."""
+def messages_from_gradio(history: list[dict[str, Any]]) -> list[Message]:
+    """gradio's messages as ours, without questions that got no answer or an error."""
     turns = []
     for pair in pairwise(history):
         refused = (pair[1].get("metadata") or {}).get("title")
@@ -3232,73 +3204,73 @@ def turns_of(history: list[dict[str, Any]]) -> list[Message]:
 
 
 class ChatPage:
-    """The page, and what it asks of the model. gradio takes seconds to import, so it comes late."""
+    """The page and its callbacks. gradio takes seconds to import, so it is imported here."""
 
     def __init__(self, model: Callable[[], ChatModel], metrics: Metrics):
         import gradio
 
         self.model, self.metrics, self.gradio = model, metrics, gradio
         english, chinese = (
-            {name: words[i] for name, words in PAGE_WORDS.items()} for i in range(2)
+            {name: words[i] for name, words in TRANSLATIONS.items()} for i in range(2)
         )
         self.words = gradio.I18n(en=english, **dict.fromkeys(("zh-CN", "zh-TW"), chinese))
 
     async def answer(self, *asked: Any) -> AsyncGenerator[Any]:
-        """The answer as far as it is known, again and again; or why there is none."""
-        call = Call(uuid.uuid4().hex, "/chat")
+        """Yield the answer so far, again and again, or the error."""
+        call = RequestInfo(uuid.uuid4().hex, "/chat")
         try:
             model = self.model()
             body = self._request(model, *asked)
-            self.metrics.asked(call, body)
+            self.metrics.record_prompt(call, body)
             prompt = await asyncio.to_thread(body.prepare, model)
             if prompt.dropped_turns:
-                self.gradio.Info(PAGE_DROPPED, title="")
+                self.gradio.Info(DROPPED_MESSAGE, title="")
             said, due = "", 0.0
             async with aclosing(model.answer(prompt, label=call)) as deltas:
                 async for delta in deltas:
                     said += delta.text
                     if delta.finish_reason or (delta.text and time.monotonic() >= due):
-                        due = time.monotonic() + PAGE_PACE
-                        yield readable(said)
+                        due = time.monotonic() + UPDATE_INTERVAL
+                        yield escape_tags(said)
             return
         except ChatError as error:
             refusal = error
         except Exception:
             log.exception("the chat page failed")
             refusal = ChatError("the server failed; its log says why")
-        self.metrics.refused(call, refusal)
+        self.metrics.record_error(call, refusal)
         yield {"role": "assistant", "content": "", "metadata": {"title": f"⚠️ {refusal}"}}
 
     def _request(
         self, model: ChatModel, text: str, history: Any, system: str, *values: Any
     ) -> ChatRequest:
-        knobs = zip(PAGE_KNOBS, values, strict=True)
-        # A default that comes back is not a wish: an answer of no stated length may be cut.
+        knobs = zip(PAGE_PARAMETERS, values, strict=True)
+        # An unchanged default is not sent: only a length that was set must fit as it is.
         given = {knob: x for knob, x in knobs if x not in (None, getattr(model.defaults, knob))}
-        texts = {"prompt": text, "history": turns_of(history), "system": system or None}
+        texts = {"prompt": text, "history": messages_from_gradio(history), "system": system or None}
         try:
             return ChatRequest.model_validate({**texts, **given, "truncate": True})
         except ValidationError as error:
-            raise from_validation(error) from error
+            raise validation_error(error) from error
 
     def fill(self) -> list[Any]:
-        """Once the model is there: an end of asking, its name, and its defaults."""
+        """Once the model is loaded, stop the timer and show its name and defaults."""
         try:
             model = self.model()
         except ChatError:
-            return [self.gradio.skip()] * (2 + len(PAGE_KNOBS))
+            return [self.gradio.skip()] * (2 + len(PAGE_PARAMETERS))
         name = self.gradio.Chatbot(label=f"chat-api · {model.name}")
-        values = [getattr(model.defaults, knob) for knob in PAGE_KNOBS]
+        values = [getattr(model.defaults, knob) for knob in PAGE_PARAMETERS]
         return [self.gradio.Timer(active=False), name, *values]
 
     def resume(self, saved: list[Any]) -> tuple[Any, ...]:
-        """Of a browser's conversations the newest: its number and, twice, its messages."""
+        """Open the browser's newest conversation: its index and, twice, its messages."""
         return (0, saved[0], saved[0]) if saved else (None, [], [])
 
     def check(self, text: str) -> Any:
-        """Keep what is no text out of the conversation."""
+        """Refuse a blank or malformed message."""
         try:
-            whole_characters(text)
+            reject_lone_surrogates(text)
         except ValueError as error:
             return self.gradio.validate(False, f"a message {error}")
         return self.gradio.validate(bool(text.strip()), "")
@@ -3316,7 +3288,10 @@ class ChatPage:
             textbox=gr.Textbox(
                 label=words("ask"), placeholder=words("ask"), submit_btn=True, stop_btn=True
             ),
-            additional_inputs=[gr.Textbox(label=words("system")), *map(self._box, PAGE_KNOBS)],
+            additional_inputs=[
+                gr.Textbox(label=words("system")),
+                *map(self._number_box, PAGE_PARAMETERS),
+            ],
             additional_inputs_accordion=gr.Accordion(
                 words("settings"), open=False, elem_id="settings"
             ),
@@ -3327,11 +3302,16 @@ class ChatPage:
             analytics_enabled=False,
             api_visibility="undocumented",
         )
-        page.title, page.max_threads = "chat-api", PAGE_CROWD
-        page.state_session_capacity = PAGE_CROWD
+        page.title, page.max_threads = "chat-api", MAX_SESSIONS
+        page.state_session_capacity = MAX_SESSIONS
         page.new_chat_button.icon, page.new_chat_button.value = None, words("new")
-        # The same at every start, so that a browser's conversations outlive the server.
+        # The same at every start, so that saved conversations survive a restart.
         page.saved_conversations.storage_key = page.saved_conversations.secret = "chat-api"
+        self._connect(page)
+        return page.queue(max_size=MAX_SESSIONS)
+
+    def _connect(self, page: Any) -> None:
+        gr = self.gradio
         with page:
             timer = gr.Timer(2)
             quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "undocumented"}
@@ -3339,9 +3319,12 @@ class ChatPage:
             gr.on([page.load, timer.tick], self.fill, None, filled, **quiet)
             resumed = [page.conversation_id, page.chatbot, page.chatbot_state]
             page.load(self.resume, page.saved_conversations, resumed, **quiet)
-        return page.queue(max_size=PAGE_CROWD)
+            # gradio clears the placeholder with the first message.
+            page.saved_conversations.change(
+                lambda: gr.update(placeholder=self.words("ask")), None, page.textbox, **quiet
+            )
 
-    def _box(self, knob: str) -> Any:
+    def _number_box(self, knob: str) -> Any:
         whole = knob in ("max_new_tokens", "top_k", "seed")
         return self.gradio.Number(
             label=self.words(knob),
@@ -3352,12 +3335,12 @@ class ChatPage:
 
 
 def path_of(scope: Scope) -> str:
-    """The path without the prefix of a proxy."""
+    """The path without the root_path that a proxy adds."""
     return str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
 
 
 def with_headers(send: Send, headers: dict[str, str]) -> Send:
-    """The same `send`, but every answer has these headers too."""
+    """Wrap `send` so that every response has these headers."""
 
     async def named(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
@@ -3367,8 +3350,8 @@ def with_headers(send: Send, headers: dict[str, str]) -> Send:
     return named
 
 
-class PageGuard:
-    """Stands before gradio: closes what the page does not need, and keeps the page to this host."""
+class ChatPageMiddleware:
+    """Closes the gradio routes that the page does not need, and sets its headers."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -3376,13 +3359,13 @@ class PageGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not PAGE_ROUTES.fullmatch(path_of(scope)):
             raise HTTPException(404)
-        # gradio would let the pages of any other site read its answers.
+        # gradio would allow any origin to read its responses.
         del MutableHeaders(scope=scope)["origin"]
         await self.app(scope, receive, with_headers(send, PAGE_HEADERS))
 
 
-def is_key(given: bytes, keys: tuple[str, ...]) -> bool:
-    """Whether it is one of the keys; all are compared, so that the time tells nothing of any."""
+def is_valid_key(given: bytes, keys: tuple[str, ...]) -> bool:
+    """Compare with every key in constant time."""
     matches = [hmac.compare_digest(given, key.encode()) for key in keys]
     return any(matches)
 
@@ -3390,7 +3373,7 @@ def is_key(given: bytes, keys: tuple[str, ...]) -> bool:
 def mount_chat_page(
     app: FastAPI, model: Callable[[], ChatModel], metrics: Metrics, keys: tuple[str, ...]
 ) -> bool:
-    """Add the page, which asks for a key where there are any; False if gradio is not installed."""
+    """Mount the page, with a login if there are keys; False if gradio is not installed."""
     try:
         page = ChatPage(model, metrics)
     except ImportError as missing:
@@ -3398,58 +3381,51 @@ def mount_chat_page(
         return False
 
     def known(_: str, given: str) -> bool:
-        return is_key(given.encode(), keys)
+        return is_valid_key(given.encode(), keys)
 
     page.gradio.mount_gradio_app(
         app,
         page.build(),
         "/chat",
         auth=known if keys else None,
-        auth_message=PAGE_LOGIN,
+        auth_message=LOGIN_MESSAGE,
         i18n=page.words,
         theme=page.gradio.themes.Default(
             primary_hue="blue", neutral_hue="slate", font="system-ui", font_mono="monospace"
         ),
-        css=PAGE_STYLE,
+        css=PAGE_CSS,
         footer_links=[],
         show_error=False,
         **dict.fromkeys(("run_history", "ssr_mode", "mcp_server", "pwa"), False),
     )
     mount = app.routes[-1]
     assert isinstance(mount, Mount)
-    mount.app = PageGuard(mount.app)
+    mount.app = ChatPageMiddleware(mount.app)
     return True
 
 
 # ---- Routes -----------------------------------------------------------------
-# Starlette cancels a streamed answer when its client leaves. One that is still
-# being computed, or still waits, is ended by `while_connected`.
+# Starlette cancels a stream when its client disconnects. A response that is
+# still being computed is cancelled by `while_connected`.
 
 MAX_BODY = 8 * 2**20
-BODY_SECONDS = 120.0
-PAGE = """<!doctype html><meta charset="utf-8"><title>chat-api</title>
-<p>The chat server is up: <code>POST /</code> with <code>{"prompt": "..."}</code>.
-See <a href="docs">the fields of every call</a> and <a href="health">its health</a>."""
-
-
-# These routes have names of their own in the metrics.
+BODY_TIMEOUT = 120.0
+# Routes that are labels in the metrics; all others are "other".
 ROUTES = ("/", "/v1/chat/completions", "/v1/completions")
 
 
 def error_body(error: ChatError, openai: bool = False) -> dict[str, Any]:
-    """An error in our shape, or in OpenAI's, which is a part of it."""
+    """The body of an error, in our shape or in OpenAI's."""
     param = "max_tokens" if openai and error.param == "max_length" else error.param
     detail = {"message": str(error), "type": error.type, "param": param, "code": error.code}
     ours = {"status": error.status, "time": local_time()}
     return {"error": detail} | ({} if openai else ours)
 
 
-def from_http(error: HTTPException, path: str) -> ChatError:
-    """Starlette's and FastAPI's own refusals, in our words."""
-    if error.status_code == 413:
-        return BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
-    if error.status_code == 408:
-        return BodyTooSlow(f"the body took more than {BODY_SECONDS:.0f} seconds; send it at once")
+def http_error(error: HTTPException, path: str) -> ChatError:
+    """Turn an error of Starlette's or FastAPI's into ours."""
+    if isinstance(error.__cause__, ChatError):
+        return error.__cause__
     if isinstance(error.__cause__, UnicodeDecodeError):
         return BadRequest(
             "the body is not UTF-8; save the script as UTF-8, and in PowerShell send"
@@ -3466,13 +3442,13 @@ def from_http(error: HTTPException, path: str) -> ChatError:
     return refusal
 
 
-def call_of(scope: Scope) -> Call:
-    """Who is asking: what NamedCalls found out."""
+def request_info(scope: Scope) -> RequestInfo:
+    """What RequestIDMiddleware stored."""
     return scope["state"]["call"]
 
 
-class NamedCalls:
-    """Gives every call an id, the caller's own or a new one, and returns it."""
+class RequestIDMiddleware:
+    """Gives every request an id, the client's X-Request-ID or a new one, and returns it."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -3483,45 +3459,42 @@ class NamedCalls:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path, given = path_of(scope), Headers(scope=scope).get("x-request-id", "")
-        # Only what can neither forge a line of the log nor fill it.
+        # Nothing that could forge or flood log lines.
         call_id = given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
-        call = Call(call_id, path if path in ROUTES else "other")
+        call = RequestInfo(call_id, path if path in ROUTES else "other")
         scope.setdefault("state", {})["call"] = call
         await self.app(scope, receive, with_headers(send, {"X-Request-ID": call.id}))
 
 
-class RequireKey:
-    """Lets only callers with a key through, to anything but the health.
+class APIKeyMiddleware:
+    """Requires an API key, except for /health and the chat page, which has its own login."""
 
-    The chat page asks for the key itself, and a browser must be able to find it.
-    """
-
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...], page: bool, refuse: Callable[..., Any]):
-        self.app, self.keys, self.page, self.refuse = app, keys, page, refuse
+    def __init__(
+        self, app: ASGIApp, keys: tuple[str, ...], page: bool, error_response: Callable[..., Any]
+    ):
+        self.app, self.keys, self.page, self.error_response = app, keys, page, error_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._open(scope) or self._known(scope):
+        if scope["type"] != "http" or self._is_exempt(scope) or self._has_key(scope):
             return await self.app(scope, receive, send)
         error = Unauthorized("send one of the server's keys as `Authorization: Bearer KEY`")
-        await self.refuse(scope, error)(scope, receive, send)
+        await self.error_response(scope, error)(scope, receive, send)
 
-    def _open(self, scope: Scope) -> bool:
+    def _is_exempt(self, scope: Scope) -> bool:
         path = path_of(scope)
         at_page = f"{path}/".startswith("/chat/") or (
             path == "/" and scope["method"] in ("GET", "HEAD")
         )
         return path == "/health" or (self.page and at_page)
 
-    def _known(self, scope: Scope) -> bool:
+    def _has_key(self, scope: Scope) -> bool:
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        return is_key(given.strip().encode("latin-1"), self.keys) and kind.lower() == "bearer"
+        return is_valid_key(given.strip().encode("latin-1"), self.keys) and kind.lower() == "bearer"
 
 
-class JSONBodies:
-    """Takes every body for JSON, as the tutorials' curl lines send it without saying so.
-
-    Refuses one that is too large, unread if its length is declared, else as it comes; and one
-    that comes too slowly.
+class BodyMiddleware:
+    """Treats every body as JSON, as many curl examples omit the content type; limits its size
+    and time.
     """
 
     def __init__(self, app: ASGIApp):
@@ -3531,40 +3504,42 @@ class JSONBodies:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         headers = MutableHeaders(scope=scope)
-        # The chat page's own calls say what they are.
+        # gradio's own requests have the right content type.
         if not path_of(scope).startswith("/chat/"):
             headers["content-type"] = "application/json"
-        size, declared = 0, headers.get("content-length", "")
-        deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
+        size, declared = 0, int(headers.get("content-length", 0))
+        deadline: float | None = asyncio.get_running_loop().time() + BODY_TIMEOUT
 
-        async def limited() -> MutableMapping[str, Any]:
+        async def limited_receive() -> MutableMapping[str, Any]:
             nonlocal size, deadline
-            # HTTPException is the one kind that FastAPI lets through.
-            if declared.isdecimal() and int(declared) > MAX_BODY:
-                raise HTTPException(413)
+            too_large = BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
+            if declared > MAX_BODY:
+                raise too_large
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408) from None
+                raise BodyTooSlow(
+                    f"the body took more than {BODY_TIMEOUT:.0f} seconds; send it at once"
+                ) from None
             if not message.get("more_body"):
                 deadline = None
             size += len(message.get("body", b""))
             if size > MAX_BODY:
-                raise HTTPException(413)
+                raise too_large
             return message
 
-        await self.app(scope, limited, send)
+        await self.app(scope, limited_receive, send)
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """Await `work`; cancel it and raise ClientDisconnect if the client hangs up first."""
+    """Await `work`; cancel it and raise ClientDisconnect if the client disconnects first."""
 
-    async def hang_up() -> None:
+    async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    task, gone = asyncio.ensure_future(work), asyncio.create_task(hang_up())
+    task, gone = asyncio.ensure_future(work), asyncio.create_task(wait_for_disconnect())
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -3576,13 +3551,13 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
 
 
 class JSONText(JSONResponse):
-    """JSON that says its encoding, without which Windows PowerShell takes it for Latin-1."""
+    """JSON with its charset, without which Windows PowerShell assumes Latin-1."""
 
     media_type = "application/json; charset=utf-8"
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, whose source is closed the moment that the client is gone."""
+    """Server-sent events; the generator is closed as soon as the client disconnects."""
 
     media_type = "text/event-stream"
 
@@ -3595,28 +3570,28 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def sse(event: dict[str, Any] | None) -> str:
-    """One event. ASCII, because some readers also break lines at U+2028 and U+0085."""
-    return ": waiting\n\n" if event is None else f"data: {json.dumps(event)}\n\n"
+def format_event(event: dict[str, Any] | None) -> str:
+    """Format an event. ASCII, because some clients split lines at U+2028 and U+0085."""
+    return ": keep-alive\n\n" if event is None else f"data: {json.dumps(event)}\n\n"
 
 
 async def event_stream(
-    request: Request, events: Events, tell: Callable[[ChatError], dict[str, Any]]
+    request: Request, events: Events, error_payload: Callable[[ChatError], dict[str, Any]]
 ) -> EventStream:
-    """Answer with events, once the first is there: an error before it keeps its status."""
+    """Stream events; an error before the first event keeps its HTTP status."""
     first = await while_connected(request, anext(events))
 
     async def body() -> AsyncGenerator[str]:
         async with aclosing(events):
-            yield sse(first)
+            yield format_event(first)
             try:
                 async for event in events:
-                    yield sse(event)
+                    yield format_event(event)
             except ChatError as error:
-                yield sse(tell(error))
+                yield format_event(error_payload(error))
             except Exception:
                 log.exception("a stream failed")
-                yield sse(tell(ChatError("the server failed; its log says why")))
+                yield format_event(error_payload(ChatError("the server failed; its log says why")))
             else:
                 yield "data: [DONE]\n\n"
 
@@ -3634,7 +3609,7 @@ def local_address(host: str) -> str:
 
 
 class Serving:
-    """The model behind the routes: first it loads, then it answers."""
+    """The model behind the routes, from loading to draining."""
 
     def __init__(self, settings: Settings, load: Callable[[Settings], ChatModel]):
         self.settings, self.load = settings, load
@@ -3642,7 +3617,7 @@ class Serving:
             lambda: self._model.engine if self._model else None, settings.log_prompts
         )
         self._model: ChatModel | None = None
-        self._end_by: float | None = None
+        self._drain_deadline = inf
 
     @property
     def health(self) -> dict[str, Any]:
@@ -3653,9 +3628,9 @@ class Serving:
         return {"status": status, "running": running, "waiting": waiting}
 
     def model(self, name: str | None = None) -> ChatModel:
-        """The model, which must have that name. Raises NotServing, ModelNotFound."""
-        if self._end_by is not None:
-            seconds = 1 + max(0, int(self._end_by - time.monotonic()))
+        """The loaded model. Raises NotServing, or ModelNotFound if it has another name."""
+        if self.draining:
+            seconds = 1 + max(0, int(self._drain_deadline - time.monotonic()))
             raise NotServing("the server is stopping; try again after its restart", None, seconds)
         if self._model is None:
             raise NotServing("the model is still loading; try again soon", retry_after=5)
@@ -3672,49 +3647,49 @@ class Serving:
         name: str | None = None,
         n: int = 1,
     ) -> JSONText | EventStream:
-        """Generate, and answer in a reply's words: in events, or at once."""
+        """Generate, and respond with a stream or a full response."""
         model = self.model(name)
-        # Before anything is spent on a request that would be refused.
+        # Before tokenizing a request that would be refused.
         model.engine.check_queue()
-        self.metrics.asked(call_of(request.scope), body)
+        self.metrics.record_prompt(request_info(request.scope), body)
         prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
         reply = reply_of(model, body, prompt)
         choices = [Choice(index) for index in range(n)]
-        deltas = model.answer(prompt, n, call_of(request.scope))
+        deltas = model.answer(prompt, n, request_info(request.scope))
         if body.stream:
             events = events_of(deltas, choices, reply)
-            return await event_stream(request, events, partial(self.tell, request.scope))
+            return await event_stream(request, events, partial(self.error_payload, request.scope))
         await while_connected(request, collect(deltas, choices))
-        # The logprobs of many tokens take seconds to spell.
-        return await asyncio.to_thread(lambda: JSONText(reply.whole(choices)))
+        # Decoding many tokens for logprobs can take seconds.
+        return await asyncio.to_thread(lambda: JSONText(reply.full_response(choices)))
 
-    def tell(self, scope: Scope, error: ChatError) -> dict[str, Any]:
-        """The body of an error, in the caller's dialect; the error is counted."""
-        self.metrics.refused(call_of(scope), error)
+    def error_payload(self, scope: Scope, error: ChatError) -> dict[str, Any]:
+        """Record an error, and return its body in the client's dialect."""
+        self.metrics.record_error(request_info(scope), error)
         return error_body(error, openai=path_of(scope).startswith("/v1/"))
 
-    def refuse(self, scope: Scope, error: ChatError) -> JSONText:
-        # The id also here, as what nobody foresaw is told from outside of NamedCalls.
-        headers = {"X-Request-ID": call_of(scope).id, **error.headers}
+    def error_response(self, scope: Scope, error: ChatError) -> JSONText:
+        # Unexpected errors are handled outside RequestIDMiddleware, so set its header here too.
+        headers = {"X-Request-ID": request_info(scope).id, **error.headers}
         if error.retry_after:
             headers["Retry-After"] = str(error.retry_after)
-        return JSONText(self.tell(scope, error), error.status, headers)
+        return JSONText(self.error_payload(scope, error), error.status, headers)
 
     @property
     def draining(self) -> bool:
-        return self._end_by is not None
+        return self._drain_deadline < inf
 
-    def drain(self) -> None:
-        """From now on refuse new requests, and give those under way their last seconds."""
-        self._end_by = time.monotonic() + self.settings.drain_timeout
-        log.info("stopping, once the answers under way are through; again to stop at once")
+    def start_draining(self) -> None:
+        """Refuse new requests, and give running ones until the deadline."""
+        self._drain_deadline = time.monotonic() + self.settings.drain_timeout
+        log.info("stopping when running requests are finished; signal again to stop at once")
 
     def drained(self, busy: bool) -> bool:
-        """Whether to stop now: no request is busy any more, or their time is over."""
-        return self._end_by is not None and (not busy or time.monotonic() >= self._end_by)
+        """Whether to stop now: no request is running, or the deadline has passed."""
+        return self.draining and (not busy or time.monotonic() >= self._drain_deadline)
 
     async def close(self) -> None:
-        """End with an error what is still being generated."""
+        """Close the engine; requests that are still generating get an error."""
         if self._model:
             await asyncio.to_thread(self._model.engine.close)
 
@@ -3732,15 +3707,15 @@ class Serving:
             if not isinstance(error, StartError):
                 log.exception("the model could not be loaded")
                 error = StartError(f"the model could not be loaded: {error}")
-            # Nothing is under way that could be lost, and nothing can be served.
+            # No request can be running yet, and none can be served.
             sys.stderr.write(f"api.py: {error}.\n")
             os._exit(1)
-        model.engine.on_end = self.metrics.ended
+        model.engine.on_end = self.metrics.record_finished
         self._model = model
         self._greet(model)
 
     def _greet(self, model: ChatModel) -> None:
-        """What is served, where, and how to reach it from elsewhere."""
+        """Log what is served, where, and how to reach it from elsewhere."""
         port, here = self.settings.port, local_address(self.settings.host)
         url = f"http://{here}:{port}"
         lines = model.facts | {
@@ -3760,22 +3735,22 @@ class Serving:
 
 
 def add_error_handlers(app: FastAPI, serving: Serving) -> None:
-    """Every error becomes a ChatError, and is told in the caller's dialect."""
+    """Turn every exception into a ChatError and its response."""
 
-    async def told(request: Request, error: Exception) -> Response:
-        # FastAPI wraps what happens to it while it reads a body.
+    async def handle(request: Request, error: Exception) -> Response:
+        # FastAPI wraps exceptions that are raised while it reads the body.
         if isinstance(error, ClientDisconnect) or isinstance(error.__cause__, ClientDisconnect):
             return Response(status_code=499)
         if isinstance(error, RequestValidationError):
-            error = from_validation(error)
+            error = validation_error(error)
         elif isinstance(error, HTTPException):
-            error = from_http(error, request.url.path)
+            error = http_error(error, request.url.path)
         elif not isinstance(error, ChatError):
             error = ChatError("the server failed; its log says why")
-        return serving.refuse(request.scope, error)
+        return serving.error_response(request.scope, error)
 
     for kind in (ChatError, ClientDisconnect, HTTPException, RequestValidationError, Exception):
-        app.add_exception_handler(kind, told)
+        app.add_exception_handler(kind, handle)
 
 
 def build_app(
@@ -3786,15 +3761,18 @@ def build_app(
         settings = read_settings([])
         start_log(settings.log_json)
     serving = Serving(settings, load)
-    # FastAPI, but /docs fetches nothing from another host, which a rented machine may not reach.
+    # FastAPI whose /docs loads nothing from other hosts, which a rented machine may not reach.
     app = FastAPIOffline(redoc_url=None, title="chat-api", lifespan=serving.lifespan)
     app.state.serving = serving
-    app.add_middleware(JSONBodies)
+    app.add_middleware(BodyMiddleware)
     if settings.keys:
         app.add_middleware(
-            RequireKey, keys=settings.keys, page=settings.chat_page, refuse=serving.refuse
+            APIKeyMiddleware,
+            keys=settings.keys,
+            page=settings.chat_page,
+            error_response=serving.error_response,
         )
-    app.add_middleware(NamedCalls)
+    app.add_middleware(RequestIDMiddleware)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -3808,130 +3786,132 @@ def build_app(
         app, serving.model, serving.metrics, settings.keys
     )
 
-    elsewhere = {307: {"description": "A browser is sent to the chat page"}} if has_page else {}
-
     # HEAD is for monitors, and not for the docs.
     @app.head("/", include_in_schema=False)
-    @app.get("/", response_class=HTMLResponse, responses=promised(error=ErrorBody) | elsewhere)
-    async def page(request: Request) -> Response:
-        if has_page and "text/html" in request.headers.get("accept", ""):
-            return RedirectResponse("chat/")
-        return HTMLResponse(PAGE)
+    @app.get("/", status_code=307, response_class=RedirectResponse)
+    async def front() -> Response:
+        return RedirectResponse("chat/" if has_page else "docs")
+
+    down: Any = {503: {"model": State, "description": "Loading, draining or dead"}}
 
     @app.head("/health", include_in_schema=False)
-    @app.get(
-        "/health", responses={200: STATE, 503: STATE | {"description": "Loading, draining or dead"}}
-    )
+    @app.get("/health", response_model=State, responses=down)
     async def health() -> JSONText:
         state = serving.health
         return JSONText(state, 200 if state["status"] == "ready" else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=promised(error=ErrorBody))
+    @app.get(
+        "/metrics", response_class=Response, responses=extra_responses(ErrorBody, "text/plain")
+    )
     async def metrics() -> Response:
         text = prometheus_client.generate_latest(serving.metrics.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    @app.post("/", response_model=ChatResponse, responses=promised({}, ErrorBody))
+    events = "text/event-stream"
+
+    @app.post("/", response_model=ChatResponse, responses=extra_responses(ErrorBody, events))
     async def chat(body: ChatRequest, request: Request) -> Any:
         return await serving.answer(request, body, ClassicReply)
 
-    @app.get("/v1/models", responses=promised())
+    @app.get("/v1/models", responses=extra_responses(OpenAIError))
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card_of(serving.model())]}
+        return {"object": "list", "data": [model_card(serving.model())]}
 
-    @app.get("/v1/models/{name:path}", responses=promised())
+    @app.get("/v1/models/{name:path}", responses=extra_responses(OpenAIError))
     async def model(name: str) -> dict[str, Any]:
-        return card_of(serving.model(name))
+        return model_card(serving.model(name))
 
-    @app.post("/v1/chat/completions", responses=promised(COMPLETION))
+    openai: Any = {"response_model": Completion, "responses": extra_responses(OpenAIError, events)}
+
+    @app.post("/v1/chat/completions", **openai)
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any:
         return await serving.answer(request, body, ChatCompletionReply, body.model, body.n or 1)
 
-    @app.post("/v1/completions", responses=promised(COMPLETION))
+    @app.post("/v1/completions", **openai)
     async def completions(body: CompletionRequest, request: Request) -> Any:
         return await serving.answer(request, body, CompletionReply, body.model, body.n or 1)
 
     return app
 
 
-def card_of(model: ChatModel) -> dict[str, Any]:
-    """A model as OpenAI lists it, and how long its context is, as vLLM says it."""
+def model_card(model: ChatModel) -> dict[str, Any]:
+    """The model as OpenAI lists it, with vLLM's max_model_len."""
     card = {"id": model.name, "object": "model", "created": model.loaded, "owned_by": "chat-api"}
     return card | {"max_model_len": model.context_length}
 
 
 # ---- Main -------------------------------------------------------------------
 
-# What may come before a body.
-MAX_HEAD = 64 * 2**10
-HEAD_SECONDS = 30.0
-# Longer than the minute for which load balancers keep a connection that they may use again.
+# Limits on what precedes the body.
+MAX_HEADER_BYTES = 64 * 2**10
+HEADER_TIMEOUT = 30.0
+# Longer than the 60 seconds for which load balancers commonly reuse idle connections.
 KEEP_ALIVE = 75
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, but what comes before a body is limited, in bytes and in seconds.
+    """uvicorn's protocol with limits on the size and time of headers.
 
-    And an offer to speak HTTP/2, which Java's client makes with each request, is ignored: the
-    parser would take the body for HTTP/2.
+    It also ignores `Upgrade: h2c`, which Java's client sends with each request and at which the
+    parser would stop reading the body.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.head: float = 0
-        self.patience = self.loop.call_later(HEAD_SECONDS, transport.close)
+        self.header_bytes: float = 0
+        self.header_timer = self.loop.call_later(HEADER_TIMEOUT, transport.close)
 
-    def _have_patience(self, seconds: float) -> None:
-        self.patience.cancel()
-        self.patience = self.loop.call_later(seconds, self.transport.close)
+    def _restart_timer(self, seconds: float) -> None:
+        self.header_timer.cancel()
+        self.header_timer = self.loop.call_later(seconds, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
-        if not self.head:  # the first bytes of a request
+        if not self.header_bytes:  # the first bytes of a request
             head, blank, rest = data.partition(b"\r\n\r\n")
-            # A name as long as that one, so that every count stays right.
+            # A name of the same length, so that the byte counts stay right.
             data = re.sub(rb"(?i)(?<=\r\n)upgrade(?=: *h2c)", b"ignored", head) + blank + rest
-        self.head += len(data)
+        self.header_bytes += len(data)
         super().data_received(data)
-        # Asked when it is known how much of it was body.
-        if self.head > MAX_HEAD and not self.transport.is_closing():
+        # Checked after parsing, when it is known how much was body.
+        if self.header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
             self.send_400_response("The headers are too long.")
 
     def on_message_begin(self) -> None:
-        self._have_patience(HEAD_SECONDS)
+        self._restart_timer(HEADER_TIMEOUT)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self.patience.cancel()
-        self.head = -inf  # the body has a limit of its own
+        self.header_timer.cancel()
+        self.header_bytes = -inf  # the body has a limit of its own
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        self.head = 0
+        self.header_bytes = 0
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        # uvicorn's own patience ends with any next byte, also with one that begins no message.
+        # uvicorn's own timer is cancelled by any byte, even one that begins no request.
         super().on_response_complete()
-        if self.timeout_keep_alive_task:  # no other request is under way
-            self._have_patience(KEEP_ALIVE)
+        if self.timeout_keep_alive_task:  # no other request is pending
+            self._restart_timer(KEEP_ALIVE)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.patience.cancel()
+        self.header_timer.cancel()
         super().connection_lost(exc)
 
 
 class Server(uvicorn.Server):
-    """Told to stop, it lets the answers under way come to their end; told again, it ends."""
+    """On the first signal it finishes the running requests, on the second it exits."""
 
     def __init__(self, config: uvicorn.Config, serving: Serving):
         super().__init__(config)
         self.serving = serving
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        # uvicorn's own would close the socket at once, and raise the signal again at the end.
+        # uvicorn's own handler would close the socket at once, and re-raise the signal at exit.
         if self.serving.draining:
             os._exit(128 + sig)
-        self.serving.drain()
+        self.serving.start_draining()
 
     async def on_tick(self, counter: int) -> bool:
         if self.serving.drained(busy=bool(self.server_state.tasks)):
@@ -3940,8 +3920,8 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def listener(host: str, port: int) -> socket.socket:
-    """The socket to serve on, taken before anything is loaded; exits with one sentence."""
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Bind the socket before the model is loaded; exits with one sentence if it cannot."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = host == "::" and socket.has_dualstack_ipv6()
     try:
@@ -3964,23 +3944,23 @@ def main() -> None:
         except StartError as error:
             sys.exit(f"api.py: {error}.")
         return
-    sockets = [listener(settings.host, settings.port)]
+    sockets = [bind_socket(settings.host, settings.port)]
     app = build_app(settings)
     here = f"{local_address(settings.host)}:{settings.port}"
     log.info("loading; http://%s/health tells when it is done", here)
     config = uvicorn.Config(
         app,
         root_path=settings.root_path,
-        log_config=None,  # its lines are like all others
+        log_config=None,  # uvicorn logs through the root logger
         log_level="warning",
         http=Connection,
         timeout_keep_alive=KEEP_ALIVE,
-        # Seconds for what is no answer: a page that is open, a body that never comes.
+        # Requests have been drained by then; this is for connections that stay open.
         timeout_graceful_shutdown=5,
     )
     Server(config, app.state.serving).run(sockets)
     logging.shutdown()
-    # A model that is still loading cannot be interrupted, and torch would abort at the end.
+    # A loading model cannot be interrupted, and torch would abort at interpreter exit.
     os._exit(0)
 
 

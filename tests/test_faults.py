@@ -170,8 +170,8 @@ def test_memory_that_runs_out_at_the_start_is_no_broken_file(tmp_path):
 
 def test_a_host_that_is_none_and_a_port_that_is_taken(capsys):
     with pytest.raises(SystemExit, match=r"'no\.such\.host\.invalid', port 1: .*--host"):
-        api.listener("no.such.host.invalid", 1)
-    api.listener("127.0.0.1", 0).close()
+        api.bind_socket("no.such.host.invalid", 1)
+    api.bind_socket("127.0.0.1", 0).close()
 
 
 # ---- In service

@@ -84,7 +84,7 @@ def test_the_docs_promise_what_we_send(client):
         for operation in operations.values():
             answers = operation["responses"]
             assert "422" not in answers
-            if path != "/health":
+            if path != "/health" and "307" not in answers:
                 kind = "OpenAIError" if path.startswith("/v1/") else "ErrorBody"
                 shapes = [answers[status]["content"] for status in ("4XX", "5XX")]
                 wanted = {"schema": {"$ref": f"#/components/schemas/{kind}"}}
@@ -177,7 +177,7 @@ def asked(draw) -> tuple[str, bytes, bool]:
             del body["messages" if "messages" in body else "prompt"]
         case "junk":
             refuse = False
-            for name in draw(st.lists(st.sampled_from([*sorted(body), *api.NOT_HONOURED]),
+            for name in draw(st.lists(st.sampled_from([*sorted(body), *api.UNSUPPORTED]),
                                       min_size=1, max_size=4)):  # fmt: skip
                 body[name] = draw(JUNK)
         case "odd":

@@ -389,12 +389,12 @@ def test_health_tells_of_a_dead_engine(server, runner):
 def test_a_monitor_may_ask_with_head(server):
     for path in ("/", "/health"):
         answer = httpx.head(server + path)
-        assert (answer.status_code, answer.content) == (200, b"")
-        assert int(answer.headers["content-length"]) > 0
+        assert answer.status_code == httpx.get(server + path).status_code < 400
+        assert not answer.content
 
 
 def test_a_browser_gets_a_page(server):
-    page = httpx.get(server)
+    page = httpx.get(server, follow_redirects=True)
     assert page.status_code == 200
     assert "text/html" in page.headers["content-type"]
 

@@ -77,6 +77,12 @@ def test_a_streamed_chat_completion(client, server):
     assert chunks[-1].usage.total_tokens == 11
 
 
+def test_the_last_text_and_its_reason_come_in_one_chunk(client):
+    stream = client.chat.completions.create(model="test", messages=HELLO, stream=True, max_tokens=2)
+    chunks = [(c.choices[0].delta.content, c.choices[0].finish_reason) for c in stream]
+    assert chunks == [("h", None), ("e", "length")]
+
+
 def test_the_stream_ends_as_clients_expect(server):
     body = {"model": "test", "messages": HELLO, "stream": True}
     response = httpx.post(f"{server}/v1/chat/completions", json=body)
@@ -327,14 +333,14 @@ def test_many_tokens_are_spelled_once_and_beside_the_event_loop(server, monkeypa
     assert text.spell(7) == text.spell(7)
     assert text.spell.cache_info().hits == 1
     wording = threading.Event()
-    whole = api.ChatCompletionReply.whole
+    whole = api.ChatCompletionReply.full_response
 
     def slowly(self, choices: list[api.Choice]) -> dict[str, object]:
         wording.set()
         time.sleep(1)
         return whole(self, choices)
 
-    monkeypatch.setattr(api.ChatCompletionReply, "whole", slowly)
+    monkeypatch.setattr(api.ChatCompletionReply, "full_response", slowly)
     with ThreadPoolExecutor(1) as pool:
         url = f"{server}/v1/chat/completions"
         answer = pool.submit(httpx.post, url, json={"messages": HELLO}, timeout=30)

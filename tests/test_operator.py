@@ -262,7 +262,7 @@ def test_the_address_told_is_one_that_works(runner, tokenizer, caplog, host, add
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="there is no IPv6 here")
 def test_all_of_ipv6_is_ipv4_too():
-    with api.listener("::", 0) as listening:
+    with api.bind_socket("::", 0) as listening:
         for host in ("127.0.0.1", "::1"):
             socket.create_connection((host, listening.getsockname()[1])).close()
 

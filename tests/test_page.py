@@ -76,7 +76,7 @@ def text_of(runner, index: int) -> str:
 
 @in_browser
 def test_an_answer_is_seen_while_it_comes(browser, url, runner, monkeypatch):
-    monkeypatch.setattr(api, "PAGE_PACE", 0)
+    monkeypatch.setattr(api, "UPDATE_INTERVAL", 0)
     runner.say = "one two three"
     runner.hold()
     with opened(browser, f"{url}/chat/") as page:
@@ -87,6 +87,7 @@ def test_an_answer_is_seen_while_it_comes(browser, url, runner, monkeypatch):
         runner.free()
         expect(answers(page)).to_have_text("one two three")
         wait_for(lambda: not running(url))
+        expect(page.get_by_placeholder("Write a message")).to_be_visible()
 
 
 @in_browser
@@ -154,10 +155,10 @@ def test_four_people_are_served_at_once(browser, url, runner):
 def test_settings_begin_with_the_model_s_and_are_used_zero_included(browser, url, runner):
     with opened(browser, f"{url}/chat/") as page:
         page.get_by_text("Settings").click()
-        expect(page.get_by_label("Most new tokens")).to_have_value("1024")
+        expect(page.get_by_label("Max new tokens")).to_have_value("1024")
         ask(page, "as it is")
         expect(answers(page)).to_have_count(1)
-        page.get_by_label("System text").fill("be brief")
+        page.get_by_label("System prompt").fill("be brief")
         page.get_by_label("Temperature").fill("0")
         page.get_by_label("Top-k").fill("")
         page.get_by_label("Seed").fill("0")
@@ -334,18 +335,18 @@ def test_text_code_and_formulas_are_shown_and_no_other_host_is_asked(browser, ur
 
 def test_tags_are_readable_and_come_back_as_they_were():
     text = "<s> `<s>` $a<b$ a<b 1 < 2 ```\n<s>\n``` <!-- </x>"
-    shown = api.readable(text)
+    shown = api.escape_tags(text)
     assert shown == "&#60;s> `<s>` $a<b$ a&#60;b 1 < 2 ```\n<s>\n``` &#60;!-- &#60;/x>"
     parts = [{"type": "text", "text": shown}]
     history = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]
-    assert [turn["content"] for turn in api.turns_of(history)] == [text, text]
+    assert [turn["content"] for turn in api.messages_from_gradio(history)] == [text, text]
 
 
 def test_what_only_looks_like_formulas_is_not_searched_to_the_end_each_time():
     """That would take the square of a text's length, on the event loop: a formula has an end."""
     long = "x" * 2000
-    assert api.readable(rf"\({long}<s>\)") == rf"\({long}&#60;s>\)"
-    assert api.readable(r"\( \[ $$<s>" * 10_000 + "<s>").endswith("&#60;s>")
+    assert api.escape_tags(rf"\({long}<s>\)") == rf"\({long}&#60;s>\)"
+    assert api.escape_tags(r"\( \[ $$<s>" * 10_000 + "<s>").endswith("&#60;s>")
 
 
 # ---- What is closed
@@ -426,17 +427,15 @@ def test_a_key_is_asked_for_and_every_route_behind_it_refuses(browser, runner, t
 # ---- Where it stands
 
 
-def test_a_browser_is_sent_to_the_page_and_a_program_is_not(url):
-    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
-    sent = httpx.get(url, headers=browser)
+def test_a_browser_is_sent_to_the_page(url):
+    sent = httpx.get(url)
     assert (sent.status_code, sent.headers["location"]) == (307, "chat/")
-    assert "POST /" in httpx.get(url).text
-    assert httpx.get(f"{url}/chat", headers=browser, follow_redirects=True).status_code == 200
+    assert httpx.get(f"{url}/chat", follow_redirects=True).status_code == 200
 
 
-def test_without_the_page_there_is_only_the_note(runner, tokenizer):
+def test_without_the_page_a_browser_is_sent_to_the_docs(runner, tokenizer):
     with serve(lambda _: chat_model(runner, tokenizer), chat_page=False) as url:
-        assert "POST /" in httpx.get(url, headers={"Accept": "text/html"}).text
+        assert "swagger" in httpx.get(url, follow_redirects=True).text
         assert httpx.get(f"{url}/chat/").status_code == 404
     assert api.read_settings(["--no-chat-page"]).chat_page is False
 

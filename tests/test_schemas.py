@@ -12,7 +12,7 @@ import api
 def test_the_old_names_mean_new_tokens():
     for name in api.LENGTH_NAMES:
         request = api.ChatRequest.model_validate({"prompt": "x", name: 7})
-        assert request.given() == {"max_new_tokens": 7}
+        assert request.overrides() == {"max_new_tokens": 7}
 
 
 def test_a_null_beside_a_length_is_no_length():
@@ -20,14 +20,14 @@ def test_a_null_beside_a_length_is_no_length():
     for null in api.LENGTH_NAMES:
         for name in set(api.LENGTH_NAMES) - {null}:
             request = api.ChatRequest.model_validate({"prompt": "x", null: None, name: 5})
-            assert request.given() == {"max_new_tokens": 5}
+            assert request.overrides() == {"max_new_tokens": 5}
 
 
 def test_only_what_was_given_overrides():
-    assert api.ChatRequest(prompt="x").given() == {}
+    assert api.ChatRequest(prompt="x").overrides() == {}
     body = {"prompt": "x", "temperature": 0, "top_k": 0, "top_p": 0.0, "seed": None}
     request = api.ChatRequest.model_validate(body)
-    assert request.given() == {"temperature": 0, "top_k": 0, "top_p": 0.0}
+    assert request.overrides() == {"temperature": 0, "top_k": 0, "top_p": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_of_turns_there_may_be_so_many(schema, field, turn):
     schema.model_validate({"prompt": "x", field: [turn] * api.MAX_TURNS})
     with pytest.raises(ValidationError) as refusal:
         schema.model_validate({"prompt": "x", field: [turn] * 300_000})
-    told = api.from_validation(refusal.value)
+    told = api.validation_error(refusal.value)
     assert str(told) == f"{field} must have at most 4096 items, not 300000"
     assert told.param == field
 
@@ -91,7 +91,7 @@ def test_a_sign_of_life_does_not_undo_an_ending():
 
 @pytest.mark.parametrize("stop", ["END", ["END"]])
 def test_a_stop_is_one_text_or_several(stop):
-    assert api.ChatRequest(prompt="x", stop=stop).given() == {"stop": ("END",)}
+    assert api.ChatRequest(prompt="x", stop=stop).overrides() == {"stop": ("END",)}
 
 
 @pytest.mark.parametrize("history", [None, []])
@@ -133,7 +133,7 @@ def test_two_system_texts_are_refused():
         api.ChatRequest.model_validate(body)
 
 
-@pytest.mark.parametrize("name", api.NOT_HONOURED)
+@pytest.mark.parametrize("name", api.UNSUPPORTED)
 def test_what_would_change_the_meaning_is_refused(name):
     with pytest.raises(api.BadRequest, match=name):
         api.ChatRequest.model_validate({"prompt": "x", name: 2})
@@ -143,7 +143,7 @@ def test_what_would_change_the_meaning_is_refused(name):
 @pytest.mark.parametrize("schema", [api.ChatRequest, api.CompletionRequest])
 def test_what_changes_nothing_is_not_refused(schema):
     neutral = {"n": 1, "best_of": 1, "num_beams": 1, "response_format": {"type": "text"}}
-    assert schema.model_validate({"prompt": "x"} | neutral).given() == {}
+    assert schema.model_validate({"prompt": "x"} | neutral).overrides() == {}
 
 
 def test_every_knob_of_sampling_can_be_asked_for():

@@ -127,7 +127,7 @@ def test_a_websocket_that_a_library_brings_stays_shut():
     async def send(message: dict) -> None:
         sent.append(message["type"])
 
-    guard = api.NamedCalls(app)
+    guard = api.RequestIDMiddleware(app)
     scope = {"type": "websocket", "path": "/chat/", "headers": [], "root_path": ""}
     asyncio.run(guard(scope, None, send))
     assert sent == ["websocket.close"]
@@ -140,8 +140,8 @@ def test_keys_are_compared_in_a_time_that_tells_nothing(monkeypatch):
     monkeypatch.setattr(
         api.hmac, "compare_digest", lambda a, b: compared.append(b) or compare(a, b)
     )
-    guard = api.RequireKey(None, ("a", "b", "c"), True, lambda *_: None)
-    assert guard._known({"type": "http", "headers": [(b"authorization", b"Bearer a")]})
+    guard = api.APIKeyMiddleware(None, ("a", "b", "c"), True, lambda *_: None)
+    assert guard._has_key({"type": "http", "headers": [(b"authorization", b"Bearer a")]})
     assert compared == [b"a", b"b", b"c"]
 
 
@@ -256,7 +256,7 @@ HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
 
 @pytest.mark.parametrize("head", [b"", b"POST / HT", HEAD, HEAD + b"X-Long: a"])
 def test_a_caller_who_does_not_say_what_is_wanted_is_cut_off(server, monkeypatch, head):
-    monkeypatch.setattr(api, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(api, "HEADER_TIMEOUT", 0.3)
     with peer(server) as connection:
         connection.sendall(head)
         started = time.monotonic()
@@ -265,7 +265,7 @@ def test_a_caller_who_does_not_say_what_is_wanted_is_cut_off(server, monkeypatch
 
 
 def test_a_second_request_is_waited_for_no_longer(server, monkeypatch):
-    monkeypatch.setattr(api, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(api, "HEADER_TIMEOUT", 0.3)
     with peer(server) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b"ready" in connection.recv(65536)
@@ -291,7 +291,7 @@ def test_a_crumb_after_an_answer_holds_no_connection(server, monkeypatch, reques
 
 
 def test_between_requests_a_connection_is_kept_for_longer(server, monkeypatch):
-    monkeypatch.setattr(api, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(api, "HEADER_TIMEOUT", 0.2)
     with peer(server) as connection:
         for _ in range(2):
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -300,7 +300,7 @@ def test_between_requests_a_connection_is_kept_for_longer(server, monkeypatch):
 
 
 def test_an_answer_may_take_longer_than_a_question(server, runner, monkeypatch):
-    monkeypatch.setattr(api, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(api, "HEADER_TIMEOUT", 0.2)
     runner.pause, runner.say = 0.05, "x" * 20
     answer = httpx.post(server, json={"prompt": "hi", "stream": True}, timeout=30)
     assert answer.text.endswith("data: [DONE]\n\n")
@@ -334,7 +334,7 @@ def test_a_body_may_be_longer_than_headers(server, pieces):
 
 
 def test_a_body_that_does_not_come_is_a_408(server, runner, monkeypatch):
-    monkeypatch.setattr(api, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(api, "BODY_TIMEOUT", 0.3)
     with peer(server) as connection:
         connection.sendall(HEAD + b'Content-Length: 50\r\n\r\n{"prompt": ')
         answer = told(connection)

@@ -177,26 +177,20 @@ def test_an_answer_that_is_still_being_read_is_not_cut():
 
 def test_a_question_on_the_chat_page_that_is_still_tokenized_is_answered_too():
     with started("--chat-page", before="api.ChatTokenizer.encode = slowly") as (process, url):
-        answers = []
-        asker = threading.Thread(target=lambda: answers.append(asked_on_the_page(url)))
-        asker.start()
-        time.sleep(1)
-        process.send_signal(signal.SIGTERM)
+        front = httpx.get(f"{url}/chat/").text
+        asks = json.loads(re.search(r"gradio_config = (.*?);</script>", front)[1])["dependencies"]
+        ask = next(ask for ask in asks if ask["api_name"] == "answer")
+        data = ["hi", [], "", *[None] * (len(ask["inputs"]) - 3)]
+        question = {"data": data, "fn_index": ask["id"], "session_hash": "abc"}
+        page = f"{url}/chat/gradio_api/queue"
+        assert httpx.post(f"{page}/join", json=question).status_code == 200
+        with httpx.stream("GET", f"{page}/data?session_hash=abc", timeout=60) as events:
+            lines = events.iter_lines()
+            assert any("process_starts" in line for line in lines)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            assert any("x" * 20 in line for line in lines)
         assert process.wait(30) == 0
-        asker.join(20)
-    assert "x" * 20 in answers[0]
-
-
-def asked_on_the_page(url: str) -> str:
-    """All that the page's browser would be sent for a question."""
-    config = httpx.get(f"{url}/chat/").text
-    asks = json.loads(re.search(r"gradio_config = (.*?);</script>", config)[1])["dependencies"]
-    ask = next(d for d in asks if d["api_name"] == "answer")
-    data = ["hi", [], "", *[None] * (len(ask["inputs"]) - 3)]
-    join = {"data": data, "fn_index": ask["id"], "session_hash": "abc"}
-    httpx.post(f"{url}/chat/gradio_api/queue/join", json=join).raise_for_status()
-    params = {"session_hash": "abc"}
-    return httpx.get(f"{url}/chat/gradio_api/queue/data", params=params, timeout=60).text
 
 
 def test_a_second_signal_ends_at_once():
@@ -212,7 +206,7 @@ def test_a_second_signal_ends_at_once():
 
 def test_a_connection_is_kept_for_longer_than_a_load_balancer_keeps_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["api.py", "--no-chat-page"])
-    monkeypatch.setattr(api, "listener", lambda *_: None)
+    monkeypatch.setattr(api, "bind_socket", lambda *_: None)
     monkeypatch.setattr(api.os, "_exit", lambda _: None)
     configs = []
     monkeypatch.setattr(
