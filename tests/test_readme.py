@@ -30,7 +30,7 @@ SPAN = re.compile(r"`([^`\n]+)`")
 # The programs of others that the documents start, and their flags.
 FOREIGN = {
     *("--factory", "--host", "--port", "--root-path"),  # uvicorn
-    *("--log-level", "--timeout-graceful-shutdown", "--workers"),
+    *("--http", "--timeout-graceful-shutdown", "--workers"),
     *("--generate", "--head", "--address", "--http-host", "--http-port"),  # ray, serve
     *("--index-url", "--system-site-packages"),  # pip, venv
     *("--continuous-batching", "--data-binary"),  # transformers serve, curl
