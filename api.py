@@ -2029,26 +2029,23 @@ class ChatModel:
         return self._with_length(ids, given, whole_context=True)
 
     def _with_length(self, ids: list[int], given: dict[str, Any], whole_context: bool) -> Prompt:
-        if max(ids) >= self.vocabulary:
-            last = self.vocabulary - 1
-            raise BadRequest(f"prompt has a token id of {max(ids)}; the last is {last}", "prompt")
         sampling = replace(self.defaults, **given)
         asked = "max_new_tokens" in given
         most = sampling.max_new_tokens if asked or not whole_context else self.context_length
         room = self.context_length - len(ids)
         wanted = most if asked else 1
         if room < wanted or len(ids) > self.prompt_length:
-            limit = (
-                ""
-                if self.prompt_length == self.context_length
-                else (f" ({self.prompt_length} for the prompt)")
-            )
+            less = self.prompt_length < self.context_length
+            limit = f" ({self.prompt_length} for the prompt)" if less else ""
             raise ContextTooLong(
                 f"the prompt has {len(ids)} tokens and the answer may have {wanted}, but the"
                 f" model's context is {self.context_length} tokens{limit}; shorten the prompt or"
                 " the history, or ask for a shorter answer",
                 param="max_length" if 0 < room < wanted else "prompt",
             )
+        if max(ids) >= self.vocabulary:
+            last = self.vocabulary - 1
+            raise BadRequest(f"prompt has a token id of {max(ids)}; the last is {last}", "prompt")
         return Prompt(ids, replace(sampling, max_new_tokens=min(room, most)), not asked)
 
     def _turns_to_drop(self, messages: list[Message], answer: int) -> int:

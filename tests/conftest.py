@@ -155,7 +155,14 @@ def chat_model(
     text = api.ChatTokenizer(tokenizer)
     engine = api.Engine(runner, text.plain, {256}, **options)
     return api.ChatModel(
-        "test", text, engine, api.Sampling(), context_length, context_length, 260, facts={}
+        "test",
+        text,
+        engine,
+        api.Sampling(),
+        context_length,
+        prompt_length=context_length,
+        vocabulary=len(tokenizer),
+        facts={},
     )
 
 
