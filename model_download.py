@@ -30,7 +30,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-MODELS = Path(__file__).resolve().parent / "models"
+HERE = Path(__file__).resolve().parent
+# In an archive that bundle.py wrote, models lie beside the archive.
+MODELS = (HERE.parent if HERE.is_file() else HERE) / "models"
 
 
 class Model(NamedTuple):
@@ -373,6 +375,42 @@ def _convert(source: Path, target: Path) -> None:
     )
     tokenizer.save_pretrained(target)
     shutil.copy(source / "LICENSE", target)
+
+
+# Where hub clients put a model below a given folder: in the folder itself, in the cache layouts of
+# huggingface_hub and modelscope, and in those of modelscope's older releases.
+LAYOUTS = ("", "snapshots/*/", "*/snapshots/*/", "models/*/snapshots/*/", "hub/*/snapshots/*/",
+           "*/*/", "models/*/*/", "hub/models/*/*/")  # fmt: skip
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, which may be one or a hub's cache."""
+    for layout in LAYOUTS:
+        configs = folder.glob(f"{layout}config.json")
+        if found := sorted(c.parent for c in configs if any(c.parent.glob("*model*"))):
+            return found
+    return []
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model, given as a path or by its name under models/; fetches the demo.
+
+    Raises DownloadError with the remedy.
+    """
+    places = Path(name).expanduser(), MODELS / name
+    found = find_checkpoints(places[0]) or find_checkpoints(places[1])
+    if len(found) > 1:
+        several = ", ".join(map(str, found))
+        raise DownloadError(f"{name} holds several models; give --model one of {several}")
+    if found:
+        return found[0]
+    if name == "demo":
+        return fetch_demo()
+    raise DownloadError(
+        f"there is no model {name!r}: neither {places[0].absolute()} nor {places[1]} holds a"
+        f" checkpoint; fetch it with `python model_download.py {name}` (--help lists the names),"
+        " or give --model the folder of one"
+    )
 
 
 def _read_arguments() -> argparse.Namespace:

@@ -19,8 +19,9 @@ from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.request_router import PendingRequest, RunningReplica
 
 import api
+from engine import ChatModel
 
-Load = Callable[[api.Settings], api.ChatModel]
+Load = Callable[[api.Settings], ChatModel]
 
 
 class ClusterSettings(BaseSettings):
@@ -76,9 +77,7 @@ class Chat:
             raise api.NotServing("the engine is dead")
 
 
-def build(
-    settings: api.Settings, cluster: ClusterSettings, load: Load = api.load_chat_model
-) -> Any:
+def build(settings: api.Settings, cluster: ClusterSettings, load: Load = api.load_served) -> Any:
     """What `serve run` takes: so many servers with these settings."""
     deployment = serve.deployment(
         name="chat",

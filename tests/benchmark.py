@@ -273,11 +273,12 @@ def serve_pipe(folder: str) -> None:
     """Answer EngineAlone's lines."""
     sys.path.insert(0, str(ROOT))
     import api
+    from engine import ChatModel
 
-    loaded: list[api.ChatModel] = []
+    loaded: list[ChatModel] = []
     settings = api.read_settings(["--model", folder])
     # On a thread that ends: the threads of torch's work here would slow the engine's.
-    loader = threading.Thread(target=lambda: loaded.append(api.load_chat_model(settings)))
+    loader = threading.Thread(target=lambda: loaded.append(api.load_served(settings)))
     loader.start()
     loader.join()
     model = loaded[0]

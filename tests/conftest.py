@@ -4,7 +4,6 @@ Nothing is downloaded but the demo model, once, into models/demo.
 """
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +18,15 @@ import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import api
+import model_download
+from engine.engine import Engine
+from engine.model import ChatModel
+from engine.sampling_params import SamplingParams
+from engine.sequence import Sequence, Span
+from engine.tokenizer import ChatTokenizer
 
-import api  # noqa: E402
-import model_download  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -109,7 +112,7 @@ class ScriptedRunner:
         self.ids = torch.zeros(rows, dtype=torch.long)
         self.free()
         self.prompts: list[list[int]] = []
-        self.samplings: list[api.Sampling] = []
+        self.samplings: list[SamplingParams] = []
         self.steps: list[list[int]] = []
         self.moved = 0
         self.failure: BaseException | None = None
@@ -124,7 +127,7 @@ class ScriptedRunner:
         if held:
             held.release(10**6)
 
-    def forward(self, work: list[tuple[api.Sequence, int]]) -> torch.Tensor:
+    def forward(self, work: list[tuple[Sequence, int]]) -> torch.Tensor:
         self.permits.acquire(timeout=20)
         time.sleep(self.pause)
         self.steps.append([new for _, new in work])
@@ -141,7 +144,7 @@ class ScriptedRunner:
             row[ids[min(said, len(ids) - 1)]] = 50.0
         return logits
 
-    def copy(self, span: api.Span, start: int, count: int) -> None:
+    def copy(self, span: Span, start: int, count: int) -> None:
         self.moved += 1
 
     def check_device(self) -> None:
@@ -150,15 +153,15 @@ class ScriptedRunner:
 
 def chat_model(
     runner: object, tokenizer: PreTrainedTokenizerFast, context_length: int = 512, **options: float
-) -> api.ChatModel:
+) -> ChatModel:
     """A model that answers by way of the runner."""
-    text = api.ChatTokenizer(tokenizer)
-    engine = api.Engine(runner, text.plain, {256}, **options)
-    return api.ChatModel(
+    text = ChatTokenizer(tokenizer)
+    engine = Engine(runner, text.plain, {256}, **options)
+    return ChatModel(
         "test",
         text,
         engine,
-        api.Sampling(),
+        SamplingParams(),
         context_length,
         prompt_length=context_length,
         vocabulary=len(tokenizer),
@@ -172,7 +175,7 @@ def runner(tokenizer: PreTrainedTokenizerFast) -> ScriptedRunner:
 
 
 @contextmanager
-def serve(load: Callable[[api.Settings], api.ChatModel], **settings: object) -> Iterator[str]:
+def serve(load: Callable[[api.Settings], ChatModel], **settings: object) -> Iterator[str]:
     """A real server on a free port; yields its address once it answers at all.
 
     Without the chat page, which takes a while to build, unless it is asked for.

@@ -22,21 +22,24 @@ def serve(port: int, seconds: float) -> None:
     from conftest import ScriptedRunner, byte_tokenizer, chat_model
 
     import api
+    import engine.engine
+    from engine.attention import Step
+    from engine.sequence import Token, Work
 
     torch.set_num_threads(1)
 
     class Card(ScriptedRunner):
         asynchronous = True
 
-        def forward(self, work: api.Work) -> torch.Tensor:
-            step = api.Step(work, in_place=True).on(self.device)
+        def forward(self, work: Work) -> torch.Tensor:
+            step = Step(work, in_place=True).on(self.device)
             self.ids.index_copy_(0, step.write, step.ids)
             self.ready = time.perf_counter() + seconds
             logits = torch.zeros(len(work), self.vocabulary)
             logits[:, letter] = 1.0
             return logits
 
-    def pick_later(*given: object) -> list[int]:
+    def pick_later(*given: object) -> list[Token]:
         tokens = pick(*given)
         time.sleep(max(0.0, card.ready - time.perf_counter()))
         return tokens
@@ -44,7 +47,8 @@ def serve(port: int, seconds: float) -> None:
     tokenizer = byte_tokenizer()
     letter = tokenizer.convert_tokens_to_ids("x")
     card = Card(tokenizer, rows=400_000)
-    pick, api.pick = api.pick, pick_later
+    pick = engine.engine.pick_tokens
+    engine.engine.pick_tokens = pick_later
     app = api.build_app(
         api.Settings(chat_page=False, max_waiting=1000),
         lambda settings: chat_model(card, tokenizer, 4096, max_batch=256),

@@ -59,12 +59,12 @@ def scripted(settings: Any) -> Any:
     """
     from conftest import ScriptedRunner, byte_tokenizer, chat_model
 
-    import api
+    from engine.tokenizer import ChatTokenizer
 
     tokenizer = byte_tokenizer()
     runner = ScriptedRunner(tokenizer, f"{os.getpid():8}{SAID}")
     runner.pause = 0.01
-    runner.poison = api.ChatTokenizer(tokenizer).encode([{"role": "user", "content": "poison"}])
+    runner.poison = ChatTokenizer(tokenizer).encode([{"role": "user", "content": "poison"}])
     runner.failure = RuntimeError("the device failed")
     runner.check_device = partial(next, iter(()))
     limits = {"max_batch": settings.max_batch, "max_waiting": settings.max_waiting}

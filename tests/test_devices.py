@@ -11,7 +11,12 @@ from test_engine import FAMILIES, FIXTURES, as_on_a_card, flash_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-import api
+from engine.checkpoint import load_model
+from engine.loading import start_runner
+from engine.runner import Runner
+from engine.sampler import apply_guide, pick_tokens
+from engine.sampling_params import SamplingParams
+from engine.sequence import Sequence, Span
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
 # What tells Python a number that a card may still have to compute.
@@ -106,22 +111,22 @@ def moved(model):
 
 
 def loaded(name: str):
-    return api.load_model(FIXTURES / name, dtype="float32", device_map="cpu")[0]
+    return load_model(FIXTURES / name, dtype="float32", device_map="cpu")[0]
 
 
-def some_work() -> list[tuple[api.Span, int]]:
+def some_work() -> list[tuple[Span, int]]:
     """Single tokens of different lengths between a chunk and a whole prompt."""
     given = [(19, 1), (20, 20), (0, 7), (2, 1), (29, 1)]
     return [
-        (api.Span(list(range(5, 5 + old + new)), 50 * n, 50, old), new)
+        (Span(list(range(5, 5 + old + new)), 50 * n, 50, old), new)
         for n, (old, new) in enumerate(given)
     ]
 
 
-def computed(runner: api.Runner, work: list[tuple[api.Span, int]]) -> torch.Tensor:
+def computed(runner: Runner, work: list[tuple[Span, int]]) -> torch.Tensor:
     """What it computes of the work, once it has computed what comes before."""
     before = [
-        (api.Span(span.tokens[: span.num_cached], span.start), span.num_cached)
+        (Span(span.tokens[: span.num_cached], span.start), span.num_cached)
         for span, _ in work
         if span.num_cached
     ]
@@ -131,11 +136,10 @@ def computed(runner: api.Runner, work: list[tuple[api.Span, int]]) -> torch.Tens
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_is_computed_on_the_card_and_nobody_waits(card, name):
-    plain = api.Runner(loaded(name), "1MiB")
+    plain = Runner(loaded(name), "1MiB")
     plain.in_place = False
     expected = computed(plain, some_work())
-    chosen = api.Settings(cache_memory="1MiB", max_batch=8)
-    runner = api.start_runner(moved(loaded(name)), chosen)
+    runner = start_runner(moved(loaded(name)), "1MiB", max_batch=8)
     assert runner.device == CARD
     assert runner.difference < 1e-4
     captured, runner.graphs = runner.graphs, []
@@ -152,15 +156,15 @@ def test_a_step_is_computed_on_the_card_and_nobody_waits(card, name):
     assert card.waits == []
 
 
-def some_sequences() -> list[api.Sequence]:
+def some_sequences() -> list[Sequence]:
     hows = [
-        api.Sampling(temperature=0),
-        api.Sampling(top_k=0, top_p=1.0, seed=1),
-        api.Sampling(top_k=5, repetition_penalty=1.1, seed=2),
-        api.Sampling(top_k=0, top_p=0.5, min_p=0.1, presence_penalty=1.0, seed=3),
+        SamplingParams(temperature=0),
+        SamplingParams(top_k=0, top_p=1.0, seed=1),
+        SamplingParams(top_k=5, repetition_penalty=1.1, seed=2),
+        SamplingParams(top_k=0, top_p=0.5, min_p=0.1, presence_penalty=1.0, seed=3),
     ]
     return [
-        api.Sequence([1, 2, 3], 8 * n, 8, 2, sampling=how, detokenizer=None, loop=None)
+        Sequence([1, 2, 3], 8 * n, 8, 2, sampling=how, detokenizer=None, loop=None)
         for n, how in enumerate(hows)
     ]
 
@@ -168,11 +172,11 @@ def some_sequences() -> list[api.Sequence]:
 def test_a_card_is_waited_for_once_for_all_tokens(card):
     torch.manual_seed(0)
     logits, pool_ids = torch.randn(4, 300) * 5, torch.arange(32)
-    expected = api.pick_tokens(some_sequences(), logits.clone(), pool_ids)
+    expected = pick_tokens(some_sequences(), logits.clone(), pool_ids)
     assert card.waits == []
     told = []
     there = on_card(logits.clone()), on_card(pool_ids)
-    tokens = api.pick_tokens(some_sequences(), *there, lambda: told.append(list(card.waits)))
+    tokens = pick_tokens(some_sequences(), *there, lambda: told.append(list(card.waits)))
     assert tokens == expected
     assert told == [[]]
     assert card.waits == ["tolist"]
@@ -184,7 +188,7 @@ def test_a_guide_rules_tokens_out_on_the_card(card):
             return numpy.arange(300) % 7 == 3
 
     logits = on_card(torch.zeros(1, 310))
-    api.apply_guide(Guide(), logits[0])
+    apply_guide(Guide(), logits[0])
     assert card.waits == []
     assert off_card(logits).isfinite().nonzero()[:, 1].tolist() == list(range(3, 300, 7))
 

@@ -8,6 +8,7 @@ import weakref
 from dataclasses import replace
 from itertools import pairwise
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, ScriptedRunner, chat_model, greedy, tiny_llama, wait_for
@@ -27,7 +28,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import api
+from engine import EngineError, EngineStopped
+from engine.attention import Gathered, SpanLayer, Step
+from engine.cache import Allocator
+from engine.checkpoint import context_length, load_model
+from engine.detokenizer import Detokenizer
+from engine.engine import Engine
+from engine.errors import ContextTooLong, QueueFull, StartError, StepFailed, TimedOut
+from engine.families import Message
+from engine.loading import attention_summary, load, probes, reference_logits, start_runner
+from engine.model import ChatModel
+from engine.runner import Runner, cache_budget, padded_size, why_not_in_place
+from engine.sampler import draw_from_top, pick, pick_tokens
+from engine.sampling_params import SamplingParams
+from engine.sequence import Delta, Sequence, Span, Token
+from engine.tokenizer import ChatTokenizer
 
 FIXTURES = ROOT / "tests" / "fixtures"
 FAMILIES = ["deepseek_v2", "index", "internlm2", "internlm2_ntk", "llama", "xverse"]
@@ -38,7 +53,7 @@ def make(tokenizer):
     """Builds models and closes their engines afterwards."""
     made = []
 
-    def build(runner: object, **options: int) -> api.ChatModel:
+    def build(runner: object, **options: int) -> ChatModel:
         made.append(chat_model(runner, tokenizer, **options))
         return made[-1]
 
@@ -47,11 +62,11 @@ def make(tokenizer):
         model.engine.close()
 
 
-GREEDY = api.Sampling(max_new_tokens=12, temperature=0)
+GREEDY = SamplingParams(max_new_tokens=12, temperature=0)
 
 
 async def reply(
-    model: api.ChatModel, prompt: list[int], sampling: api.Sampling = GREEDY, **options: bool
+    model: ChatModel, prompt: list[int], sampling: SamplingParams = GREEDY, **options: bool
 ):
     deltas = [delta async for delta in model.engine.stream(prompt, sampling, **options)]
     return "".join(delta.text for delta in deltas), deltas[-1]
@@ -64,9 +79,9 @@ class Alone:
     """A family's tiny model: what `generate` says of a prompt by itself, and a runner."""
 
     def __init__(self, name: str):
-        model, _ = api.load_model(FIXTURES / name, dtype="float32")
-        self.context = min(api.context_length(model.config), 200)
-        self.plain = [api.reference_logits(model, ids) for ids in api.probes(model)]
+        model, _ = load_model(FIXTURES / name, dtype="float32")
+        self.context = min(context_length(model.config), 200)
+        self.plain = [reference_logits(model, ids) for ids in probes(model)]
         generator = torch.Generator().manual_seed(1)
         lengths = [n for n in (1, 2, 3, 9, 17, 31, 64, 130) if n + 3 < self.context]
         self.prompts = [torch.randint(5, 290, (n,), generator=generator).tolist() for n in lengths]
@@ -78,11 +93,11 @@ class Alone:
         turn = self.answers[-3][:6]
         self.prompts.append([*long[:half], *turn, 4, 3])
         self.answers.append(self._greedy(model, self.prompts[-1]))
-        self.runner = api.Runner(model, "1GiB", max_rows=600)
+        self.runner = Runner(model, "1GiB", max_rows=600)
         # What CUDA cards do, by the letter of what torch says of its own parts.
         with pytest.MonkeyPatch.context() as patch:
             as_on_a_card(patch)
-            self.on_cards = api.Runner(model, "1GiB", max_rows=600)
+            self.on_cards = Runner(model, "1GiB", max_rows=600)
 
     def _greedy(self, model, prompt: list[int]) -> list[int]:
         return greedy(model, prompt, min(24, self.context - len(prompt)))
@@ -146,14 +161,14 @@ def capture(compute, device, memory):
 
 def as_on_a_card(patch, attention=flash_attention, capturing=capture):
     """Let the CPU pass for a card, by the stand-ins above."""
-    patch.setattr(api.Runner, "asynchronous", True)
-    patch.setattr(api, "why_not_in_place", lambda layers: None)
-    patch.setattr(api, "flash_attention", attention)
-    patch.setattr(api, "capture", capturing)
+    patch.setattr(Runner, "asynchronous", True)
+    patch.setattr("engine.runner.why_not_in_place", lambda layers: None)
+    patch.setattr("engine.attention.flash_attention", attention)
+    patch.setattr("engine.cuda_graph.capture", capturing)
     patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 
-class Told(api.Detokenizer):
+class Told(Detokenizer):
     """Text that is the ids themselves, so that tests compare tokens."""
 
     def push(self, token: int) -> str:
@@ -163,8 +178,8 @@ class Told(api.Detokenizer):
         return ""
 
 
-async def tokens(engine: api.Engine, prompt: list[int], count: int, **options) -> list[int]:
-    sampling = api.Sampling(count, temperature=0)
+async def tokens(engine: Engine, prompt: list[int], count: int, **options) -> list[int]:
+    sampling = SamplingParams(count, temperature=0)
     text = [d.text async for d in engine.stream(prompt, sampling, **options)]
     return [int(token) for token in "".join(text).split()]
 
@@ -204,15 +219,15 @@ def test_a_batch_says_what_each_would_say_alone(
     assert family.on_cards.in_place
     assert not family.runner.in_place
     as_on_a_card(monkeypatch)
-    monkeypatch.setattr(api, "Detokenizer", Told)
-    monkeypatch.setattr(api, "GROWTH", 5)
-    monkeypatch.setattr(api, "MIN_PREFIX", 2)
+    monkeypatch.setattr("engine.engine.Detokenizer", Told)
+    monkeypatch.setattr("engine.sequence.GROWTH", 5)
+    monkeypatch.setattr("engine.sequence.MIN_PREFIX", 2)
     runner = family.on_cards if card else family.runner
     if card and not runner.graphs:
         runner.capture_graphs(6, 200)
         assert [r.size for r in runner.graphs] == [1, 2, 4, 6]
     runner.pool.rows, whole = rows, runner.pool.rows
-    engine = api.Engine(runner, None, set(), max_batch=batch, chunk=chunk, reuse=reuse)
+    engine = Engine(runner, None, set(), max_batch=batch, chunk=chunk, reuse=reuse)
     runner.pool.rows = whole
 
     async def ask_all():
@@ -237,7 +252,7 @@ def test_a_batch_says_what_each_would_say_alone(
         engine.close()
 
 
-def whole_of(engine: api.Engine) -> int:
+def whole_of(engine: Engine) -> int:
     """All rows there are, free or kept; none twice."""
     spans = [(span.start, span.room) for span in engine.prefixes]
     pieces = sorted(spans + engine.allocator.gaps)
@@ -248,7 +263,7 @@ def whole_of(engine: api.Engine) -> int:
 def test_packing_the_wrong_span_is_noticed():
     """The property above would fail if a sequence read its neighbour's rows."""
     family = alone("llama")
-    one, other = api.Span(family.prompts[4], start=0), api.Span(family.prompts[5], start=100)
+    one, other = Span(family.prompts[4], start=0), Span(family.prompts[5], start=100)
     right = family.runner.forward([(one, 17), (other, 31)])
     one.num_cached = other.num_cached = 10
     one.start = 100
@@ -258,7 +273,7 @@ def test_packing_the_wrong_span_is_noticed():
 # ---- Sampling
 
 
-def openais_penalty(seq: api.Sequence, scores: torch.Tensor) -> torch.Tensor:
+def openais_penalty(seq: Sequence, scores: torch.Tensor) -> torch.Tensor:
     """c[j] * frequency + (c[j] > 0) * presence, c counting the answer's tokens."""
     count = torch.zeros_like(scores)
     for token in seq.tokens[seq.num_prompt :]:
@@ -267,7 +282,7 @@ def openais_penalty(seq: api.Sequence, scores: torch.Tensor) -> torch.Tensor:
     return count * how.frequency_penalty + (count > 0) * how.presence_penalty
 
 
-def reference(seq: api.Sequence, logits: torch.Tensor) -> torch.Tensor:
+def reference(seq: Sequence, logits: torch.Tensor) -> torch.Tensor:
     """Probabilities by transformers' own processors, in its order."""
     how = seq.sampling
     chain = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(how.repetition_penalty)])
@@ -291,18 +306,18 @@ class Draws(random.Random):
         return self.left.pop()
 
 
-def sequence(prompt: list[int], **how: float) -> api.Sequence:
-    return api.Sequence(prompt, sampling=api.Sampling(**how), detokenizer=None, loop=None)
+def sequence(prompt: list[int], **how: float) -> Sequence:
+    return Sequence(prompt, sampling=SamplingParams(**how), detokenizer=None, loop=None)
 
 
-def picked(seqs: list[api.Sequence], logits: torch.Tensor) -> list[int]:
+def picked(seqs: list[Sequence], logits: torch.Tensor) -> list[int]:
     """Pick as the engine does, with the sequences' tokens in a pool of their own."""
     pool, at = [], 0
     for seq in seqs:
         seq.start = at
         pool += seq.tokens
         at = len(pool)
-    return api.pick(seqs, logits.clone(), torch.tensor(pool))
+    return pick(seqs, logits.clone(), torch.tensor(pool))
 
 
 hows = st.fixed_dictionaries(
@@ -333,7 +348,7 @@ def test_sampling_equals_transformers_processors(few, hows, seed):
     picks = torch.zeros(len(hows), vocabulary)
     draws = [Draws(count) for _ in seqs]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "NUM_CANDIDATES", few)
+        patch.setattr("engine.sampler.NUM_CANDIDATES", few)
         for _ in range(count):
             for seq, left in zip(seqs, draws, strict=True):
                 seq.draw = left.random()
@@ -374,20 +389,20 @@ def test_logits_that_are_no_numbers_are_an_error(value):
 def test_a_seed_gives_the_same_answer_whoever_else_is_there(make):
     family = alone("llama")
     model = make(family.runner)
-    how = api.Sampling(20, temperature=1.5, top_k=0, top_p=0.95, seed=5)
+    how = SamplingParams(20, temperature=1.5, top_k=0, top_p=0.95, seed=5)
 
     async def crowd(others: int):
-        jobs = [reply(model, p, api.Sampling(24, 2.0)) for p in family.prompts[:others]]
+        jobs = [reply(model, p, SamplingParams(24, 2.0)) for p in family.prompts[:others]]
         return (await asyncio.gather(reply(model, [9, 8, 7], how), *jobs))[0][0]
 
     once, again = asyncio.run(crowd(0)), asyncio.run(crowd(6))
     assert once == again
-    assert asyncio.run(reply(model, [9, 8, 7], api.Sampling(20, 1.5, 0, 0.95, seed=6)))[0] != once
+    assert asyncio.run(reply(model, [9, 8, 7], SamplingParams(20, 1.5, 0, 0.95, seed=6)))[0] != once
 
 
 def test_a_seeded_answer_stays_what_it_is_when_a_neighbour_fails(make):
     family = alone("llama")
-    how = api.Sampling(20, temperature=1.5, top_k=0, top_p=0.95, seed=5)
+    how = SamplingParams(20, temperature=1.5, top_k=0, top_p=0.95, seed=5)
 
     async def crowd(fault: bool) -> str:
         model = make(family.runner)
@@ -396,8 +411,8 @@ def test_a_seeded_answer_stays_what_it_is_when_a_neighbour_fails(make):
         other = asyncio.create_task(reply(model, [1, 2, 3], replace(how, seed=6)))
         with pytest.MonkeyPatch.context() as patch:
             if fault:  # in the middle of the answer, where both are sampled together
-                patch.setattr(api, "draw_from_top", failing_beside(5, api.draw_from_top))
-                with pytest.raises(api.StepFailed):
+                patch.setattr("engine.sampler.draw_from_top", failing_beside(5, draw_from_top))
+                with pytest.raises(StepFailed):
                     await other
             return (await asked)[0]
 
@@ -407,7 +422,7 @@ def test_a_seeded_answer_stays_what_it_is_when_a_neighbour_fails(make):
 def failing_beside(seed: int, draw):
     """Fails, once the seeded answer has begun, for whoever else is sampled."""
 
-    def drawn(seqs: list[api.Sequence], *given: object, **named: object) -> object:
+    def drawn(seqs: list[Sequence], *given: object, **named: object) -> object:
         if any(seq.sampling.seed != seed and seq.num_completion > 2 for seq in seqs):
             raise RuntimeError("a fault of the sampler")
         return draw(seqs, *given, **named)
@@ -422,10 +437,10 @@ def test_what_is_told_is_the_models_own_whatever_the_knobs():
     for start, seq in enumerate(seqs):
         seq.start = 2 * start
         seq.tokens.append(1)
-    told, silent = api.pick_tokens(seqs, logits.clone(), torch.tensor([0, 1, 0, 1]))
+    told, silent = pick_tokens(seqs, logits.clone(), torch.tensor([0, 1, 0, 1]))
     own = logits[0].log_softmax(-1).tolist()
-    assert told == api.Token(2, own[2], ((1, own[1]), (2, own[2])))
-    assert silent == api.Token(2)
+    assert told == Token(2, own[2], ((1, own[1]), (2, own[2])))
+    assert silent == Token(2)
 
 
 # ---- Room
@@ -433,7 +448,7 @@ def test_what_is_told_is_the_models_own_whatever_the_knobs():
 
 def test_no_room_is_lost_in_ten_thousand_operations():
     """Take, give and move at random; the free list is always whole, joined and in order."""
-    chance, allocator, held = random.Random(0), api.Allocator(1000), []
+    chance, allocator, held = random.Random(0), Allocator(1000), []
     for _ in range(10_000):
         if held and chance.random() < 0.5:
             allocator.release(*held.pop(chance.randrange(len(held))))
@@ -456,24 +471,24 @@ def test_no_room_is_lost_in_ten_thousand_operations():
 @pytest.mark.parametrize("queues", [False, True])
 def test_no_room_is_lost_whatever_becomes_of_requests(tokenizer, monkeypatch, queues):
     """Add, step, cancel, finish, move and fail at random, 10,000 operations in all."""
-    monkeypatch.setattr(api, "GROWTH", 3)
+    monkeypatch.setattr("engine.sequence.GROWTH", 3)
     chance = random.Random(1)
     runner = ScriptedRunner(tokenizer, "x" * 30, rows=300)
     runner.asynchronous = queues
-    text = api.ChatTokenizer(tokenizer)
-    monkeypatch.setattr(api.threading.Thread, "start", lambda self: None)
-    engine = api.Engine(runner, text.plain, {256}, max_batch=6, chunk=16)
+    text = ChatTokenizer(tokenizer)
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
+    engine = Engine(runner, text.plain, {256}, max_batch=6, chunk=16)
     loop = asyncio.new_event_loop()
-    live: list[api.Sequence] = []
+    live: list[Sequence] = []
     for _ in range(10_000):
         chosen = chance.random()
         if chosen < 0.3 and engine.num_waiting < 10:
             prompt = [1] * chance.randint(0, 40) + chance.choices((1, 2), k=chance.randint(1, 20))
-            sampling = api.Sampling(chance.randint(1, 40))
-            seq = api.Sequence(
+            sampling = SamplingParams(chance.randint(1, 40))
+            seq = Sequence(
                 prompt,
                 sampling=sampling,
-                detokenizer=api.Detokenizer(text.plain),
+                detokenizer=Detokenizer(text.plain),
                 loop=loop,
                 open_ended=chance.random() < 0.5,
             )
@@ -505,31 +520,31 @@ def test_no_room_is_lost_whatever_becomes_of_requests(tokenizer, monkeypatch, qu
 
 def test_the_budget_is_a_size_or_a_fraction():
     cpu = torch.device("cpu")
-    assert api.cache_budget("4GiB", cpu) == 4 * 2**30
-    assert api.cache_budget("500MB", cpu) == 500 * 10**6
-    free = api.psutil.virtual_memory().available
-    assert 0.4 * free < api.cache_budget("0.5", cpu) < 0.6 * free
+    assert cache_budget("4GiB", cpu) == 4 * 2**30
+    assert cache_budget("500MB", cpu) == 500 * 10**6
+    free = psutil.virtual_memory().available
+    assert 0.4 * free < cache_budget("0.5", cpu) < 0.6 * free
 
 
 def test_the_budget_buys_rows(tiny_model):
-    runner = api.Runner(tiny_llama(), "1MiB")
+    runner = Runner(tiny_llama(), "1MiB")
     # Two layers of keys and values, two heads of eight float32 each.
     assert runner.rows == 2**20 // (2 * 2 * 2 * 8 * 4)
 
 
 def test_a_budget_that_holds_nothing_is_refused():
-    with pytest.raises(api.StartError, match="--cache-memory"):
-        api.Runner(tiny_llama(), "1KB")
+    with pytest.raises(StartError, match="--cache-memory"):
+        Runner(tiny_llama(), "1KB")
 
 
 def test_a_client_that_leaves_while_others_are_retired_loses_no_room(tokenizer, monkeypatch):
     """`done` is set by the event loop at any moment, so it may be looked at only once."""
-    monkeypatch.setattr(api.threading.Thread, "start", lambda self: None)
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
     runner = ScriptedRunner(tokenizer, rows=100)
-    engine = api.Engine(runner, tokenizer.backend_tokenizer, {256}, reuse=False)
+    engine = Engine(runner, tokenizer.backend_tokenizer, {256}, reuse=False)
     loop = asyncio.new_event_loop()
     seqs = [
-        api.Sequence([1], sampling=GREEDY, detokenizer=api.Detokenizer(engine.tokenizer), loop=loop)
+        Sequence([1], sampling=GREEDY, detokenizer=Detokenizer(engine.tokenizer), loop=loop)
         for _ in range(3)
     ]
     for seq in seqs:
@@ -549,13 +564,13 @@ def test_a_client_that_leaves_while_others_are_retired_loses_no_room(tokenizer, 
 @pytest.fixture
 def by_hand(tokenizer, monkeypatch):
     """An engine beside a pretended card, without a thread, and one sequence in it."""
-    monkeypatch.setattr(api.threading.Thread, "start", lambda self: None)
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
     runner = ScriptedRunner(tokenizer, rows=100)
     runner.asynchronous = True
-    engine = api.Engine(runner, tokenizer.backend_tokenizer, {256}, reuse=False)
+    engine = Engine(runner, tokenizer.backend_tokenizer, {256}, reuse=False)
     loop = asyncio.new_event_loop()
-    detokenizer = api.Detokenizer(engine.tokenizer)
-    seq = api.Sequence(
+    detokenizer = Detokenizer(engine.tokenizer)
+    seq = Sequence(
         [1], sampling=replace(GREEDY, max_new_tokens=1), detokenizer=detokenizer, loop=loop
     )
     engine._inbox.put(seq)
@@ -565,7 +580,7 @@ def by_hand(tokenizer, monkeypatch):
     loop.close()
 
 
-def said(seq: api.Sequence) -> list[api.Delta | api.ChatError]:
+def said(seq: Sequence) -> list[Delta | EngineError]:
     seq.loop.run_until_complete(asyncio.sleep(0))
     return [seq.outbox.get_nowait() for _ in range(seq.outbox.qsize())]
 
@@ -578,7 +593,7 @@ def test_an_answer_that_is_through_is_told_though_the_engine_ends(by_hand):
     engine._run()
     (last, dead) = said(seq)
     assert (last.text, last.finish_reason) == ("h", "length")
-    assert isinstance(dead, api.NotServing)
+    assert isinstance(dead, EngineStopped)
 
 
 def test_an_answer_that_is_through_is_not_late(by_hand):
@@ -606,7 +621,7 @@ def test_a_steps_memory_is_free_as_soon_as_it_is_done():
     """Not at a collection, which may be hundreds of steps away."""
     gc.disable()
     try:
-        step = api.Step([(api.Span([1, 2], room=2), 2)])
+        step = Step([(Span([1, 2], room=2), 2)])
         there = weakref.ref(step.on(torch.device("meta")).read)
         assert there() is not None
         del step
@@ -623,7 +638,7 @@ def test_those_who_leave_are_told_of_once_wherever_they_were(make, runner):
     runner.hold()
 
     async def ask(label: str, prompt: list[int]) -> None:
-        async for _ in model.engine.stream(prompt, api.Sampling(20), label=label):
+        async for _ in model.engine.stream(prompt, SamplingParams(20), label=label):
             pass
 
     async def main() -> None:
@@ -652,15 +667,15 @@ def test_those_who_leave_are_told_of_once_wherever_they_were(make, runner):
     ],
 )
 def test_a_card_computes_while_the_text_before_is_told(make, runner, monkeypatch, queues, order):
-    done, forward, tell = [], runner.forward, api.Sequence.emit
+    done, forward, tell = [], runner.forward, Sequence.emit
     runner.asynchronous = queues
 
-    def noted(self: api.Sequence, token: api.Token) -> api.Delta:
+    def noted(self: Sequence, token: Token) -> Delta:
         done.append("tell")
         return tell(self, token)
 
     monkeypatch.setattr(runner, "forward", lambda work: done.append("compute") or forward(work))
-    monkeypatch.setattr(api.Sequence, "emit", noted)
+    monkeypatch.setattr(Sequence, "emit", noted)
     assert asyncio.run(reply(make(runner), [1]))[0] == "hello"
     assert " ".join(done).startswith(order)
     assert done.count("tell") == 6
@@ -700,7 +715,7 @@ def test_a_prompt_waits_for_one_that_computes_the_same(make, tokenizer):
 
 def test_who_waits_for_another_keeps_nobody_from_passing(make, tokenizer, monkeypatch):
     """As many as like: it needs no room, and will have what it waits for."""
-    monkeypatch.setattr(api, "MAX_PASSES", 2)
+    monkeypatch.setattr("engine.engine.MAX_PASSES", 2)
     runner = ScriptedRunner(tokenizer)
     model = make(runner, chunk=16)
     prompt = list(range(60, 260)) * 2
@@ -743,7 +758,7 @@ def test_rows_that_cannot_be_copied_are_computed_again(make, tokenizer, monkeypa
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(api, "GROWTH", 10)
+    monkeypatch.setattr("engine.sequence.GROWTH", 10)
     runner = ScriptedRunner(tokenizer, "x" * 30)
     monkeypatch.setattr(runner, "copy", full)
     model = make(runner)
@@ -752,23 +767,23 @@ def test_rows_that_cannot_be_copied_are_computed_again(make, tokenizer, monkeypa
     monkeypatch.setattr(
         model.engine.allocator, "allocate", lambda size, at=None: None if at else whole(size)
     )
-    text, _ = asyncio.run(reply(model, [1] * 20, api.Sampling(40), open_ended=True))
+    text, _ = asyncio.run(reply(model, [1] * 20, SamplingParams(40), open_ended=True))
     assert text == "x" * 30
     assert max(max(step) for step in runner.steps[1:]) > 20
     assert asyncio.run(reply(model, [1] * 20 + [2] * 5))[0] == "x" * 12
 
 
-def engine_at_rest(tokenizer, monkeypatch, rows: int) -> api.Engine:
+def engine_at_rest(tokenizer, monkeypatch, rows: int) -> Engine:
     """Whose thread does not run, so that a test takes its steps."""
-    monkeypatch.setattr(api.threading.Thread, "start", lambda self: None)
-    text = api.ChatTokenizer(tokenizer)
-    return api.Engine(ScriptedRunner(tokenizer, rows=rows), text.plain, {256})
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
+    text = ChatTokenizer(tokenizer)
+    return Engine(ScriptedRunner(tokenizer, rows=rows), text.plain, {256})
 
 
 def test_prefixes_are_not_evicted_where_the_rows_between_would_not_join(tokenizer, monkeypatch):
     engine = engine_at_rest(tokenizer, monkeypatch, 1000)
     engine.allocator.gaps = []
-    kept = [api.Span([1] * 400, 0, 400, 400), api.Span([2] * 398, 602, 398, 398)]
+    kept = [Span([1] * 400, 0, 400, 400), Span([2] * 398, 602, 398, 398)]
     engine.prefixes = list(kept)
     assert engine._reserve(700) is None
     assert (engine.prefixes, engine.allocator.gaps) == (kept, [])
@@ -795,23 +810,22 @@ def test_who_wants_as_much_as_one_that_found_no_room_does_not_look(tokenizer, mo
 
 
 def test_an_answer_grows_in_place_where_the_rows_behind_it_are_free(make, tokenizer, monkeypatch):
-    monkeypatch.setattr(api, "GROWTH", 10)
+    monkeypatch.setattr("engine.sequence.GROWTH", 10)
     runner = ScriptedRunner(tokenizer, "x" * 30)
     model = make(runner)
-    assert asyncio.run(reply(model, [1], api.Sampling(40), open_ended=True))[0] == "x" * 30
+    assert asyncio.run(reply(model, [1], SamplingParams(40), open_ended=True))[0] == "x" * 30
     assert runner.moved == 0
 
 
 def test_a_long_prompt_that_waits_for_another_is_compared_once(tokenizer, monkeypatch):
     engine = engine_at_rest(tokenizer, monkeypatch, 20_000)
     seqs = [
-        api.Sequence([5] * 2000 + [n], sampling=GREEDY, detokenizer=None, loop=None)
-        for n in range(5)
+        Sequence([5] * 2000 + [n], sampling=GREEDY, detokenizer=None, loop=None) for n in range(5)
     ]
     compared = []
-    whole = api.Span.common_prefix
+    whole = Span.common_prefix
     monkeypatch.setattr(
-        api.Span, "common_prefix", lambda *given, **how: compared.append(1) or whole(*given, **how)
+        Span, "common_prefix", lambda *given, **how: compared.append(1) or whole(*given, **how)
     )
     engine.waiting.extend(seqs)
     for step in range(4):
@@ -833,9 +847,9 @@ def test_answers_keep_flowing_while_a_long_prompt_is_read(make, tokenizer):
     model = make(runner, chunk=16)
 
     async def both():
-        first = asyncio.create_task(reply(model, [1], api.Sampling(50)))
+        first = asyncio.create_task(reply(model, [1], SamplingParams(50)))
         await asyncio.to_thread(wait_for, lambda: len(runner.steps) > 3)
-        return await asyncio.gather(first, reply(model, [2] * 160, api.Sampling(3)))
+        return await asyncio.gather(first, reply(model, [2] * 160, SamplingParams(3)))
 
     asyncio.run(both())
     chunked = [step for step in runner.steps if max(step) > 1]
@@ -864,14 +878,14 @@ def test_prompts_share_a_step_up_to_the_chunk(make, tokenizer):
 
 def test_a_small_request_passes_a_large_one_only_so_often(make, tokenizer, monkeypatch):
     """While one request holds most of the room, a large one waits; small ones pass, a few."""
-    monkeypatch.setattr(api, "MAX_PASSES", 3)
+    monkeypatch.setattr("engine.engine.MAX_PASSES", 3)
     runner = ScriptedRunner(tokenizer, "x" * 500, rows=200)
     runner.pause = 0.01
     model = make(runner, max_batch=8, context_length=200)
     order = []
 
     async def ask(name: str, prompt: int, most: int):
-        await reply(model, [1] * prompt, api.Sampling(most))
+        await reply(model, [1] * prompt, SamplingParams(most))
         order.append(name)
 
     async def crowd():
@@ -887,12 +901,12 @@ def test_a_small_request_passes_a_large_one_only_so_often(make, tokenizer, monke
 
 
 def test_an_open_answer_that_finds_no_room_waits_and_goes_on(make, tokenizer, monkeypatch):
-    monkeypatch.setattr(api, "GROWTH", 10)
+    monkeypatch.setattr("engine.sequence.GROWTH", 10)
     runner = ScriptedRunner(tokenizer, "x" * 60, rows=120)
     model = make(runner)
 
     async def two():
-        jobs = [reply(model, [i] * 20, api.Sampling(70), open_ended=True) for i in (1, 2)]
+        jobs = [reply(model, [i] * 20, SamplingParams(70), open_ended=True) for i in (1, 2)]
         return await asyncio.gather(*jobs)
 
     answers = asyncio.run(two())
@@ -902,14 +916,14 @@ def test_an_open_answer_that_finds_no_room_waits_and_goes_on(make, tokenizer, mo
 
 def test_what_never_fits_is_refused(make, tokenizer):
     model = make(ScriptedRunner(tokenizer, rows=50))
-    with pytest.raises(api.ContextTooLong, match="50"):
-        asyncio.run(reply(model, [1] * 30, api.Sampling(21)))
+    with pytest.raises(ContextTooLong, match="50"):
+        asyncio.run(reply(model, [1] * 30, SamplingParams(21)))
 
 
 # ---- Reuse and back-pressure
 
 
-def talk(model: api.ChatModel, turns: int) -> list[str]:
+def talk(model: ChatModel, turns: int) -> list[str]:
     """The answers of a conversation, each turn's history holding those before."""
     answers, messages = [], []
 
@@ -929,8 +943,7 @@ def test_the_tenth_turn_does_not_pay_for_the_first_nine(demo_folder, monkeypatch
     computed: dict[bool, int] = {True: 0, False: 0}
     answers = {}
     for reuse in (True, False):
-        settings = api.Settings(model=str(demo_folder), dtype="float32", reuse=reuse)
-        model = api.load_chat_model(settings)
+        model = load(demo_folder, dtype="float32", reuse=reuse)
         right = model.engine.runner.forward
 
         def counted(work, right=right, reuse=reuse):
@@ -987,7 +1000,7 @@ def test_a_full_queue_is_refused_and_says_when_to_come_back(make, tokenizer):
         return await asyncio.gather(*jobs, return_exceptions=True)
 
     answers = asyncio.run(crowd())
-    refused = [answer for answer in answers if isinstance(answer, api.QueueFull)]
+    refused = [answer for answer in answers if isinstance(answer, QueueFull)]
     assert 5 <= len(refused) <= 6
     assert all(1 <= refusal.retry_after <= 60 for refusal in refused)
     assert sum(isinstance(answer, tuple) for answer in answers) == 8 - len(refused)
@@ -1006,7 +1019,7 @@ def test_leaving_early_cancels(make, tokenizer):
     model = make(ScriptedRunner(tokenizer, "x" * 100))
 
     async def leave():
-        stream = model.engine.stream([1], api.Sampling(100))
+        stream = model.engine.stream([1], SamplingParams(100))
         await anext(stream)
         await stream.aclose()
 
@@ -1019,8 +1032,8 @@ def test_a_request_that_takes_too_long_is_ended(make, tokenizer):
     runner = ScriptedRunner(tokenizer, "x" * 400)
     runner.pause = 0.01
     model = make(runner, timeout=0.2)
-    with pytest.raises(api.TimedOut):
-        asyncio.run(reply(model, [1], api.Sampling(400)))
+    with pytest.raises(TimedOut):
+        asyncio.run(reply(model, [1], SamplingParams(400)))
     wait_for(lambda: not model.engine.running)
     assert whole_of(model.engine) == runner.rows
 
@@ -1031,11 +1044,11 @@ def test_a_request_that_waits_too_long_is_ended_too(make, tokenizer):
     model = make(runner, timeout=0.3, max_batch=1)
 
     async def two():
-        first = asyncio.create_task(reply(model, [1], api.Sampling(400)))
+        first = asyncio.create_task(reply(model, [1], SamplingParams(400)))
         await asyncio.sleep(0.05)
         return await asyncio.gather(first, reply(model, [1]), return_exceptions=True)
 
-    assert [type(answer) for answer in asyncio.run(two())] == [api.TimedOut] * 2
+    assert [type(answer) for answer in asyncio.run(two())] == [TimedOut] * 2
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("a fault"), torch.OutOfMemoryError("full")])
@@ -1049,7 +1062,7 @@ def test_a_fault_costs_only_the_request_that_causes_it(make, tokenizer, fault):
         return await asyncio.gather(*(reply(model, p) for p in prompts), return_exceptions=True)
 
     answers = asyncio.run(crowd())
-    assert isinstance(answers.pop(2), api.StepFailed)
+    assert isinstance(answers.pop(2), StepFailed)
     assert [text for text, _ in answers] == ["hello"] * 4
     wait_for(lambda: not model.engine.running)
     assert whole_of(model.engine) == runner.rows
@@ -1064,14 +1077,14 @@ def test_a_device_that_is_gone_ends_the_engine(make, tokenizer, monkeypatch):
     runner.failure = RuntimeError("CUDA error")
     monkeypatch.setattr(runner, "check_device", gone)
     model = make(runner)
-    with pytest.raises(api.NotServing, match="device-side assert"):
+    with pytest.raises(EngineStopped, match="device-side assert"):
         asyncio.run(reply(model, [1]))
 
 
 def test_a_failed_step_costs_only_its_own_request(make, tokenizer):
     model = make(ScriptedRunner(tokenizer))
     model.engine.runner.failure = RuntimeError("a fault")
-    with pytest.raises(api.StepFailed):
+    with pytest.raises(StepFailed):
         asyncio.run(reply(model, [1]))
     model.engine.runner.failure = None
     assert asyncio.run(reply(model, [1]))[0] == "hello"
@@ -1081,9 +1094,9 @@ def test_a_failed_step_costs_only_its_own_request(make, tokenizer):
 def test_a_dead_engine_fails_everyone_at_once(make, tokenizer):
     model = make(ScriptedRunner(tokenizer))
     model.engine.runner.failure = SystemExit("the end")
-    with pytest.raises(api.NotServing, match="the end"):
+    with pytest.raises(EngineStopped, match="the end"):
         asyncio.run(reply(model, [1]))
-    with pytest.raises(api.NotServing, match="the end"):
+    with pytest.raises(EngineStopped, match="the end"):
         asyncio.run(reply(model, [1]))
     assert isinstance(model.engine.failure, SystemExit)
 
@@ -1091,8 +1104,8 @@ def test_a_dead_engine_fails_everyone_at_once(make, tokenizer):
 # ---- The check at start
 
 
-def start(model) -> api.Runner:
-    return api.start_runner(model, api.Settings(cache_memory="1MiB"))
+def start(model) -> Runner:
+    return start_runner(model, "1MiB")
 
 
 def test_a_model_that_packs_is_let_in():
@@ -1101,7 +1114,7 @@ def test_a_model_that_packs_is_let_in():
 
 def test_a_model_whose_attention_is_not_reached_is_refused():
     model = BloomForCausalLM(BloomConfig(vocab_size=60, hidden_size=16, n_layer=2, n_head=2))
-    with pytest.raises(api.StartError, match=r"Bloom|attention"):
+    with pytest.raises(StartError, match=r"Bloom|attention"):
         start(model.eval())
 
 
@@ -1116,7 +1129,7 @@ def test_a_model_whose_attention_we_do_not_honour_is_refused():
         head_dim=8,
         sliding_window=4,
     )
-    with pytest.raises(api.StartError, match="sliding_window"):
+    with pytest.raises(StartError, match="sliding_window"):
         start(MistralForCausalLM(config).eval())
 
 
@@ -1124,15 +1137,15 @@ def test_a_model_with_layers_of_another_kind_is_refused():
     """Their window may stand in the mask alone, where the short check would not notice it."""
     model = tiny_llama()
     model.config.layer_types = ["full_attention", "chunked_attention"]
-    with pytest.raises(api.StartError, match="chunked_attention"):
+    with pytest.raises(StartError, match="chunked_attention"):
         start(model)
 
 
 def test_a_model_that_comes_out_differently_is_refused(monkeypatch):
     """As one would whose attention read a neighbour's row."""
-    right = api.Gathered.attend
-    monkeypatch.setattr(api.Gathered, "attend", lambda *given: right(*given) * 1.01)
-    with pytest.raises(api.StartError, match="does not batch"):
+    right = Gathered.attend
+    monkeypatch.setattr(Gathered, "attend", lambda *given: right(*given) * 1.01)
+    with pytest.raises(StartError, match="does not batch"):
         start(tiny_llama())
 
 
@@ -1140,7 +1153,7 @@ def test_a_card_is_used_for_what_it_can(monkeypatch):
     as_on_a_card(monkeypatch)
     runner = start(tiny_llama())
     assert {r.size for r in runner.graphs} == {1, 2, 4, 8, 16, 32, 64}
-    assert api.attention_summary(runner).endswith(
+    assert attention_summary(runner).endswith(
         "in place, CUDA graphs for 1, 2, 4, 8, 16, 32, 64 sequences"
     )
 
@@ -1153,7 +1166,7 @@ def test_a_kernel_that_attends_otherwise_is_not_used(monkeypatch, caplog):
     assert not runner.graphs
     assert runner.difference < 1e-5
     assert "does not batch" in caplog.text
-    assert "over copied rows (this model does not batch" in api.attention_summary(runner)
+    assert "over copied rows (this model does not batch" in attention_summary(runner)
 
 
 def test_what_cannot_be_captured_is_computed(monkeypatch, caplog):
@@ -1165,7 +1178,7 @@ def test_what_cannot_be_captured_is_computed(monkeypatch, caplog):
     assert runner.in_place
     assert not runner.graphs
     assert "not permitted when stream is capturing" in caplog.text
-    assert api.attention_summary(runner).endswith("CUDA graphs for no sequences")
+    assert attention_summary(runner).endswith("CUDA graphs for no sequences")
 
 
 class Lying(torch.Tensor):
@@ -1191,23 +1204,23 @@ def test_attention_is_in_place_where_the_kernel_can(
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    layer = api.SpanLayer(None)
+    layer = SpanLayer(None)
     layer.keys, layer.values = (
         torch.zeros(3, *shape, dtype=dtype).as_subclass(Lying) for shape in (key, value)
     )
-    found = api.why_not_in_place([layer])
+    found = why_not_in_place([layer])
     assert found is None if reason is None else reason in found
     layer.keys = layer.keys.as_subclass(torch.Tensor)
-    assert api.why_not_in_place([layer]) == "layers on cpu"
-    monkeypatch.setattr(api, "flash_attention", None)
-    assert "no FlashAttention" in api.why_not_in_place([layer])
+    assert why_not_in_place([layer]) == "layers on cpu"
+    monkeypatch.setattr("engine.attention.flash_attention", None)
+    assert "no FlashAttention" in why_not_in_place([layer])
 
 
 @pytest.mark.parametrize("news", [(1, 1), (5, 3)])
 def test_the_kernel_takes_what_it_is_given(news):
     """Torch's own, which here is told shapes alone: its arguments, and the shape of its answer."""
-    work = [(api.Span([7] * (9 + new), n * 20, 20, 9), new) for n, new in enumerate(news)]
-    (group,) = api.Step(work, in_place=True).on(torch.device("meta")).groups
+    work = [(Span([7] * (9 + new), n * 20, 20, 9), new) for n, new in enumerate(news)]
+    (group,) = Step(work, in_place=True).on(torch.device("meta")).groups
     query = torch.empty(sum(news), 4, 64, dtype=torch.bfloat16, device="meta")
     keys = torch.empty(50, 2, 64, dtype=torch.bfloat16, device="meta")
     assert group.attend(query, keys, keys, 0.5).shape == query.shape
@@ -1216,30 +1229,30 @@ def test_the_kernel_takes_what_it_is_given(news):
 def test_steps_of_half_precision_have_few_sizes(monkeypatch):
     """Of each size something stays in memory; and what fills a step up changes nothing in it."""
     model = tiny_llama().bfloat16()
-    runner = api.Runner(model, "4MiB")
-    sizes, right = set(), api.Step
+    runner = Runner(model, "4MiB")
+    sizes, right = set(), Step
 
     def step(work, in_place):
         sizes.add(sum(new for _, new in work))
         return right(work, in_place)
 
-    monkeypatch.setattr(api, "Step", step)
-    neighbour = api.Span(list(range(40)), 700, 40)
+    monkeypatch.setattr("engine.attention.Step", step)
+    neighbour = Span(list(range(40)), 700, 40)
     runner.forward([(neighbour, 40)])
     kept = [x[700:740].clone() for layer in runner.pool.layers for x in (layer.keys, layer.values)]
     for total in [*range(1, 200), 300, 500, 512, 576]:
-        work = [(api.Span([7] * total, 0, total), total)]
+        work = [(Span([7] * total, 0, total), total)]
         filled = runner.forward(work)
         assert filled.shape == (1, 260)
         runner.pads = False
         assert torch.allclose(filled, runner.forward(work), atol=0.05)
         runner.pads = True
     for total in range(200, 577):
-        assert total <= api.padded_size(total) < 1.5 * total
-    assert len({api.padded_size(total) for total in range(1, 577)}) == 38
+        assert total <= padded_size(total) < 1.5 * total
+    assert len({padded_size(total) for total in range(1, 577)}) == 38
     after = [x[700:740] for layer in runner.pool.layers for x in (layer.keys, layer.values)]
     assert all(torch.equal(a, b) for a, b in zip(kept, after, strict=True))
-    assert not api.Runner(tiny_llama(), "4MiB").pads
+    assert not Runner(tiny_llama(), "4MiB").pads
 
 
 @pytest.mark.parametrize(("kind", "most"), [("dynamic", 64), ("longrope", 32), ("linear", 64)])
@@ -1248,7 +1261,7 @@ def test_rope_that_moves_with_the_batch_is_held_to_its_first_length(kind, most):
     config.rope_parameters = {"rope_type": kind, "factor": 2.0}
     if kind == "longrope":
         config.rope_parameters["original_max_position_embeddings"] = 32
-    assert api.context_length(config) == most
+    assert context_length(config) == most
 
 
 # ---- Preparing a prompt
@@ -1257,12 +1270,12 @@ def test_rope_that_moves_with_the_batch_is_held_to_its_first_length(kind, most):
 def test_nobody_waits_for_an_engine_that_has_ended(tokenizer):
     model = chat_model(ScriptedRunner(tokenizer), tokenizer)
     model.engine.close()
-    with pytest.raises(api.NotServing, match="stopping"):
+    with pytest.raises(EngineStopped, match="stopping"):
         asyncio.run(reply(model, [1]))
 
 
 def test_silence_brings_a_sign_of_life(make, runner, monkeypatch):
-    monkeypatch.setattr(api, "HEARTBEAT", 0.05)
+    monkeypatch.setattr("engine.engine.HEARTBEAT", 0.05)
     model = make(runner)
     runner.hold()
 
@@ -1273,11 +1286,11 @@ def test_silence_brings_a_sign_of_life(make, runner, monkeypatch):
         finally:
             await stream.aclose()
 
-    assert asyncio.run(first()) == api.Delta("")
+    assert asyncio.run(first()) == Delta("")
     runner.free()
 
 
-def turns(*lengths: int) -> list[api.Message]:
+def turns(*lengths: int) -> list[Message]:
     """A conversation whose turns have so many characters, each a token, in each message."""
     roles = ("user", "assistant")
     return [{"role": role, "content": "x" * n} for n in lengths for role in roles][:-1]
@@ -1291,10 +1304,10 @@ def test_a_default_length_is_cut_to_the_room(make, runner):
 
 def test_a_length_that_does_not_fit_is_refused_with_both_numbers(make, runner):
     model = make(runner, context_length=100)
-    with pytest.raises(api.ContextTooLong, match=r"53 tokens.*48.*100") as refusal:
+    with pytest.raises(ContextTooLong, match=r"53 tokens.*48.*100") as refusal:
         model.prepare(turns(50), {"max_new_tokens": 48}, False)
     assert refusal.value.param == "max_length"
-    with pytest.raises(api.ContextTooLong) as refusal:
+    with pytest.raises(ContextTooLong) as refusal:
         model.prepare(turns(100), {}, False)
     assert refusal.value.param == "prompt"
 
@@ -1306,7 +1319,7 @@ def test_truncate_drops_the_oldest_turns_and_as_few_as_it_can(make, runner):
         prompt = model.prepare(messages, {"max_new_tokens": answer}, True)
         assert prompt.dropped_turns == dropped, answer
         assert model.tokenizer.special["<|system|>"] in prompt.ids
-    with pytest.raises(api.ContextTooLong):
+    with pytest.raises(ContextTooLong):
         model.prepare(messages, {"max_new_tokens": 90}, True)
 
 

@@ -15,6 +15,19 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaConfig
 
 import api
+from engine.checkpoint import (
+    NormalizeRows,
+    UngroupQKV,
+    best_placement,
+    context_length,
+    device_summary,
+    load_model,
+)
+from engine.errors import ContextTooLong, StartError
+from engine.families import FAMILIES, checkpoint_defaults, family_of
+from engine.loading import load, start_runner
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import ChatTokenizer, load_tokenizer
 
 FIXTURES = ROOT / "tests" / "fixtures"
 CHECKPOINTS = ["deepseek_v2", "index", "internlm2", "internlm2_ntk", "llama", "xverse"]
@@ -28,35 +41,35 @@ DATA = os.environ.get("CHAT_TEST_DATA")
 
 
 def test_a_checkpoint_sets_the_defaults_and_we_fill_the_rest():
-    defaults = api.checkpoint_defaults(
+    defaults = checkpoint_defaults(
         GenerationConfig(do_sample=True, temperature=0.3, top_k=7, max_new_tokens=33)
     )
-    assert defaults == api.Sampling(max_new_tokens=33, temperature=0.3, top_k=7)
+    assert defaults == SamplingParams(max_new_tokens=33, temperature=0.3, top_k=7)
 
 
 def test_a_checkpoint_that_does_not_sample_is_greedy():
-    assert api.checkpoint_defaults(GenerationConfig(do_sample=False)).temperature == 0
-    assert api.checkpoint_defaults(GenerationConfig(top_k=-1)).top_k == 0
+    assert checkpoint_defaults(GenerationConfig(do_sample=False)).temperature == 0
+    assert checkpoint_defaults(GenerationConfig(top_k=-1)).top_k == 0
 
 
 def test_a_checkpoint_that_says_nothing_leaves_our_defaults():
-    assert api.checkpoint_defaults(GenerationConfig()) == api.Sampling(1024, 0.8, 50, 0.8, 0, 1.0)
+    assert checkpoint_defaults(GenerationConfig()) == SamplingParams(1024, 0.8, 50, 0.8, 0, 1.0)
 
 
 @pytest.mark.parametrize(
     ("checkpoint", "family", "expected"),
     [
-        ("deepseek_v2", "deepseek-v2", api.Sampling(1024, 0.95, 5, 0.7, 0, 1.1)),
-        ("index", "index", api.Sampling(1024, 0.95, 5, 0.7, 0, 1.1)),
-        ("llama", "llama-3", api.Sampling(512, 0.5, 0, 0.9, 0, 1.1)),
-        ("xverse", "xverse", api.Sampling(2048, 0.5, 30, 0.85, 0, 1.1)),
-        ("internlm2", "internlm2", api.Sampling(1024, 0.8, 50, 0.8, 0, 1.0)),
+        ("deepseek_v2", "deepseek-v2", SamplingParams(1024, 0.95, 5, 0.7, 0, 1.1)),
+        ("index", "index", SamplingParams(1024, 0.95, 5, 0.7, 0, 1.1)),
+        ("llama", "llama-3", SamplingParams(512, 0.5, 0, 0.9, 0, 1.1)),
+        ("xverse", "xverse", SamplingParams(2048, 0.5, 30, 0.85, 0, 1.1)),
+        ("internlm2", "internlm2", SamplingParams(1024, 0.8, 50, 0.8, 0, 1.0)),
     ],
 )
 def test_defaults_are_what_each_tutorial_used(checkpoint, family, expected):
-    found = next(row for row in api.FAMILIES if row.name == family)
+    found = next(row for row in FAMILIES if row.name == family)
     config = GenerationConfig.from_pretrained(FIXTURES / checkpoint)
-    assert api.checkpoint_defaults(config, found) == expected
+    assert checkpoint_defaults(config, found) == expected
 
 
 # ---- Weights
@@ -79,7 +92,7 @@ def expected_of(name: str):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_logits_are_the_original_codes(name, attention):
-    model, tokenizer = api.load_model(FIXTURES / name, dtype="float32", device_map="cpu")
+    model, tokenizer = load_model(FIXTURES / name, dtype="float32", device_map="cpu")
     model.set_attn_implementation(attention)
     assert tokenizer is None
     assert error_of(model, expected_of(name)) < 1e-4
@@ -87,7 +100,7 @@ def test_logits_are_the_original_codes(name, attention):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_greedy_answers_are_the_original_codes(name):
-    model, _ = api.load_model(FIXTURES / name, dtype="float32", device_map="cpu")
+    model, _ = load_model(FIXTURES / name, dtype="float32", device_map="cpu")
     expected = expected_of(name)
     for ids, mask, answer in zip(
         expected["input_ids"], expected["attention_mask"], expected["greedy"], strict=True
@@ -110,8 +123,8 @@ def untouched(self, input_dict, source_patterns, target_patterns, config, **_):
 @pytest.mark.parametrize(
     ("name", "broken", "how"),
     [
-        ("internlm2", api.UngroupQKV, plain_split),
-        ("index", api.NormalizeRows, untouched),
+        ("internlm2", UngroupQKV, plain_split),
+        ("index", NormalizeRows, untouched),
         ("internlm2", None, {"rope_theta": 10_000}),
         ("xverse", None, {"rms_norm_eps": 1e-5}),
         ("deepseek_v2", None, {"mscale_all_dim": 0}),
@@ -128,7 +141,7 @@ def test_the_comparison_notices_mistakes(name, broken, how, monkeypatch, tmp_pat
         ((key, value),) = how.items()
         (config["rope_scaling"] if key.startswith("mscale") else config)[key] = value
         (folder / "config.json").write_text(json.dumps(config))
-    model, _ = api.load_model(folder, dtype="float32", device_map="cpu")
+    model, _ = load_model(folder, dtype="float32", device_map="cpu")
     assert error_of(model, expected_of(name)) > 1e-4
 
 
@@ -146,7 +159,7 @@ def test_bin_shards_load_like_safetensors(tmp_path):
     (folder / "pytorch_model.bin.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": index})
     )
-    model, _ = api.load_model(folder, dtype="float32", device_map="cpu")
+    model, _ = load_model(folder, dtype="float32", device_map="cpu")
     assert error_of(model, expected_of("xverse")) < 1e-4
 
 
@@ -160,7 +173,7 @@ def test_nothing_in_the_folder_is_executed(tmp_path):
     flag = tmp_path / "executed"
     for name in ("modeling_internlm2", "configuration_internlm2", "tokenization_internlm2"):
         (folder / f"{name}.py").write_text(f"open({str(flag)!r}, 'w')\n")
-    api.load_model(folder, dtype="float32", device_map="cpu")
+    load_model(folder, dtype="float32", device_map="cpu")
     assert not flag.exists()
 
     class Bomb:
@@ -170,7 +183,7 @@ def test_nothing_in_the_folder_is_executed(tmp_path):
     (folder / "model.safetensors").unlink()
     torch.save({"model.norm.weight": Bomb()}, folder / "pytorch_model.bin")
     with pytest.raises(Exception, match=r"(?i)weights.only|unsupported"):
-        api.load_model(folder, dtype="float32", device_map="cpu")
+        load_model(folder, dtype="float32", device_map="cpu")
     assert not flag.exists()
 
 
@@ -178,7 +191,7 @@ def test_rope_ratio_stretches_index(tmp_path):
     folder = copied("index", tmp_path)
     config = json.loads((folder / "config.json").read_text()) | {"rope_ratio": 32}
     (folder / "config.json").write_text(json.dumps(config))
-    model, _ = api.load_model(folder, dtype="float32", device_map="cpu")
+    model, _ = load_model(folder, dtype="float32", device_map="cpu")
     assert model.config.rope_parameters["rope_theta"] == 320_000
 
 
@@ -187,10 +200,10 @@ def test_layers_on_disk_answer_the_same(tmp_path):
     parts = ("model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb")
     where = dict.fromkeys(parts, "cpu") | {f"model.layers.{i}": "cpu" for i in range(3)}
     where["model.layers.1"] = "disk"
-    model, _ = api.load_model(FIXTURES / "llama", dtype="float32", device_map=json.dumps(where))
+    model, _ = load_model(FIXTURES / "llama", dtype="float32", device_map=json.dumps(where))
     assert error_of(model, expected_of("llama")) < 1e-4
-    assert "disk (1 part)" in api.device_summary(model)
-    runner = api.start_runner(model, api.Settings(cache_memory="1MiB"))
+    assert "disk (1 part)" in device_summary(model)
+    runner = start_runner(model, "1MiB")
     assert runner.split
     assert runner.difference < 1e-4
 
@@ -206,15 +219,15 @@ def test_of_several_cards_one_is_enough_where_the_model_leaves_it_room(monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (free[card] * 2**30, 0))
     config = LlamaConfig(**shape, dtype="bfloat16")
-    assert api.best_placement(config, "auto") == placed
-    assert api.best_placement(config, "float32") == "auto"
+    assert best_placement(config, "auto") == placed
+    assert best_placement(config, "float32") == "auto"
 
 
 def test_an_embedding_on_disk_takes_its_ids_where_it_computes():
     where = dict.fromkeys(("model.norm", "lm_head", "model.rotary_emb", "model.layers"), "cpu")
     where["model.embed_tokens"] = "disk"
-    model, _ = api.load_model(FIXTURES / "llama", dtype="float32", device_map=json.dumps(where))
-    runner = api.start_runner(model, api.Settings(cache_memory="1MiB"))
+    model, _ = load_model(FIXTURES / "llama", dtype="float32", device_map=json.dumps(where))
+    runner = start_runner(model, "1MiB")
     assert (runner.device.type, runner.difference < 1e-4) == ("cpu", True)
 
 
@@ -227,16 +240,16 @@ CONVERSATION = [
 ]
 
 
-def real(name: str) -> api.ChatTokenizer:
+def real(name: str) -> ChatTokenizer:
     if DATA is None:
         pytest.skip("CHAT_TEST_DATA names no folder with the real tokenizers")
     return text_of(Path(DATA) / "tokenizers" / name)
 
 
-def text_of(folder: Path) -> api.ChatTokenizer:
-    tokenizer = api.load_tokenizer(folder)
+def text_of(folder: Path) -> ChatTokenizer:
+    tokenizer = load_tokenizer(folder)
     kind = json.loads((folder / "config.json").read_text())["model_type"]
-    return api.ChatTokenizer(tokenizer, api.family_of(kind, tokenizer))
+    return ChatTokenizer(tokenizer, family_of(kind, tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -315,10 +328,10 @@ MARKERS = {
 }
 
 
-def small(kind: str) -> api.ChatTokenizer:
+def small(kind: str) -> ChatTokenizer:
     tokenizer = byte_tokenizer(MARKERS[kind])
     tokenizer.chat_template = None
-    return api.ChatTokenizer(tokenizer, api.family_of(kind, tokenizer))
+    return ChatTokenizer(tokenizer, family_of(kind, tokenizer))
 
 
 @pytest.mark.parametrize("kind", MARKERS)
@@ -351,9 +364,9 @@ def test_llama_3_strips_what_is_said():
 def test_a_namesake_of_a_family_is_not_taken_for_it():
     """Llama 3.1 and fine-tunes with ChatML have templates of their own, Llama 2 other tokens."""
     for mark in ("<|eom_id|>", "<|im_start|>"):
-        assert api.family_of("llama", byte_tokenizer([*MARKERS["llama"], mark])) is None
-    assert api.family_of("llama", byte_tokenizer()) is None
-    assert api.family_of("llama", byte_tokenizer(MARKERS["llama"])).name == "llama-3"
+        assert family_of("llama", byte_tokenizer([*MARKERS["llama"], mark])) is None
+    assert family_of("llama", byte_tokenizer()) is None
+    assert family_of("llama", byte_tokenizer(MARKERS["llama"])).name == "llama-3"
 
 
 # ---- Tokenizers
@@ -365,8 +378,8 @@ def test_a_tokenizer_model_that_is_read_otherwise_stops_the_start(monkeypatch):
             return [7, *super().encode(text)]
 
     monkeypatch.setattr(api, "SentencePieceProcessor", Other)
-    with pytest.raises(api.StartError, match=r"tokenizer.model encodes .* unlike sentencepiece"):
-        api.load_tokenizer(FIXTURES / "tokenizers" / "index_like")
+    with pytest.raises(StartError, match=r"tokenizer.model encodes .* unlike sentencepiece"):
+        load_tokenizer(FIXTURES / "tokenizers" / "index_like")
 
 
 def test_xverse_old_spelling_is_mended():
@@ -375,7 +388,7 @@ def test_xverse_old_spelling_is_mended():
 
     with pytest.raises(Exception, match="prepend_scheme"):
         Tokenizer.from_file(str(FIXTURES / "tokenizers" / "xverse_like" / "tokenizer.json"))
-    assert api.load_tokenizer(FIXTURES / "tokenizers" / "xverse_like")
+    assert load_tokenizer(FIXTURES / "tokenizers" / "xverse_like")
 
 
 # ---- Each family over HTTP
@@ -390,7 +403,7 @@ def dressed(kind: str, tmp_path: Path) -> Path:
     else:
         byte_tokenizer(MARKERS[kind]).save_pretrained(folder)
         (folder / "chat_template.jinja").unlink(missing_ok=True)
-    size = len(api.load_tokenizer(folder))
+    size = len(load_tokenizer(folder))
     weights = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     for name in ("model.embed_tokens.weight", "model.tok_embeddings.weight", "lm_head.weight"):
@@ -424,7 +437,7 @@ def test_each_family_answers_over_http_and_a_batch_says_what_each_would_alone(ki
         return [answer.raise_for_status().json()["response"] for answer in answers]
 
     options = {"model": str(folder), "dtype": "float32", "cache_memory": "64MiB"}
-    with serve(api.load_chat_model, **options) as url:
+    with serve(api.load_served, **options) as url:
         alone = [httpx.post(ready(url), json=ask, timeout=60).json()["response"] for ask in asks]
         assert asyncio.run(together(url)) == alone
     assert any(alone)
@@ -436,26 +449,26 @@ def test_a_checkpoint_outside_the_families_uses_its_own_template(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
-    with pytest.raises(api.StartError, match="--chat-template"):
-        api.load_chat_model(api.Settings(model=str(folder)))
+    with pytest.raises(StartError, match="--chat-template"):
+        load(folder)
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
-    model = api.load_chat_model(api.Settings(model=str(folder), chat_template=file))
+    model = load(folder, chat_template=file.read_text(encoding="utf-8"))
     model.engine.close()
     prompt = model.prepare([{"role": "user", "content": "x"}], {}, False)
     assert model.tokenizer.backend.decode(prompt.ids) == "[x]"
 
 
 def test_xverse_takes_prompts_up_to_its_own_limit(tmp_path):
-    model = api.load_chat_model(api.Settings(model=str(dressed("xverse", tmp_path))))
+    model = load(dressed("xverse", tmp_path))
     model.engine.close()
     assert (model.context_length, model.prompt_length) == (8192, 6144)
-    with pytest.raises(api.ContextTooLong, match="6144"):
+    with pytest.raises(ContextTooLong, match="6144"):
         model.prepare([{"role": "user", "content": "1" * 6500}], {}, False)
 
 
 def test_check_says_what_was_found(tmp_path):
-    model = api.load_chat_model(api.Settings(model=str(dressed("internlm2", tmp_path))))
+    model = load(dressed("internlm2", tmp_path))
     said = api.check_model(model)
     model.engine.close()
     for words in ("internlm2ForCausalLM", "bfloat16", "parameters", "cpu", "32,768 tokens"):
@@ -469,8 +482,8 @@ def test_check_says_what_was_found(tmp_path):
 
 def row(kind: str) -> str:
     """The row for a family, from what is measured here."""
-    model, _ = api.load_model(FIXTURES / kind, dtype="float32", device_map="cpu")
-    family = next(row for row in api.FAMILIES if row.model_type == kind)
+    model, _ = load_model(FIXTURES / kind, dtype="float32", device_map="cpu")
+    family = next(row for row in FAMILIES if row.model_type == kind)
     errors = []
     for attention in ("sdpa", "eager"):
         model.set_attn_implementation(attention)
@@ -479,10 +492,10 @@ def row(kind: str) -> str:
     classes = [kind.__name__ for kind in type(model).__mro__]
     native = next(name for name in classes if name in ("LlamaForCausalLM", "DeepseekV2ForCausalLM"))
     model.set_attn_implementation("sdpa")
-    packed = api.start_runner(model, api.Settings(cache_memory="1MiB")).difference
+    packed = start_runner(model, "1MiB").difference
     assert packed < 1e-4
     ends = ", ".join(f"`{end}`" for end in family.ends).replace("|", r"\|")
-    context = f"{api.context_length(model.config):,}"
+    context = f"{context_length(model.config):,}"
     return f"| {family.name} | `{native}` | < {bound} | equal | {ends} | {context} |"
 
 

@@ -17,6 +17,15 @@ from conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve, t
 from safetensors.torch import load_file, save_file
 
 import api
+from engine.checkpoint import explained
+from engine.engine import Engine
+from engine.errors import StartError, StepFailed
+from engine.families import Message
+from engine.loading import load as load_now
+from engine.model import ChatModel
+from engine.sampling_params import SamplingParams
+from engine.sequence import Delta, Sequence, Token
+from engine.tokenizer import ChatTokenizer
 
 # ---- At the start
 
@@ -115,8 +124,8 @@ def copy_of(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "tiny"))
 
 
-def load(folder: Path) -> api.ChatModel:
-    return api.load_chat_model(api.Settings(model=str(folder), cache_memory="1MiB"))
+def load(folder: Path) -> ChatModel:
+    return load_now(folder, cache_memory="1MiB")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -129,7 +138,7 @@ def test_a_broken_folder_is_told_in_one_sentence_and_nothing_in_it_runs(
     folder = copy_of(sound, tmp_path)
     breaks, word = BROKEN[how]
     breaks(folder)
-    with pytest.raises(api.StartError) as told:
+    with pytest.raises(StartError) as told:
         load(folder)
     message = str(told.value)
     assert word in message
@@ -159,12 +168,12 @@ def test_a_file_that_may_not_be_read_is_named(sound, tmp_path, monkeypatch):
         return read(path, *args, **options)
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    with pytest.raises(api.StartError, match=r"Permission denied: .*tokenizer\.json"):
+    with pytest.raises(StartError, match=r"Permission denied: .*tokenizer\.json"):
         load(folder)
 
 
 def test_memory_that_runs_out_at_the_start_is_no_broken_file(tmp_path):
-    with pytest.raises(torch.OutOfMemoryError), api.explained(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), explained(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
@@ -191,7 +200,7 @@ class Frail(ScriptedRunner):
         return super().forward(work)
 
 
-def whole_of(engine: api.Engine) -> int:
+def whole_of(engine: Engine) -> int:
     return engine._num_free() + sum(span.room for span in engine.running)
 
 
@@ -220,12 +229,12 @@ def test_rows_come_back_after_memory_ran_out(tokenizer):
     runner = Frail(tokenizer, 2, torch.OutOfMemoryError("full"))
     model = chat_model(runner, tokenizer)
 
-    async def ask() -> list[api.Delta]:
-        return [d async for d in model.engine.stream([7] * 30, api.Sampling(50))]
+    async def ask() -> list[Delta]:
+        return [d async for d in model.engine.stream([7] * 30, SamplingParams(50))]
 
     try:
         for _ in range(3):
-            with pytest.raises(api.StepFailed):
+            with pytest.raises(StepFailed):
                 asyncio.run(ask())
         wait_for(lambda: not model.engine.running)
         assert whole_of(model.engine) == runner.rows
@@ -261,7 +270,7 @@ def test_nobody_hangs_when_the_engine_dies(tokenizer, end):
         assert late.json()["error"]["code"] == "not_serving"
         # However many ask, who is dead never says that they should come again.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(api.Engine, "num_waiting", 1000)
+            patch.setattr(Engine, "num_waiting", 1000)
             assert httpx.post(url, json={"prompt": "x"}, timeout=10).status_code == 503
         health = httpx.get(f"{url}/health")
         assert (health.status_code, health.json()["status"]) == (503, "dead")
@@ -284,29 +293,29 @@ def one_fails(url: str, bad: str) -> None:
 
 
 def test_a_tokenizer_that_fails_fails_one_request(server, monkeypatch):
-    encode = api.ChatTokenizer.encode
+    encode = ChatTokenizer.encode
 
-    def broken(self, messages: list[api.Message]) -> list[int]:
+    def broken(self, messages: list[Message]) -> list[int]:
         if "boom" in messages[-1]["content"]:
             raise RuntimeError("a secret")
         return encode(self, messages)
 
-    monkeypatch.setattr(api.ChatTokenizer, "encode", broken)
+    monkeypatch.setattr(ChatTokenizer, "encode", broken)
     one_fails(server, "boom")
 
 
 def test_a_detokenizer_that_fails_fails_one_request(server, monkeypatch):
-    tell = api.Sequence.emit
+    tell = Sequence.emit
 
     def fail(token: int) -> str:
         raise RuntimeError("a secret")
 
-    def broken(self, token: api.Token) -> api.Delta:
+    def broken(self, token: Token) -> Delta:
         if self.num_completion == 3 and self.num_prompt > 30:
             self.detokenizer.push = fail
         return tell(self, token)
 
-    monkeypatch.setattr(api.Sequence, "emit", broken)
+    monkeypatch.setattr(Sequence, "emit", broken)
     one_fails(server, "long" * 10)
 
 

@@ -15,6 +15,7 @@ from schemathesis.config import GenerationConfig, ProjectConfig, ProjectsConfig,
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 import api
+from engine.tokenizer import load_tokenizer
 
 ROUTES = ("/", "/v1/chat/completions", "/v1/completions")
 # What an error must not tell: our language, our libraries, our files.
@@ -256,7 +257,7 @@ def test_a_body_in_another_encoding_of_unicode_is_understood(client, encoding):
 
 def test_a_word_of_a_hundred_thousand_characters_holds_up_nobody(demo_folder):
     """Whoever reads it does so on a thread of its own; the real tokenizer, a scripted answer."""
-    tokenizer = api.load_tokenizer(demo_folder)
+    tokenizer = load_tokenizer(demo_folder)
     runner = ScriptedRunner(byte_tokenizer())
     with serve(lambda settings: chat_model(runner, tokenizer)) as url:
         ready(url)

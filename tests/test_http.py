@@ -12,6 +12,7 @@ import pytest
 from conftest import chat_model, ready, serve, wait_for
 
 import api
+from engine.model import ChatModel
 
 
 def post(url: str, body: object = None, **options) -> httpx.Response:
@@ -45,7 +46,7 @@ def events(lines) -> list:
 def test_the_demo_model_knows_the_capital_of_france(demo_folder):
     """The README's call, on the real model, over a real socket."""
     body = {"prompt": "What is the capital of France?", "history": []}
-    with serve(api.load_chat_model, model=str(demo_folder)) as url:
+    with serve(api.load_served, model=str(demo_folder)) as url:
         answer = post(ready(url), body).json()
     assert "Paris" in answer["response"]
     assert answer["history"] == [[body["prompt"], answer["response"]]]
@@ -363,7 +364,7 @@ def test_four_hundred_at_once_are_served_or_told_to_come_back(runner, tokenizer)
 def test_health_tells_of_loading_and_the_routes_say_to_come_back(runner, tokenizer):
     finish = threading.Event()
 
-    def load(settings: api.Settings) -> api.ChatModel:
+    def load(settings: api.Settings) -> ChatModel:
         finish.wait(20)
         return chat_model(runner, tokenizer)
 

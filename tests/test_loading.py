@@ -11,6 +11,11 @@ import torch
 from conftest import ROOT, byte_tokenizer, tiny_llama, wait_for
 
 import api
+import model_download
+from engine.checkpoint import check_gpus
+from engine.errors import StartError
+from engine.loading import load
+from model_download import DownloadError, find_model
 
 
 @pytest.fixture(scope="module")
@@ -24,24 +29,24 @@ def checkpoint(tmp_path_factory):
 
 def test_a_folder_is_a_model(checkpoint, monkeypatch):
     monkeypatch.chdir(checkpoint.parent)
-    assert api.find_model(str(checkpoint)) == checkpoint
-    assert api.find_model("./tiny").samefile(checkpoint)
+    assert find_model(str(checkpoint)) == checkpoint
+    assert find_model("./tiny").samefile(checkpoint)
 
 
 def test_a_name_lies_beside_api_py_whatever_the_working_directory(
     checkpoint, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(api, "HERE", checkpoint.parent.parent)
-    (api.HERE / "models").symlink_to(checkpoint.parent, target_is_directory=True)
-    assert api.find_model("tiny") == api.HERE / "models" / "tiny"
+    monkeypatch.setattr(model_download, "MODELS", tmp_path / "models")
+    (tmp_path / "models").symlink_to(checkpoint.parent, target_is_directory=True)
+    assert find_model("tiny") == tmp_path / "models" / "tiny"
 
 
 def test_a_missing_model_is_named_with_the_remedy():
     with pytest.raises(
-        api.StartError, match=r"no model 'nowhere'.*model_download.py nowhere.*--model"
+        DownloadError, match=r"no model 'nowhere'.*model_download.py nowhere.*--model"
     ):
-        api.find_model("nowhere")
+        find_model("nowhere")
 
 
 @pytest.mark.parametrize(
@@ -58,22 +63,22 @@ def test_a_hubs_cache_is_taken_for_the_model_in_it(checkpoint, tmp_path, layout)
     shutil.copytree(checkpoint, cache / layout)
     (cache / ".docker").mkdir()
     (cache / ".docker" / "config.json").write_text("{}")
-    assert api.find_model(str(cache)) == cache / layout
-    assert api.find_model(str(cache / layout)) == cache / layout
+    assert find_model(str(cache)) == cache / layout
+    assert find_model(str(cache / layout)) == cache / layout
     shutil.copytree(checkpoint, (cache / layout).parent / "other")
-    with pytest.raises(api.StartError, match=r"holds several models.*other"):
-        api.find_model(str(cache))
+    with pytest.raises(DownloadError, match=r"holds several models.*other"):
+        find_model(str(cache))
 
 
 def test_a_checkpoint_in_the_working_directory_has_its_folders_name(checkpoint, monkeypatch):
     monkeypatch.chdir(checkpoint)
-    model = api.load_chat_model(api.Settings(model=".", cache_memory="1MiB"))
+    model = load(".", cache_memory="1MiB")
     model.engine.close()
     assert model.name == checkpoint.name
 
 
 def test_a_checkpoint_is_loaded_and_answers(checkpoint):
-    model = api.load_chat_model(api.Settings(model=str(checkpoint), dtype="float32"))
+    model = load(checkpoint, dtype="float32")
     try:
         assert model.name == "tiny"
         assert model.context_length == 512
@@ -87,13 +92,13 @@ def test_a_card_that_torch_cannot_use_is_an_error_with_the_remedy(monkeypatch):
     monkeypatch.setattr(api.Path, "glob", lambda self, pattern: iter([self / "nvidia0"]))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if torch.cuda.is_available():
-        api.check_gpus("auto")
+        check_gpus("auto")
         return
-    with pytest.raises(api.StartError, match=r"cannot use.*--device-map cpu"):
-        api.check_gpus("auto")
-    api.check_gpus("cpu")
+    with pytest.raises(StartError, match=r"cannot use.*--device-map cpu"):
+        check_gpus("auto")
+    check_gpus("cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    api.check_gpus("auto")
+    check_gpus("auto")
 
 
 def run_api(*arguments: str, folder=ROOT) -> subprocess.CompletedProcess[str]:
@@ -131,13 +136,6 @@ def test_a_checkpoint_that_cannot_be_read_ends_the_start(checkpoint, tmp_path):
     assert len(said) == 1
     assert f"the model could not be loaded from {broken / 'model.safetensors'}" in said[0]
     assert "run the download again" in said[0]
-
-
-def test_api_py_alone_says_that_the_demo_needs_its_downloader(tmp_path):
-    shutil.copy(ROOT / "api.py", tmp_path)
-    done = run_api("--port", free_port(), folder=tmp_path)
-    assert done.returncode == 1
-    assert "model_download.py" in done.stderr
 
 
 def test_a_port_in_use_is_said_in_one_sentence(checkpoint):

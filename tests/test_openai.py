@@ -13,6 +13,9 @@ from conftest import chat_model, ready, serve, tiny_llama, wait_for
 from langchain_openai import ChatOpenAI
 
 import api
+from engine.runner import Runner
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import ChatTokenizer
 
 HELLO = [{"role": "user", "content": "hi"}]
 
@@ -107,7 +110,7 @@ def test_every_field_reaches_the_engine(client, runner):
         top_logprobs=3,
         extra_body={"top_k": 9, "min_p": 0.1, "repetition_penalty": 1.2},
     )
-    assert runner.samplings[-1] == api.Sampling(
+    assert runner.samplings[-1] == SamplingParams(
         max_new_tokens=7,
         temperature=0.3,
         top_p=0.4,
@@ -249,7 +252,7 @@ def test_an_error_in_a_stream_is_an_event_in_openais_shape(server, runner):
 @pytest.fixture(scope="module")
 def thinker(tokenizer):
     """A live server on a tiny model with random weights, and the same model again."""
-    with serve(lambda settings: chat_model(api.Runner(tiny_llama(), "4MiB"), tokenizer)) as url:
+    with serve(lambda settings: chat_model(Runner(tiny_llama(), "4MiB"), tokenizer)) as url:
         ready(url)
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             yield client, tiny_llama()
@@ -329,7 +332,7 @@ def test_tokens_told_join_to_the_text(client):
 
 
 def test_many_tokens_are_spelled_once_and_beside_the_event_loop(server, monkeypatch, tokenizer):
-    text = api.ChatTokenizer(tokenizer)
+    text = ChatTokenizer(tokenizer)
     assert text.spell(7) == text.spell(7)
     assert text.spell.cache_info().hits == 1
     wording = threading.Event()
@@ -416,7 +419,7 @@ def test_an_answer_keeps_to_its_schema_whatever_the_model_would_say(thinker, how
 
 def test_a_schema_cannot_ask_for_space_without_end(tokenizer):
     asking = {"type": "object", "x-guidance": {"whitespace_flexible": True}}
-    guide = api.ChatTokenizer(tokenizer).guide(asking, {256})
+    guide = ChatTokenizer(tokenizer).guide(asking, {256})
     brace, quote, newline = tokenizer.encode('{"\n', add_special_tokens=False)
     guide.matcher.consume_token(brace)
     assert guide.allowed()[quote]

@@ -17,6 +17,7 @@ from conftest import ROOT, chat_model, ready, serve, wait_for
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import api
+from engine.model import ChatModel
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -215,7 +216,7 @@ def test_what_does_not_fit_is_dropped_and_said(browser, url, runner):
 def test_what_is_wrong_is_said_in_the_conversation(browser, runner, tokenizer):
     loaded = threading.Event()
 
-    def load(_: api.Settings) -> api.ChatModel:
+    def load(_: api.Settings) -> ChatModel:
         loaded.wait(20)
         return chat_model(runner, tokenizer)
 

@@ -17,6 +17,8 @@ from transformers import GenerationConfig
 
 import api
 import model_download
+from engine.families import FAMILIES, checkpoint_defaults
+from engine.sampling_params import SamplingParams
 
 NAMES = ("README.md", "README.zh.md")
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -243,15 +245,10 @@ def test_the_setup_commands_are_there(text):
     assert "pip install -r tests/requirements.txt && python -m pytest\n" in blocks(text, "bash")
 
 
-def statuses(kind: type[api.ChatError]) -> set[int]:
-    return {kind.status}.union(*map(statuses, kind.__subclasses__()))
-
-
 @table("status", "状态码")
 def test_the_table_of_statuses_is_what_may_be_sent(rows):
     told = {int(code) for row in rows for code in row[0].split(", ")}
-    # FastAPI's refusal of a method is the one that has no class of ours.
-    assert told == statuses(api.ChatError) | {405}
+    assert told == {kind.status for kind in (*api.ERRORS.values(), api.SERVER_FAILED)}
 
 
 @table("field", "字段")
@@ -265,9 +262,9 @@ def test_the_table_of_fields_is_what_the_call_takes(rows):
 
 @table("defaults of", "模型的默认值")
 def test_the_table_of_defaults_is_the_programs(rows, demo_folder):
-    families = {family.name: family.defaults for family in api.FAMILIES}
+    families = {family.name: family.defaults for family in FAMILIES}
     real = {name: families[family] for name, family in FAMILY_OF.items()}
-    real["demo"] = api.checkpoint_defaults(GenerationConfig.from_pretrained(demo_folder))
+    real["demo"] = checkpoint_defaults(GenerationConfig.from_pretrained(demo_folder))
     knobs = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
     told = []
     for row in rows:
@@ -279,14 +276,14 @@ def test_the_table_of_defaults_is_the_programs(rows, demo_folder):
                 unused = real[name].temperature == 0 and knob in ("top_k", "top_p")
                 assert unused or float(text) == getattr(real[name], knob), (name, knob)
     assert sorted(told) == sorted(model_download.KNOWN)
-    assert real["internlm2-7b"] == api.Sampling()  # and so of any other model
+    assert real["internlm2-7b"] == SamplingParams()  # and so of any other model
 
 
 @each
 def test_whose_own_defaults_go_first_is_right(text):
     said = re.search(r"^(?:For|对) `(.+?)generation_config", text, re.MULTILINE | re.DOTALL)[0]
     theirs = GenerationConfig(do_sample=True, temperature=0.123)
-    own = {f.name for f in api.FAMILIES if api.checkpoint_defaults(theirs, f).temperature == 0.123}
+    own = {f.name for f in FAMILIES if checkpoint_defaults(theirs, f).temperature == 0.123}
     assert {FAMILY_OF[name] for name in SPAN.findall(said)} == own
 
 
@@ -367,7 +364,7 @@ def test_the_expected_error_is_the_real_one(text, server):
 
 @pytest.fixture(scope="module")
 def demo_model(demo_folder):
-    return api.load_chat_model(api.Settings(model=str(demo_folder)))
+    return api.load_served(api.Settings(model=str(demo_folder)))
 
 
 @pytest.fixture(scope="module")

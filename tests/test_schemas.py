@@ -7,6 +7,9 @@ import pytest
 from pydantic import ValidationError
 
 import api
+from engine import InvalidInput
+from engine.sampling_params import SamplingParams
+from engine.sequence import Delta
 
 
 def test_the_old_names_mean_new_tokens():
@@ -63,7 +66,7 @@ def test_of_turns_there_may_be_so_many(schema, field, turn):
         schema.model_validate({"prompt": "x", field: [turn] * 300_000})
     told = api.validation_error(refusal.value)
     assert str(told) == f"{field} must have at most 4096 items, not 300000"
-    assert told.param == field
+    assert told.argument == field
 
 
 def test_millions_of_ids_are_checked_soon():
@@ -83,8 +86,8 @@ def test_half_a_character_is_looked_for_soon():
 
 def test_a_sign_of_life_does_not_undo_an_ending():
     choice = api.Choice(0)
-    choice.add(api.Delta("hi", "length", 3, 2))
-    choice.add(api.Delta(""))
+    choice.add(Delta("hi", "length", 3, 2))
+    choice.add(Delta(""))
     assert (choice.text, choice.finish_reason) == ("hi", "length")
     assert api.usage_of([choice])["completion_tokens"] == 2
 
@@ -129,13 +132,13 @@ def test_a_system_text_comes_first():
 
 def test_two_system_texts_are_refused():
     body = {"prompt": "x", "system": "s", "history": [{"role": "system", "content": "t"}]}
-    with pytest.raises(api.BadRequest, match="system"):
+    with pytest.raises(InvalidInput, match="system"):
         api.ChatRequest.model_validate(body)
 
 
 @pytest.mark.parametrize("name", api.UNSUPPORTED)
 def test_what_would_change_the_meaning_is_refused(name):
-    with pytest.raises(api.BadRequest, match=name):
+    with pytest.raises(InvalidInput, match=name):
         api.ChatRequest.model_validate({"prompt": "x", name: 2})
     api.ChatRequest.model_validate({"prompt": "x", name: None, "user": "ignored"})
 
@@ -148,7 +151,7 @@ def test_what_changes_nothing_is_not_refused(schema):
 
 def test_every_knob_of_sampling_can_be_asked_for():
     """A knob is declared twice, here and in Sampling, and the two agree."""
-    knobs = set(api.Sampling.__dataclass_fields__)
+    knobs = set(SamplingParams.__dataclass_fields__)
     # How much is told of an answer is each call's own matter, as whether it streams is.
     assert knobs - {"logprobs"} == set(api.SamplingFields.model_fields) - {"stream"}
 

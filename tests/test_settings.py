@@ -7,6 +7,8 @@ import pytest
 from conftest import ROOT
 
 import api
+from engine.checkpoint import SUPPORTED, check_versions
+from engine.errors import StartError
 
 
 def test_a_flag_beats_a_variable_and_a_variable_beats_the_default(monkeypatch):
@@ -79,13 +81,13 @@ def test_an_old_python_is_told_what_to_do(tmp_path):
 @pytest.mark.parametrize("name", ["torch", "transformers"])
 def test_a_library_out_of_range_is_named_with_the_remedy(name):
     versions = {"torch": "2.13.0+cpu", "transformers": "5.23.0"}
-    api.check_versions((versions).__getitem__)
-    with pytest.raises(api.StartError, match=f"{name} 2.1.*pip install"):
-        api.check_versions((versions | {name: "2.1"}).__getitem__)
+    check_versions((versions).__getitem__)
+    with pytest.raises(StartError, match=f"{name} 2.1.*pip install"):
+        check_versions((versions | {name: "2.1"}).__getitem__)
 
 
 def test_the_ranges_agree_with_requirements_txt():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    assert f"torch{api.SUPPORTED['torch']}" in lines
+    assert f"torch{SUPPORTED['torch']}" in lines
     pinned = next(line for line in lines if line.startswith("transformers=="))
-    api.check_versions({"torch": "2.6", "transformers": pinned.partition("==")[2]}.__getitem__)
+    check_versions({"torch": "2.6", "transformers": pinned.partition("==")[2]}.__getitem__)

@@ -13,6 +13,9 @@ from benchmark import Server
 from conftest import ROOT, ScriptedRunner, chat_model, ready, serve, wait_for
 
 import api
+from engine.engine import Engine, deliver
+from engine.errors import QueueFull
+from engine.sequence import Delta, Sequence, Span
 
 
 @pytest.fixture
@@ -62,11 +65,11 @@ def test_a_rush_is_answered_or_told_to_come_back(report, runner, tokenizer):
 
 
 def test_a_refusal_that_does_not_say_when_is_noticed(report, runner, tokenizer, monkeypatch):
-    def refuse(engine: api.Engine) -> None:
+    def refuse(engine: Engine) -> None:
         if engine.num_waiting > 10:
-            raise api.QueueFull("later")
+            raise QueueFull("later")
 
-    monkeypatch.setattr(api.Engine, "check_queue", refuse)
+    monkeypatch.setattr(Engine, "check_queue", refuse)
     runner.pause = 0.02
     with served(runner, tokenizer, max_batch=4) as url:
         soak.rush(report, Server("scripted", ready(url)), 60)
@@ -80,7 +83,7 @@ def soaked(report, runner, tokenizer) -> int:
     """A short soak; returns by how many tasks the event loop has more at its end."""
     runner.pause = 0.001
     loops = set()
-    put = api.Engine._submit
+    put = Engine._submit
     options = {"context_length": 2048, "max_batch": 4}
     runner.rows, runner.ids = 2048, torch.zeros(2048, dtype=torch.long)
 
@@ -89,7 +92,7 @@ def soaked(report, runner, tokenizer) -> int:
         put(engine, seqs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api.Engine, "_submit", noted)
+        patch.setattr(Engine, "_submit", noted)
         with served(runner, tokenizer, **options) as url:
             asyncio.run(soak.emptied(ready(url)))
             (loop,) = loops
@@ -106,14 +109,14 @@ def test_a_soak_leaves_nothing_behind(report, runner, tokenizer):
 
 
 def test_rows_that_are_not_given_back_are_noticed(report, runner, tokenizer, monkeypatch):
-    release = api.Engine._release
+    release = Engine._release
 
-    def forgetful(engine: api.Engine, seq: api.Sequence) -> None:
+    def forgetful(engine: Engine, seq: Sequence) -> None:
         # Of some requests only: what comes before the crowd has none.
         seq.room -= seq.sampling.seed is not None
         release(engine, seq)
 
-    monkeypatch.setattr(api.Engine, "_release", forgetful)
+    monkeypatch.setattr(Engine, "_release", forgetful)
     monkeypatch.setattr(soak, "EMPTYING", 2)
     soaked(report, runner, tokenizer)
     assert any("whole cache" in words for words in report.broken)
@@ -139,17 +142,17 @@ def test_nobody_hears_anothers_secret(report, tokenizer):
 
 
 def test_a_span_that_is_reused_unread_is_noticed(report, tokenizer, monkeypatch):
-    def unread(span: api.Span, tokens: list[int], beyond: int = 0) -> int:
+    def unread(span: Span, tokens: list[int], beyond: int = 0) -> int:
         return min(span.num_cached, len(tokens) - 1)
 
-    monkeypatch.setattr(api.Span, "common_prefix", unread)
+    monkeypatch.setattr(Span, "common_prefix", unread)
     heard = leaked(report, tokenizer)
     assert heard.others
     assert heard.different
 
 
 def test_a_delta_in_the_wrong_outbox_is_noticed(report, tokenizer, monkeypatch):
-    deliver = api.deliver
+    right = deliver
     count = 0
 
     def astray(items) -> None:
@@ -157,16 +160,16 @@ def test_a_delta_in_the_wrong_outbox_is_noticed(report, tokenizer, monkeypatch):
         count += 1
         # Not the last ones, for whose lack a stream would never end.
         texts = [
-            n for n, (_, d) in enumerate(items) if isinstance(d, api.Delta) and not d.finish_reason
+            n for n, (_, d) in enumerate(items) if isinstance(d, Delta) and not d.finish_reason
         ]
         if count % 3 == 0 and len(texts) > 1:
             one, other = texts[:2]
             (a, x), (b, y) = items[one], items[other]
             items = [*items]
             items[one], items[other] = (a, y), (b, x)
-        deliver(items)
+        right(items)
 
-    monkeypatch.setattr(api, "deliver", astray)
+    monkeypatch.setattr("engine.engine.deliver", astray)
     heard = leaked(report, tokenizer)
     assert heard.different
     assert report.broken
@@ -178,8 +181,8 @@ def test_a_crowd_hears_what_each_would_alone_from_a_model_that_heeds_every_token
     soak.save_tiny(str(tmp_path))
     exact = {"model": str(tmp_path), "dtype": "float32", "cache_memory": "16MiB"}
     with (
-        serve(api.load_chat_model, **exact, reuse=False) as alone,
-        serve(api.load_chat_model, **exact) as url,
+        serve(api.load_served, **exact, reuse=False) as alone,
+        serve(api.load_served, **exact) as url,
     ):
         soak.leaks(report, Server("alone", ready(alone)), Server("tiny", ready(url)), 1, count=16)
     assert not report.broken
@@ -220,7 +223,7 @@ def test_a_slow_reader_holds_nobody_up_and_leaves_nothing(report, tokenizer):
     with served(ScriptedRunner(tokenizer, "Q" * 4000), tokenizer) as url:
         asyncio.run(soak.slow_readers(report, ready(url), length=1000, peers=1, rounds=1))
         gc.collect()
-        left = [o for o in gc.get_objects() if type(o) is api.Delta and "Q" in o.text]
+        left = [o for o in gc.get_objects() if type(o) is Delta and "Q" in o.text]
     assert not report.broken
     assert not left
 

@@ -33,7 +33,7 @@ def load(settings):
     runner.pause = {pause}
     return chat_model(runner, byte_tokenizer(), {context}, max_batch=settings.max_batch)
 
-def slowly(self, *given, encode=api.ChatTokenizer.encode):
+def slowly(self, *given, encode=ChatTokenizer.encode):
     time.sleep(8)  # longer than uvicorn would wait
     return encode(self, *given)
 
@@ -142,7 +142,7 @@ def test_an_answer_that_takes_too_long_is_ended_with_an_error():
 
 def test_a_request_that_is_still_tokenized_is_answered_too():
     """The engine does not know of it yet."""
-    with started(before="api.ChatTokenizer.encode = slowly") as (process, url):
+    with started(before="ChatTokenizer.encode = slowly") as (process, url):
         answers = []
         asker = threading.Thread(
             target=lambda: answers.append(httpx.post(url, json={"prompt": "x"}, timeout=60))
@@ -176,7 +176,7 @@ def test_an_answer_that_is_still_being_read_is_not_cut():
 
 
 def test_a_question_on_the_chat_page_that_is_still_tokenized_is_answered_too():
-    with started("--chat-page", before="api.ChatTokenizer.encode = slowly") as (process, url):
+    with started("--chat-page", before="ChatTokenizer.encode = slowly") as (process, url):
         front = httpx.get(f"{url}/chat/").text
         asks = json.loads(re.search(r"gradio_config = (.*?);</script>", front)[1])["dependencies"]
         ask = next(ask for ask in asks if ask["api_name"] == "answer")

@@ -13,14 +13,19 @@ from tokenizers import AddedToken, normalizers
 from transformers import GenerationConfig
 
 import api
+from engine import InvalidInput
+from engine.detokenizer import Detokenizer
+from engine.errors import StartError
+from engine.families import Message
+from engine.tokenizer import ChatTokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def text(tokenizer) -> api.ChatTokenizer:
-    return api.ChatTokenizer(tokenizer)
+def text(tokenizer) -> ChatTokenizer:
+    return ChatTokenizer(tokenizer)
 
 
-def user(content: str) -> list[api.Message]:
+def user(content: str) -> list[Message]:
     return [{"role": "user", "content": content}]
 
 
@@ -35,7 +40,7 @@ def test_what_training_left_in_a_tokenizer_cuts_no_prompt(text):
     left.backend_tokenizer.enable_truncation(max_length=16)
     left.backend_tokenizer.enable_padding(length=24)
     for content in ("x", "hello, " * 20):
-        assert api.ChatTokenizer(left).encode(user(content)) == text.encode(user(content))
+        assert ChatTokenizer(left).encode(user(content)) == text.encode(user(content))
 
 
 @pytest.mark.parametrize("word", SPECIAL)
@@ -66,18 +71,18 @@ def test_end_ids_are_the_checkpoints_and_the_templates(text):
 def test_a_template_that_refuses_is_the_callers_mistake(tokenizer):
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = "{{ raise_exception('no system turns') }}"
-    with pytest.raises(api.BadRequest, match="no system turns"):
-        api.ChatTokenizer(strict).encode(user("x"))
+    with pytest.raises(InvalidInput, match="no system turns"):
+        ChatTokenizer(strict).encode(user("x"))
 
 
 def test_a_checkpoint_without_a_template_cannot_start(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
-    with pytest.raises(api.StartError, match="chat template"):
-        api.ChatTokenizer(bare)
+    with pytest.raises(StartError, match="chat template"):
+        ChatTokenizer(bare)
 
 
-def pushed(detokenizer: api.Detokenizer, ids: list[int]) -> list[str]:
+def pushed(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
     pieces = []
     for i in ids:
         pieces.append(detokenizer.push(i))
@@ -89,14 +94,14 @@ def pushed(detokenizer: api.Detokenizer, ids: list[int]) -> list[str]:
 @given(content=st.text(st.characters(codec="utf-8", exclude_characters="\ufffd")))
 def test_pieces_join_to_the_text(text, content):
     ids = text.plain.encode(content, add_special_tokens=False).ids
-    pieces = pushed(api.Detokenizer(text.plain), ids)
+    pieces = pushed(Detokenizer(text.plain), ids)
     assert "".join(pieces) == content
     assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_half_a_character_is_never_sent(text):
     ids = text.plain.encode("你好", add_special_tokens=False).ids
-    assert pushed(api.Detokenizer(text.plain), ids[:4]) == ["", "", "你", "", ""]
+    assert pushed(Detokenizer(text.plain), ids[:4]) == ["", "", "你", "", ""]
 
 
 @pytest.mark.parametrize("kind", ["index_like", "xverse_like"])
@@ -105,23 +110,23 @@ def test_no_ids_are_an_error(kind, ids):
     """These tokenizers have a token a byte, and a hot model says bytes that are no text."""
     tokenizer = spoken(kind)
     ids += tokenizer.encode("hello", add_special_tokens=False).ids
-    assert "".join(pushed(api.Detokenizer(tokenizer), ids)).endswith("hello")
+    assert "".join(pushed(Detokenizer(tokenizer), ids)).endswith("hello")
 
 
 @cache
 def spoken(kind: str):
     folder = ROOT / "tests" / "fixtures" / "tokenizers" / kind
-    return api.load_tokenizer(folder).backend_tokenizer
+    return load_tokenizer(folder).backend_tokenizer
 
 
 def test_words_that_are_tokens_but_not_special_are_text(tokenizer):
     """A model that thinks aloud says so in such tokens, and its callers look for them."""
     thinking = copy.deepcopy(tokenizer)
     thinking.add_tokens(["<think>", "</think>"])
-    text = api.ChatTokenizer(thinking)
+    text = ChatTokenizer(thinking)
     ids = text.backend.encode("<think>why</think>ok", add_special_tokens=False).ids
     assert 260 in ids
-    assert "".join(pushed(api.Detokenizer(text.plain), ids)) == "<think>why</think>ok"
+    assert "".join(pushed(Detokenizer(text.plain), ids)) == "<think>why</think>ok"
 
 
 def test_a_special_token_cannot_be_spelled_in_other_letters():
@@ -129,7 +134,7 @@ def test_a_special_token_cannot_be_spelled_in_other_letters():
     spelled = byte_tokenizer()
     spelled.backend_tokenizer.normalizer = normalizers.NFKC()
     spelled.backend_tokenizer.add_special_tokens([AddedToken("<|sys|>", normalized=True)])
-    text = api.ChatTokenizer(spelled)
+    text = ChatTokenizer(spelled)
     assert text.backend.token_to_id("<|sys|>") not in text.encode(user("＜|sys|＞"))
 
 
@@ -154,7 +159,7 @@ def test_others_go_on_while_a_long_text_is_encoded(text):
 
 def test_special_tokens_are_not_text(text):
     ids = [*text.plain.encode("a").ids, 258, *text.plain.encode("b").ids]
-    assert "".join(pushed(api.Detokenizer(text.plain), ids)) == "ab"
+    assert "".join(pushed(Detokenizer(text.plain), ids)) == "ab"
 
 
 @given(
@@ -163,7 +168,7 @@ def test_special_tokens_are_not_text(text):
 )
 def test_a_stop_string_is_never_sent(text, content, stops):
     ids = text.plain.encode(content, add_special_tokens=False).ids
-    detokenizer = api.Detokenizer(text.plain, tuple(stops))
+    detokenizer = Detokenizer(text.plain, tuple(stops))
     said = "".join(pushed(detokenizer, ids))
     found = [content.find(stop) for stop in stops if stop in content]
     assert not any(stop in said for stop in stops)
@@ -177,7 +182,7 @@ def test_a_stop_string_is_never_sent(text, content, stops):
 
 
 def test_text_that_may_begin_a_stop_string_waits_and_no_more(text):
-    detokenizer = api.Detokenizer(text.plain, ("END",))
+    detokenizer = Detokenizer(text.plain, ("END",))
     pieces = [detokenizer.push(i) for i in text.plain.encode("xENjoyEND").ids]
     assert pieces == ["x", "", "", "ENj", "o", "y", "", "", ""]
     assert detokenizer.stopped

@@ -35,8 +35,11 @@ from transformers import (
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-
-import api  # noqa: E402
+from engine.attention import Step, flash_attention, keep_latent  # noqa: E402
+from engine.loading import attention_summary, start_runner  # noqa: E402
+from engine.sampler import pick_tokens  # noqa: E402
+from engine.sampling_params import SamplingParams  # noqa: E402
+from engine.sequence import Sequence, Span, Work  # noqa: E402
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 2000,
         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -132,8 +135,8 @@ class Bounds:
         )
 
 
-def decode_work(batch: int, length: int) -> list[tuple[api.Span, int]]:
-    return [(api.Span([5] * (length + 1), n * (length + 1), length + 1, length), 1)
+def decode_work(batch: int, length: int) -> list[tuple[Span, int]]:
+    return [(Span([5] * (length + 1), n * (length + 1), length + 1, length), 1)
             for n in range(batch)]  # fmt: skip
 
 
@@ -160,11 +163,10 @@ def steps(model: object, options: argparse.Namespace) -> None:
     """What a step takes: captured or not, in place or gathered; and the share of the bound."""
     device, bounds = options.device, Bounds(model, options.device)
     print(f"\n{bounds}\n")
-    settings = api.Settings(cache_memory=options.cache, max_batch=max(options.clients))
     started = time.perf_counter()
-    runner = api.start_runner(model, settings)
+    runner = start_runner(model, options.cache, max(options.clients))
     print(f"Checked and captured in {time.perf_counter() - started:.1f} s: packed and plain logits"
-          f" differ by {runner.difference:.1e}; {api.attention_summary(runner)}.\n")  # fmt: skip
+          f" differ by {runner.difference:.1e}; {attention_summary(runner)}.\n")  # fmt: skip
     captured, in_place = runner.graphs, runner.in_place
     for layer in runner.pool.layers:  # some numbers, as nothing was computed for the steps below
         for x in (layer.keys, layer.values):
@@ -178,18 +180,18 @@ def steps(model: object, options: argparse.Namespace) -> None:
                 continue
             work = decode_work(batch, length)
             seqs = [
-                api.Sequence(
+                Sequence(
                     span.tokens, span.start, span.room, span.num_cached, loop=None,
-                    detokenizer=None, sampling=api.Sampling(512, 0.05, 0, 0.9),
+                    detokenizer=None, sampling=SamplingParams(512, 0.05, 0, 0.9),
                 )
                 for span, _ in work
             ]  # fmt: skip
 
-            def forward(work: api.Work = work) -> torch.Tensor:
+            def forward(work: Work = work) -> torch.Tensor:
                 return runner.forward(work)
 
-            def picked(work: api.Work = work, seqs: list[api.Sequence] = seqs) -> object:
-                return api.pick_tokens(seqs, runner.forward(work), runner.ids)
+            def picked(work: Work = work, seqs: list[Sequence] = seqs) -> object:
+                return pick_tokens(seqs, runner.forward(work), runner.ids)
 
             whole, share = seconds_of(picked, device), busy_share(picked, device)
             captured_took = seconds_of(forward, device)
@@ -202,7 +204,7 @@ def steps(model: object, options: argparse.Namespace) -> None:
             cells = [f"{1e3 * x:.2f} ms" for x in (captured_took, eager, gathered, whole)]
             cells += [f"{share:.0%}", f"{bound / whole:.0%}"]
             print(f"| {batch} | {length} | {' | '.join(cells)} |", flush=True)
-    chunk = [(api.Span([5] * 512, 0, 512), 512)]
+    chunk = [(Span([5] * 512, 0, 512), 512)]
     took = seconds_of(lambda: runner.forward(chunk), device, 5)
     rate = bounds.operations * 512 / took / bounds.flops
     print(f"\nA chunk of 512 tokens takes {1e3 * took:.1f} ms, {rate:.0%} of the products' rate.")
@@ -219,12 +221,12 @@ def kernels(model: object, device: torch.device) -> None:
     for batch, length in ((1, 300), (1, 8000), (16, 300), (16, 4000)):
         keys = torch.randn(batch * length, kv, width, device=device).to(torch.bfloat16)
         query = torch.randn(batch, heads, width, device=device).to(torch.bfloat16)
-        work = [(api.Span([5] * length, n * length, length, length - 1), 1) for n in range(batch)]
-        (group,) = api.Step(work, in_place=True).on(device).groups
+        work = [(Span([5] * length, n * length, length, length - 1), 1) for n in range(batch)]
+        (group,) = Step(work, in_place=True).on(device).groups
         cells = []
         for limit, causal in ((length, False), (131_072, False), (length, True)):
             attend = partial(
-                api.flash_attention, query, keys, keys, group.cu_seq_q, group.cu_seq_k, 1, limit,
+                flash_attention, query, keys, keys, group.cu_seq_q, group.cu_seq_k, 1, limit,
                 0.0, causal, False, seqused_k=group.seqused_k,
             )  # fmt: skip
             cells.append(f"{1e6 * seconds_of(attend, device, 100):.0f} us")
@@ -237,15 +239,15 @@ def mla(options: argparse.Namespace) -> None:
     shape = TINY_DEEPSEEK if options.tiny else DEEPSEEK
     config = DeepseekV2Config(**shape, max_position_embeddings=8192)
     model = made(DeepseekV2ForCausalLM, config, device)
-    runner = api.start_runner(model, api.Settings(cache_memory=options.cache, max_batch=64))
+    runner = start_runner(model, options.cache)
     print(f"\nDeepSeek-V2-Lite's width, {config.num_hidden_layers} layers; packed steps differ by"
-          f" {runner.difference:.1e}; {api.attention_summary(runner)}.\n")  # fmt: skip
-    attentions = [m for m in model.modules() if getattr(m, "expand_kv", None) is api.keep_latent]
+          f" {runner.difference:.1e}; {attention_summary(runner)}.\n")  # fmt: skip
+    attentions = [m for m in model.modules() if getattr(m, "expand_kv", None) is keep_latent]
     experts = model.get_experts_implementation()[""]
     ways = ["grouped_mm", "batched_mm", "eager"]
     print(f"| step | latents | expanded | {' | '.join(ways)} |")
     print(f"| --- | --- | --- | {' | '.join(['---'] * len(ways))} |")
-    chunk = [(api.Span([5] * 512, 0, 512), 512)]
+    chunk = [(Span([5] * 512, 0, 512), 512)]
     for name, work in {
         "1 token, 1,000 before it": decode_work(1, 1000),
         "16 tokens, 1,000 before each": decode_work(16, 1000),
@@ -253,7 +255,7 @@ def mla(options: argparse.Namespace) -> None:
         "a chunk of 512": chunk,
     }.items():
 
-        def forward(work: api.Work = work) -> torch.Tensor:
+        def forward(work: Work = work) -> torch.Tensor:
             return runner.forward(work)
 
         took = [seconds_of(forward, device, 5)]
@@ -261,7 +263,7 @@ def mla(options: argparse.Namespace) -> None:
             del module.expand_kv
         took.append(seconds_of(forward, device, 5))
         for module in attentions:
-            module.expand_kv = api.keep_latent
+            module.expand_kv = keep_latent
         for way in ways:
             if way == "batched_mm" and len(work) < 16 < work[0][1]:
                 took.append(float("nan"))  # it would copy the experts of each of 512 tokens

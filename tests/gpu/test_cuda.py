@@ -17,7 +17,13 @@ from test_devices import some_sequences
 from test_engine import FAMILIES, FIXTURES, GREEDY, as_on_a_card
 from tokenizers import Tokenizer, models
 
-import api
+from engine.attention import Step
+from engine.checkpoint import context_length, load_model
+from engine.engine import Engine
+from engine.loading import start_runner
+from engine.runner import Runner
+from engine.sampler import pick
+from engine.sequence import Span
 
 DEVICE = torch.device(os.environ.get("CHAT_TEST_DEVICE", "cuda:0"))
 ON_CARD = DEVICE.type == "cuda"
@@ -32,16 +38,16 @@ def stand_ins(monkeypatch):
         as_on_a_card(monkeypatch)
 
 
-def spans(lengths: list[tuple[int, int]], gap: int = 3) -> list[tuple[api.Span, int]]:
+def spans(lengths: list[tuple[int, int]], gap: int = 3) -> list[tuple[Span, int]]:
     """Work of (cached, new) tokens each, whose spans lie in another order than they come."""
     work, start = [], 0
     for cached, new in lengths:
-        work.append((api.Span([7] * (cached + new), start, cached + new, cached), new))
+        work.append((Span([7] * (cached + new), start, cached + new, cached), new))
         start += cached + new + gap
     return work[1::2] + work[::2]
 
 
-def attended(step: api.Step, query, keys, values, device) -> torch.Tensor:
+def attended(step: Step, query, keys, values, device) -> torch.Tensor:
     """Attention as a layer has it: query [tokens, heads, width], and the pool's rows."""
     there = step.on(device)
     if not step.in_place:
@@ -76,7 +82,7 @@ def test_attention_in_place_is_attention_over_copied_rows(heads, kv_heads, width
     by_span = {span.start: some(new, heads, width) for span, new in work}
     outs = []
     for in_place in (True, False):
-        step = api.Step(work, in_place)
+        step = Step(work, in_place)
         # Each way packs the spans in an order of its own.
         order = sorted(work, key=lambda item: step._neighbourhood(*item))
         query = torch.cat([by_span[span.start] for span, _ in order])
@@ -86,27 +92,26 @@ def test_attention_in_place_is_attention_over_copied_rows(heads, kv_heads, width
         torch.testing.assert_close(out, outs[1][start], atol=2e-2, rtol=2e-2)
 
 
-def runner_of(name: str, dtype: str) -> api.Runner:
-    model, _ = api.load_model(FIXTURES / name, dtype=dtype, device_map=str(DEVICE))
-    settings = api.Settings(cache_memory="64MiB", max_batch=8, device_map=str(DEVICE))
-    return api.start_runner(model, settings)
+def runner_of(name: str, dtype: str) -> Runner:
+    model, _ = load_model(FIXTURES / name, dtype=dtype, device_map=str(DEVICE))
+    return start_runner(model, "64MiB", max_batch=8)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_family_batches_on_the_card(name):
     """In float32, which has no kernel over spans: token for token what `generate` says."""
-    model, _ = api.load_model(FIXTURES / name, dtype="float32", device_map=str(DEVICE))
-    room = api.context_length(model.config) - 12
+    model, _ = load_model(FIXTURES / name, dtype="float32", device_map=str(DEVICE))
+    room = context_length(model.config) - 12
     prompts = [list(range(20, 20 + n)) for n in (3, 17, min(40, room))]
     alone = [greedy(model, prompt, 12) for prompt in prompts]
-    runner = api.Runner(model, "64MiB")
+    runner = Runner(model, "64MiB")
     assert together(runner, prompts) == alone
 
 
-def together(runner: api.Runner, prompts: list[list[int]]) -> list[list[int]]:
+def together(runner: Runner, prompts: list[list[int]]) -> list[list[int]]:
     """What the engine says to all prompts at once, as ids."""
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    engine = api.Engine(runner, words, set(), chunk=16)
+    engine = Engine(runner, words, set(), chunk=16)
 
     async def one(prompt: list[int]) -> list[int]:
         sampling = replace(GREEDY, max_new_tokens=12, logprobs=0)
@@ -143,7 +148,7 @@ def test_cuda_graphs_compute_what_other_steps_do():
         for span, _ in work:
             count = len(span.tokens)
             span.tokens = torch.randint(5, 290, (count,), generator=generator).tolist()
-            runner.forward([(api.Span(span.tokens, span.start), span.num_cached)])
+            runner.forward([(Span(span.tokens, span.start), span.num_cached)])
         replayed = runner.forward(work).clone()
         runner.graphs = []
         plain = runner.forward(work)
@@ -154,17 +159,17 @@ def test_cuda_graphs_compute_what_other_steps_do():
 def test_a_model_on_two_devices_says_what_it_says_on_one():
     """The second card where there is one, else the CPU."""
     other = "cuda:1" if ON_CARD and torch.cuda.device_count() > 1 else "cpu"
-    whole, _ = api.load_model(FIXTURES / "llama", dtype="float32", device_map=str(DEVICE))
+    whole, _ = load_model(FIXTURES / "llama", dtype="float32", device_map=str(DEVICE))
     names = ["model.embed_tokens", "model.rotary_emb", "model.layers.0"]
     later = [f"model.layers.{n}" for n in range(1, whole.config.num_hidden_layers)]
     places = dict.fromkeys(names, str(DEVICE)) | dict.fromkeys(
         [*later, "model.norm", "lm_head"], other
     )
-    split, _ = api.load_model(FIXTURES / "llama", dtype="float32", device_map=json.dumps(places))
+    split, _ = load_model(FIXTURES / "llama", dtype="float32", device_map=json.dumps(places))
     prompts = [list(range(20, 20 + n)) for n in (3, 17, 40)]
-    runner = api.Runner(split, "64MiB")
+    runner = Runner(split, "64MiB")
     assert runner.split == (str(DEVICE) != other)
-    assert together(runner, prompts) == together(api.Runner(whole, "64MiB"), prompts)
+    assert together(runner, prompts) == together(Runner(whole, "64MiB"), prompts)
     # What lies on the CPU beside a card is brought to the card to compute.
     held = {str(DEVICE)} if ON_CARD and other == "cpu" else {str(DEVICE), other}
     assert {str(layer.keys.device) for layer in runner.pool.layers} == held
@@ -175,12 +180,12 @@ def test_a_card_is_waited_for_once_a_pick():
     seqs = some_sequences()
     logits = torch.randn(4, 128_256, device=DEVICE) * 5
     ids = torch.arange(32, device=DEVICE)
-    api.pick(seqs, logits.clone(), ids)
+    pick(seqs, logits.clone(), ids)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            api.pick(seqs, logits, ids)
+            pick(seqs, logits, ids)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in caught if "called a synchronizing" in str(w.message)]

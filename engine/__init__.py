@@ -1,0 +1,64 @@
+"""A chat model with continuous batching over plain transformers.
+
+    import asyncio
+    import engine
+
+    model = engine.load("models/demo")
+    prompt = model.prepare([{"role": "user", "content": "Name three rivers."}], {})
+
+    async def main():
+        async for delta in model.answer(prompt):
+            print(delta.text, end="", flush=True)
+
+    asyncio.run(main())
+
+In a notebook, whose cells run in an event loop already, write `await main()` as the last line.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import (
+    ContextTooLong,
+    EngineError,
+    EngineStopped,
+    InvalidInput,
+    QueueFull,
+    StartError,
+    StepFailed,
+    TimedOut,
+)
+from engine.families import Message
+from engine.model import ChatModel, Prompt
+from engine.sampling_params import SamplingParams
+from engine.sequence import Delta, FinishReason, Token
+
+if TYPE_CHECKING:
+    from engine.loading import load
+
+__all__ = [
+    "ChatModel",
+    "ContextTooLong",
+    "Delta",
+    "EngineError",
+    "EngineStopped",
+    "FinishReason",
+    "InvalidInput",
+    "Message",
+    "Prompt",
+    "QueueFull",
+    "SamplingParams",
+    "StartError",
+    "StepFailed",
+    "TimedOut",
+    "Token",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import, so they wait for the first use of `load`.
+    if name == "load":
+        from engine.loading import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,64 @@
+"""Decode steps as CUDA graphs."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.attention import InPlace, Step
+
+if TYPE_CHECKING:
+    from engine.runner import Runner
+
+
+def capture(
+    compute: Callable[[], torch.Tensor], device: torch.device, memory: Any
+) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Capture a computation as a CUDA graph; its output, and the function that replays it.
+
+    Raises RuntimeError if it cannot be captured.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # A failed capture leaves its own stream current; this restores ours.
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+        compute()  # what is created on first use must not be captured
+        # A synchronisation during capture fails and leaves torch's allocator broken, so look for
+        # one before. torch warns that this mode is a prototype.
+        with warnings.catch_warnings(action="ignore"):
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            compute()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+            return compute(), graph.replay
+
+
+class DecodeGraph:
+    """A decode step of a fixed batch size as a CUDA graph: one launch instead of hundreds.
+
+    `longest` bounds the sequences' lengths: by it, the kernel divides its work at capture.
+    """
+
+    def __init__(self, runner: "Runner", size: int, longest: int, memory: Any):
+        self.size, self.longest = size, longest
+        self.step = Step([(runner.idle, 1)] * size, in_place=True).on(runner.device)
+        (group,) = self.step.groups
+        assert isinstance(group, InPlace)
+        self.group = group._replace(max_k=longest)
+        self.step.groups = [self.group]
+        compute = partial(runner.compute, self.step)
+        self.logits, self.replay = capture(compute, runner.device, memory)
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        """Replay with a step's inputs; the returned logits are overwritten by the next call."""
+        (given,) = step.groups
+        assert isinstance(given, InPlace)
+        for name in ("ids", "positions", "write", "last"):
+            getattr(self.step, name).copy_(getattr(step, name), non_blocking=True)
+        for name in ("cu_seq_k", "seqused_k"):
+            getattr(self.group, name).copy_(getattr(given, name), non_blocking=True)
+        self.replay()
+        return self.logits

@@ -1,0 +1,47 @@
+"""Token ids become text again, as they come."""
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+class Detokenizer:
+    """Incremental detokenizer of one answer: whole characters only, and never a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.stopped = False
+        self._most, self._firsts = max(map(len, stop), default=0), {s[0] for s in stop}
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Add the next id; return the text that can be sent now, often none or one word."""
+        self._held += self._decode(token) or ""
+        starts = [at for at in map(self._held.find, self.stop) if at >= 0]
+        if starts:
+            self.stopped = True
+            self._held = self._held[: min(starts)]
+            return self.flush()
+        return self._release(len(self._held) - self._partial_stop())
+
+    def _decode(self, token: int) -> str | None:
+        try:
+            return self._stream.step(self.tokenizer, token)
+        except Exception:
+            # Invalid UTF-8, which a model may sample at a high temperature, is dropped.
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return self._stream.step(self.tokenizer, token)
+
+    def flush(self) -> str:
+        """The text held back, once no more ids come."""
+        return self._release(len(self._held))
+
+    def _partial_stop(self) -> int:
+        """How many characters at the end may begin a stop string."""
+        last = range(max(0, len(self._held) - self._most), len(self._held))
+        ends = (self._held[at:] for at in last if self._held[at] in self._firsts)
+        return next((len(end) for end in ends if any(s.startswith(end) for s in self.stop)), 0)
+
+    def _release(self, count: int) -> str:
+        ready, self._held = self._held[:count], self._held[count:]
+        return ready

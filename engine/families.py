@@ -1,0 +1,130 @@
+"""What differs between models, as data: prompt formats and sampling defaults."""
+
+from dataclasses import dataclass, fields, replace
+
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from engine.sampling_params import SamplingParams
+
+# In a format, it separates what the original code tokenizes separately. A Unicode noncharacter,
+# reserved for a program's own use, so that no vocabulary and no text has it.
+PIECE_BREAK = "\ufdd2"
+
+Message = dict[str, str]
+
+
+DEFAULTS = SamplingParams()
+
+
+@dataclass(frozen=True)
+class Family:
+    """The prompt format of a kind of model, with {} for a message's content, and its defaults."""
+
+    name: str
+    model_type: str
+    markers: tuple[str, ...]  # the special tokens of the format
+    turns: dict[str, str]
+    begin: str = ""
+    ask: str = ""  # the generation prompt
+    ends: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()  # tokens that only other models of this model_type have
+    strip: bool = False
+    defaults: SamplingParams = DEFAULTS
+    ignores_generation_config: bool = False  # as the tutorial's program did
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        contents = [m["content"].strip() if self.strip else m["content"] for m in messages]
+        turns = [self.turns[m["role"]].format(c) for m, c in zip(messages, contents, strict=True)]
+        return self.begin + "".join(turns) + (self.ask if add_generation_prompt else "")
+
+
+ROLES = ("system", "user", "assistant")
+TUTORIAL = SamplingParams(1024, 0.95, 5, 0.7, repetition_penalty=1.1)
+
+# The formats are those of each model's original code.
+FAMILIES = (
+    Family(
+        "deepseek-v2",
+        "deepseek_v2",
+        markers=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+        turns={
+            "system": "{}\n\n",
+            "user": "User: {}\n\n",
+            "assistant": "Assistant: {}<｜end▁of▁sentence｜>",
+        },
+        begin="<｜begin▁of▁sentence｜>",
+        ask="Assistant:",
+        ends=("<｜end▁of▁sentence｜>",),
+        defaults=TUTORIAL,
+        ignores_generation_config=True,
+    ),
+    Family(
+        "index",
+        "index",
+        markers=("<unk>", "reserved_0", "reserved_1"),
+        turns={"system": "<unk>{}", "user": "reserved_0{}", "assistant": "reserved_1{}"},
+        ask="reserved_1",
+        ends=("</s>",),
+        defaults=TUTORIAL,
+        ignores_generation_config=True,
+    ),
+    Family(
+        "llama-3",
+        "llama",
+        markers=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        turns={r: f"<|start_header_id|>{r}<|end_header_id|>\n\n{{}}<|eot_id|>" for r in ROLES},
+        begin="<|begin_of_text|>",
+        ask="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ends=("<|end_of_text|>", "<|eot_id|>"),
+        # Llama 3.1 and later, and fine-tunes with ChatML, have templates of their own.
+        absent=("<|eom_id|>", "<|im_start|>"),
+        strip=True,
+        defaults=SamplingParams(512, 0.5, 0, 0.9, repetition_penalty=1.1),
+        ignores_generation_config=True,
+    ),
+    Family(
+        "xverse",
+        "xverse",
+        markers=("<|endoftext|>",),
+        turns={
+            "system": f"Human: {PIECE_BREAK}{{}}\n{PIECE_BREAK}",
+            "user": f"Human: {PIECE_BREAK}{{}}\n\n{PIECE_BREAK}",
+            "assistant": f"Assistant: {PIECE_BREAK}{{}}<|endoftext|>",
+        },
+        ask="Assistant: ",
+        ends=("<|endoftext|>",),
+        defaults=SamplingParams(2048, 0.5, 30, 0.85, repetition_penalty=1.1),
+    ),
+    Family(
+        "internlm2",
+        "internlm2",
+        markers=("<s>", "<|im_start|>", "<|im_end|>"),
+        turns={role: f"<|im_start|>{role}\n{{}}<|im_end|>\n" for role in ROLES},
+        begin="<s>",
+        ask="<|im_start|>assistant\n",
+        ends=("</s>", "<|im_end|>"),
+    ),
+)
+
+
+def family_of(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Family | None:
+    """The family of a checkpoint: of the many models called llama, only some have its tokens."""
+    has = tokenizer.backend_tokenizer.token_to_id
+    for family in FAMILIES:
+        known = all(has(marker) is not None for marker in (*family.markers, *family.ends))
+        other = any(has(token) is not None for token in family.absent)
+        if family.model_type == model_type and known and not other:
+            return family
+    return None
+
+
+def checkpoint_defaults(config: GenerationConfig, family: Family | None = None) -> SamplingParams:
+    """The sampling of a checkpoint's generation_config.json, and the family's for the rest."""
+    base = family.defaults if family else SamplingParams()
+    if family and family.ignores_generation_config:
+        return base
+    found = {knob.name: getattr(config, knob.name, None) for knob in fields(SamplingParams)}
+    if config.do_sample is False:
+        found["temperature"] = 0.0
+    found["top_k"] = found["top_k"] and max(0, found["top_k"])  # some write -1 for off
+    return replace(base, **{name: x for name, x in found.items() if x is not None})

@@ -1,0 +1,160 @@
+"""How a chat model is loaded, checked and started."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.checkpoint import (
+    chat_tokenizer,
+    check_gpus,
+    check_versions,
+    context_length,
+    device_summary,
+    explained,
+    load_model,
+)
+from engine.engine import Engine
+from engine.errors import StartError
+from engine.families import checkpoint_defaults
+from engine.model import ChatModel
+from engine.runner import Runner, input_device
+from engine.sequence import Span
+from engine.tokenizer import ChatTokenizer
+
+
+def probes(model: Any) -> tuple[list[int], list[int]]:
+    """Two short sequences of common tokens: with rare ones, rounding dominates the logits."""
+    middle = model.config.get_text_config().vocab_size // 3
+    return list(range(middle, middle + 12)), list(range(middle + 12, middle + 19))
+
+
+@torch.inference_mode()
+def reference_logits(model: Any, ids: list[int]) -> torch.Tensor:
+    """The model's own logits for a sequence alone, [tokens, vocabulary]."""
+    ids_there = torch.tensor([ids], device=input_device(model))
+    return model(input_ids=ids_there, use_cache=False).logits[0]
+
+
+def self_check(runner: Runner, alone: list[torch.Tensor]) -> float:
+    """The relative error of packed and chunked steps against the probes' reference logits.
+
+    Raises StartError if it is too large: such a model would read its neighbours' tokens.
+    """
+    spans = [Span(ids, start) for ids, start in zip(probes(runner.model), (0, 13), strict=True)]
+    worst = 0.0
+    for news in ((4, 5), (7, 1), (1, 1)):
+        logits = runner.forward(list(zip(spans, news, strict=True)))
+        for span, new, row, plain in zip(spans, news, logits, alone, strict=True):
+            span.num_cached += new
+            wanted = plain[span.num_cached - 1].to(row)
+            # max would pass over the NaN that broken weights give.
+            worst = max(float((row - wanted).norm() / wanted.norm()), worst)
+    if worst != worst:
+        raise StartError(
+            "the model's logits are NaN; try another --dtype, or download the model again"
+        )
+    # In half precision two right answers differ by a few percent; a wrong one is far off.
+    if not worst < (1e-3 if runner.model.dtype == torch.float32 else 0.1):
+        raise StartError(f"this model does not batch: its logits come out {worst:.0%} off")
+    return worst
+
+
+def start_runner(model: Any, cache_memory: str = "auto", max_batch: int = 64) -> Runner:
+    """A runner whose logits were checked against the model's own. Raises StartError otherwise."""
+    alone = [reference_logits(model, ids) for ids in probes(model)]
+    try:
+        most = max_batch * context_length(model.config)
+        runner = Runner(model, cache_memory, most)
+    except (TypeError, ValueError) as error:
+        raise StartError(f"{type(model).__name__} cannot be batched: {error}") from error
+    runner.capture_graphs(max_batch, min(context_length(model.config), runner.rows))
+    try:
+        runner.difference = self_check(runner, alone)
+    except (StartError, RuntimeError) as error:
+        if not runner.in_place:
+            raise
+        runner.fall_back(str(error))
+        runner.difference = self_check(runner, alone)
+    return runner
+
+
+def attention_summary(runner: Runner) -> str:
+    if runner.fallback_reason:
+        return f"sdpa over copied rows ({runner.fallback_reason})"
+    sizes = sorted({recorded.size for recorded in runner.graphs})
+    graphs = f"CUDA graphs for {', '.join(map(str, sizes)) or 'no'} sequences"
+    return f"FlashAttention in place, {graphs}"
+
+
+def summary_of(
+    name: str, text: ChatTokenizer, runner: Runner, context: int, ends: set[int]
+) -> dict[str, str]:
+    """What the start log tells of a model."""
+    model = runner.model
+    kind, size = type(model).__name__, f"{model.num_parameters():,} parameters"
+    return {
+        "model": f"{name}, {kind} in {str(model.dtype).removeprefix('torch.')}, {size}",
+        "prompt": text.family.name if text.family else "its own chat template",
+        "devices": device_summary(model),
+        "context": f"{context:,} tokens; the cache holds {runner.rows:,}",
+        "end ids": f"{sorted(ends)}",
+        "attention": attention_summary(runner),
+        "check": f"packed and plain logits differ by {runner.difference:.1e}, relatively",
+    }
+
+
+def load(
+    folder: Path | str,
+    *,
+    dtype: str = "auto",
+    device_map: str = "auto",
+    chat_template: str | None = None,
+    cache_memory: str = "auto",
+    max_batch: int = 64,
+    max_waiting: int = 256,
+    prefill_chunk: int = 512,
+    reuse: bool = True,
+    timeout: float = 600.0,
+) -> ChatModel:
+    """Load and check the checkpoint in a folder, and start its engine; takes seconds to minutes.
+
+    `dtype` is the weights' data type, or auto, as in the checkpoint; `device_map` is auto, a device
+    or a JSON map of module to device; `chat_template` is a Jinja template to use instead of the
+    model's own format; `cache_memory` is the KV cache's on each device: auto, a size such as 4GiB,
+    or a fraction of the free memory; at most `max_batch` requests are computed at once,
+    `max_waiting` queued, and `prefill_chunk` prompt tokens computed in a step; `reuse` is prefix
+    caching; `timeout` is the most seconds for a request.
+
+    Raises StartError with the remedy.
+    """
+    check_versions()
+    check_gpus(device_map)
+    folder = Path(folder)
+    with explained(folder):
+        model, tokenizer = load_model(folder, dtype=dtype, device_map=device_map)
+        text = chat_tokenizer(model, tokenizer, chat_template)
+        ends = text.end_ids(model.generation_config)
+    runner = start_runner(model, cache_memory, max_batch)
+    context = min(context_length(model.config), runner.rows)
+    name = folder.absolute().name
+    engine = Engine(
+        runner,
+        text.plain,
+        ends,
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+        reuse=reuse,
+        chunk=prefill_chunk,
+        timeout=timeout,
+    )
+    return ChatModel(
+        name=name,
+        tokenizer=text,
+        engine=engine,
+        defaults=checkpoint_defaults(model.generation_config, text.family),
+        context_length=context,
+        prompt_length=min(context, getattr(model.config, "max_tokenizer_truncation", context)),
+        vocabulary=len(model.get_input_embeddings().weight),
+        facts=summary_of(name, text, runner, context, ends),
+    )

@@ -1,0 +1,115 @@
+"""Tokenizer and engine together: a chat model."""
+
+import time
+from bisect import bisect_left
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from engine.engine import Engine
+from engine.errors import ContextTooLong, InvalidInput
+from engine.families import Message
+from engine.guide import Guide
+from engine.sampling_params import SamplingParams
+from engine.sequence import Delta
+from engine.tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized request, with its sampling settled."""
+
+    ids: list[int]
+    sampling: SamplingParams
+    open_ended: bool
+    guide: Guide | None = None
+    dropped_turns: int = 0
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A loaded model, ready to answer."""
+
+    name: str
+    tokenizer: ChatTokenizer
+    engine: Engine
+    defaults: SamplingParams
+    context_length: int
+    prompt_length: int  # most tokens of a prompt, where the model has such a limit
+    vocabulary: int  # token ids that the model has an embedding for
+    facts: dict[str, str]
+    loaded: int = field(default_factory=lambda: int(time.time()))
+
+    def answer(self, prompt: Prompt, n: int = 1, label: Any = None) -> AsyncGenerator[Delta]:
+        return self.engine.stream(
+            prompt.ids, prompt.sampling, prompt.open_ended, n=n, label=label, guide=prompt.guide
+        )
+
+    def guided(self, prompt: Prompt, schema: dict[str, Any]) -> Prompt:
+        """The same, to be answered with JSON of a schema. Raises InvalidInput if it is invalid."""
+        return replace(prompt, guide=self.tokenizer.guide(schema, self.engine.end_ids))
+
+    def prepare(
+        self,
+        messages: list[Message],
+        given: dict[str, Any],
+        truncate: bool = False,
+        whole_context: bool = False,
+    ) -> Prompt:
+        """Tokenize and check the lengths; slow, so call it off the event loop.
+
+        `given` are the request's sampling parameters. A length that is not among them is the
+        default, or with `whole_context` all that is left, and is cut to fit. Raises ContextTooLong
+        if prompt and answer do not fit together.
+        """
+        # If no length is given, at least half of the context is for the prompt.
+        default = min(self.defaults.max_new_tokens, self.context_length // 2)
+        answer = given.get("max_new_tokens", default)
+        dropped = self._turns_to_drop(messages, answer) if truncate else 0
+        ids = self.tokenizer.encode(drop_turns(messages, dropped))
+        return replace(self._with_length(ids, given, whole_context), dropped_turns=dropped)
+
+    def prepare_text(self, prompt: str | list[int], given: dict[str, Any]) -> Prompt:
+        """The same for a text to continue, or its token ids, without a chat format."""
+        ids = self.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise InvalidInput("prompt is empty; send a text or token ids", "prompt")
+        return self._with_length(ids, given, whole_context=True)
+
+    def _with_length(self, ids: list[int], given: dict[str, Any], whole_context: bool) -> Prompt:
+        sampling = replace(self.defaults, **given)
+        asked = "max_new_tokens" in given
+        most = sampling.max_new_tokens if asked or not whole_context else self.context_length
+        room = self.context_length - len(ids)
+        wanted = most if asked else 1
+        if room < wanted or len(ids) > self.prompt_length:
+            less = self.prompt_length < self.context_length
+            limit = f" ({self.prompt_length} for the prompt)" if less else ""
+            raise ContextTooLong(
+                f"the prompt has {len(ids)} tokens and the answer may have {wanted}, but the"
+                f" model's context is {self.context_length} tokens{limit}; shorten the prompt or"
+                " the history, or ask for a shorter answer",
+                argument="max_new_tokens" if 0 < room < wanted else "prompt",
+            )
+        if max(ids) >= self.vocabulary:
+            last = self.vocabulary - 1
+            raise InvalidInput(f"prompt has a token id of {max(ids)}; the last is {last}", "prompt")
+        return Prompt(ids, replace(sampling, max_new_tokens=min(room, most)), not asked)
+
+    def _turns_to_drop(self, messages: list[Message], answer: int) -> int:
+        """The fewest of the oldest turns to drop so that the answer fits."""
+
+        def fits(dropped: int) -> bool:
+            ids = self.tokenizer.encode(drop_turns(messages, dropped))
+            return len(ids) <= min(self.prompt_length, self.context_length - answer)
+
+        turns = sum(m["role"] == "user" for m in messages) - 1
+        return bisect_left(range(turns), True, key=fits)
+
+
+def drop_turns(messages: list[Message], count: int) -> list[Message]:
+    """The messages without the oldest `count` turns; a system text before them stays."""
+    if not count:
+        return messages
+    starts = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    return messages[: starts[0]] + messages[starts[count] :]

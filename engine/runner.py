@@ -1,0 +1,200 @@
+"""The model and its KV cache: from tokens to logits."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from itertools import product
+from typing import Any
+
+import psutil
+import torch
+from accelerate.utils import convert_file_size_to_int
+
+from engine.attention import (
+    Pool,
+    SpanLayer,
+    Step,
+    can_absorb,
+    flash_attention,
+    keep_latent,
+    register_attention,
+)
+from engine.cuda_graph import DecodeGraph
+from engine.errors import StartError
+from engine.sequence import Span, Work
+
+log = logging.getLogger("chat")
+
+
+def to_device(
+    values: list[Any], device: torch.device, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """A tensor of the values on a device, without synchronising with it."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def input_device(model: Any) -> torch.device:
+    """The device for token ids: the embedding's, or where accelerate moves it to compute."""
+    embedding = model.get_input_embeddings()
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return torch.device(embedding.weight.device if device is None else device)
+
+
+def why_not_in_place(layers: Iterable[SpanLayer]) -> str | None:
+    """Why FlashAttention cannot read these keys and values in place; None if it can."""
+    if flash_attention is None or "seqused_k" not in str(flash_attention.default._schema):
+        return f"torch {torch.__version__} has no FlashAttention for it"
+    for keys, values in ((layer.keys, layer.values) for layer in layers):
+        if keys.device.type != "cuda":
+            return f"layers on {keys.device}"
+        if torch.cuda.get_device_capability(keys.device) < (8, 0):
+            return f"{torch.cuda.get_device_name(keys.device)} is older than Ampere"
+        if keys.dtype not in (torch.bfloat16, torch.float16):
+            return f"FlashAttention does not do {keys.dtype}"
+        if keys.shape != values.shape or keys.shape[2] % 8 or keys.shape[2] > 256:
+            return f"FlashAttention does not do keys {keys.shape[2]} wide, values {values.shape[2]}"
+    return None
+
+
+def padded_size(total: int) -> int:
+    """The number of tokens to pad a step to, one of a few dozen sizes."""
+    return total + -total % (1 if total <= 16 else 8 if total <= 64 else 32)
+
+
+class Runner:
+    """Computes logits with the model, over the spans of its pool; knows nothing of requests.
+
+    Raises StartError for a model that cannot be batched this way.
+    """
+
+    def __init__(self, model: Any, cache_memory: str = "auto", max_rows: int = 2**31 - 1):
+        self.model = model
+        self.device = input_device(model)
+        self.split = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+        # For every new shape in half precision oneDNN allocates memory that it never frees.
+        self.pads = self.device.type == "cpu" and model.dtype != torch.float32
+        config = model.config.get_text_config()
+        self.num_layers = config.num_hidden_layers
+        if other := {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
+            raise StartError(f"the model has layers of {', '.join(other)}, which cannot be packed")
+        for module in model.modules():
+            if can_absorb(module):
+                module.expand_kv = keep_latent
+            # Up to its original length, to which context_length holds it, dynamic rope is constant;
+            # its check for longer sequences would synchronise with the GPU in every step.
+            if getattr(module, "rope_type", None) == "dynamic":
+                module.rope_type = "default"
+        register_attention()
+        model.set_attn_implementation("packed")
+        self.difference = 0.0  # from the plain forward pass, as self_check measured it
+        self.graphs: list[DecodeGraph] = []
+        self.in_place = False
+        self._create_pool(8)
+        # One token makes each layer create its rows, which shows what a row costs on which device.
+        self.forward([(Span([0]), 1)])
+        rows = min(max_rows, self._affordable(cache_memory))
+        if rows < 64:
+            raise StartError(f"the KV cache holds only {rows} tokens; raise --cache-memory")
+        self.fallback_reason = why_not_in_place(self.pool.layers)
+        self.in_place = self.fallback_reason is None
+        self._create_pool(rows)
+
+    def _create_pool(self, rows: int) -> None:
+        self.pool = Pool(self.num_layers, rows)
+        # The token id in each row, for penalties; and the span that pads a step.
+        self.ids = torch.zeros(rows + 1, dtype=torch.long, device=self.device)
+        self.idle = Span([0], rows, 1)
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether a call returns before its result is computed, as on a GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def rows(self) -> int:
+        """How many tokens the pool holds."""
+        return self.pool.rows
+
+    @torch.inference_mode()
+    def forward(self, work: Work) -> torch.Tensor:
+        """Compute the work; return float32 logits [sequences, vocabulary] of the last tokens."""
+        total = sum(new for _, new in work)
+        longest = max(span.num_cached + new for span, new in work)
+        fitting = (g for g in self.graphs if g.size >= total and g.longest >= longest)
+        graph = next(fitting, None) if total == len(work) else None
+        size = graph.size if graph else padded_size(total) if self.pads else total
+        step = Step([*work, *[(self.idle, 1)] * (size - total)], self.in_place)
+        logits = graph(step) if graph else self.compute(step, len(work))
+        return logits[: len(work)]
+
+    def compute(self, step: Step, wanted: int | None = None) -> torch.Tensor:
+        """A step's logits: of its first `wanted` sequences, or of all."""
+        self.pool.step = step
+        here = step.on(self.device)
+        self.ids.index_copy_(0, here.write, here.ids)
+        # On a split model accelerate's root hook would move a tensor to the first device, not ints.
+        last = (step if self.split else here).last[:wanted]
+        before = step.attended
+        out = self.model(
+            input_ids=here.ids[None],
+            position_ids=here.positions[None],
+            past_key_values=self.pool,
+            use_cache=True,
+            step=step,
+            logits_to_keep=last.tolist() if self.split else last,
+        )
+        if step.attended - before != self.num_layers:
+            raise StartError("the model's attention cannot be reached")
+        return out.logits[0].float()
+
+    @torch.inference_mode()
+    def capture_graphs(self, max_batch: int, context: int) -> None:
+        """Capture decode steps as CUDA graphs, for a few batch sizes and length limits each."""
+        if not self.in_place or self.split:
+            return
+        sizes = sorted({*(2**n for n in range(11) if 2**n < max_batch), max_batch})
+        lengths = sorted({*(2048 * 4**n for n in range(6) if 2048 * 4**n < context), context})
+        log.info("capturing CUDA graphs for decode steps of up to %d sequences", max_batch)
+        memory = torch.cuda.graph_pool_handle()
+        try:
+            # Largest first: the others then fit into its memory.
+            for size, longest in reversed([*product(sizes, lengths)]):
+                self.graphs.insert(0, DecodeGraph(self, size, longest, memory))
+        except Exception as error:  # not every model's code can be captured
+            log.warning("decode steps do not run as CUDA graphs: %s", error)
+            self.graphs = []
+
+    def fall_back(self, reason: str) -> None:
+        """Copy rows for attention from now on, because reading them in place went wrong."""
+        log.warning("attention in place is not used: %s", reason)
+        self.in_place, self.fallback_reason, self.graphs = False, reason, []
+
+    def check_device(self) -> None:
+        """Raise if the device no longer computes, as after some CUDA errors."""
+        torch.zeros(1, device=self.device).item()
+
+    @torch.inference_mode()
+    def copy(self, span: Span, start: int, count: int) -> None:
+        """Copy the first `count` rows of a span to the rows from `start` on."""
+        self.pool.copy(span.start, start, count)
+        self.ids[start : start + count] = to_device(span.tokens[:count], self.device)
+
+    def _affordable(self, cache_memory: str) -> int:
+        """Rows that the memory budget holds, on the device where it holds the fewest."""
+        costs: Counter[torch.device] = Counter()
+        for layer in self.pool.layers:
+            costs[layer.keys.device] += sum(x[0].nbytes for x in (layer.keys, layer.values))
+        return min(cache_budget(cache_memory, device) // cost for device, cost in costs.items())
+
+
+def cache_budget(setting: str, device: torch.device) -> int:
+    """Bytes for the KV cache on a device: auto, a fraction of the free memory, or a size."""
+    on_card = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_card else psutil.virtual_memory().available
+    if setting == "auto":
+        # The rest is for activations and CUDA graphs.
+        return int(min(0.85 * free, max(free / 2, free - 2**30))) if on_card else 2**31
+    try:
+        return int(free * float(setting))
+    except ValueError:
+        return int(convert_file_size_to_int(setting))

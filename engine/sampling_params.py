@@ -1,0 +1,21 @@
+"""How to pick tokens."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to pick tokens, in transformers' names and meanings; temperature 0 is greedy."""
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 0.8
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    # OpenAI's: subtracted from the logit of a token in the answer, once and per occurrence.
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None  # how many top tokens to report beside each; None: no logprobs
