@@ -121,7 +121,7 @@ class ChatTokenizer:
         decode = partial(self.backend.decode, skip_special_tokens=False)
         return decode([*self._before, token]).removeprefix(decode(self._before))
 
-    def guide(self, schema: dict[str, Any], end_ids: set[int]) -> Guide:
+    def guide(self, schema: dict[str, Any], end_ids: frozenset[int]) -> Guide:
         """A guide for answers that match a JSON schema. Raises InvalidInput if it is invalid."""
         with self._lock:
             if self._trie is None:  # takes a second or two, so it is built on first use
