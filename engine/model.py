@@ -45,6 +45,36 @@ class ChatModel:
             prompt.ids, prompt.sampling, prompt.open_ended, n=n, label=label, guide=prompt.guide
         )
 
+    @property
+    def num_running(self) -> int:
+        return len(self.engine.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return self.engine.num_waiting
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens for which the KV cache has room."""
+        return self.engine.runner.rows
+
+    @property
+    def cache_tokens_used(self) -> int:
+        return self.engine.num_used
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine, if it is dead."""
+        return self.engine.failure
+
+    def check_queue(self) -> None:
+        """Raise QueueFull if no more may wait, EngineStopped if the engine is dead."""
+        self.engine.check_queue()
+
+    def close(self) -> None:
+        """Stop after the current step; answers under way end with EngineStopped."""
+        self.engine.close()
+
     def guided(self, prompt: Prompt, schema: dict[str, Any]) -> Prompt:
         """The same, to be answered with JSON of a schema. Raises InvalidInput if it is invalid."""
         return replace(prompt, guide=self.tokenizer.guide(schema, self.engine.end_ids))

@@ -34,14 +34,20 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of an answer; the last one has the finish reason and the token counts."""
+    """A piece of an answer, and the counts of that answer so far.
+
+    The last one has the finish reason. One without text and counts only tells that the request
+    is still being worked on.
+    """
 
     text: str
+    index: int = 0  # which of a request's n answers it belongs to
     finish_reason: FinishReason | None = None
+    token: Token | None = None  # only with logprobs
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    token: Token | None = None  # only with logprobs
-    index: int = 0  # which of a request's n answers it belongs to
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    queue_time: float = 0.0  # seconds it waited for a place in the batch
 
     @property
     def silent(self) -> bool:
@@ -142,11 +148,18 @@ class Sequence(Span):
         told = token if token.logprob is not None and not ended else None
         if self.detokenizer.stopped:
             self.done, self.finish_reason = True, "stop"
-        if not self.finish_reason:
-            return Delta(text, token=told, index=self.index)
-        text += self.detokenizer.flush()
-        counts = self.num_prompt, self.num_completion
-        return Delta(text, self.finish_reason, *counts, told, self.index)
+        if self.finish_reason:
+            text += self.detokenizer.flush()
+        return Delta(
+            text,
+            self.index,
+            self.finish_reason,
+            told,
+            prompt_tokens=self.num_prompt,
+            completion_tokens=self.num_completion,
+            cached_tokens=self.num_reused,
+            queue_time=self.admitted - self.arrived,
+        )
 
 
 # A step's work: spans, and how many of each one's pending tokens to compute.
