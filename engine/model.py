@@ -1,18 +1,22 @@
 """Tokenizer and engine together: a chat model."""
 
+from __future__ import annotations
+
 import time
 from bisect import bisect_left
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from engine.engine import Engine
 from engine.errors import ContextTooLong, InvalidInput
 from engine.families import Message
 from engine.guide import Guide
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta
-from engine.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:  # importing them takes seconds
+    from engine.engine import Engine
+    from engine.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True)
