@@ -57,7 +57,6 @@ try:
     import prometheus_client
     import uvicorn
     from fastapi import FastAPI, Request
-    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
     from fastapi_offline import FastAPIOffline
     from pydantic import (
@@ -68,13 +67,16 @@ try:
         ConfigDict,
         Discriminator,
         Field,
+        ModelWrapValidatorHandler,
         PlainValidator,
+        PrivateAttr,
         SecretStr,
         Tag,
         TypeAdapter,
         ValidationError,
         model_validator,
     )
+    from pydantic.json_schema import models_json_schema
     from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
     from starlette.datastructures import Headers, MutableHeaders
     from starlette.exceptions import HTTPException
@@ -109,6 +111,7 @@ except ImportError as missing:
 log = logging.getLogger("chat")
 
 T = TypeVar("T")
+BodyT = TypeVar("BodyT", bound=BaseModel)
 
 # ---- Errors -----------------------------------------------------------------
 # What the engine and the routes raise becomes a response here, in one table.
@@ -143,6 +146,10 @@ class BodyTooSlow(RequestError):
     """The body took longer than BODY_TIMEOUT."""
 
 
+class UnsupportedEncoding(RequestError):
+    """The body is compressed."""
+
+
 class Unauthorized(RequestError):
     """The request has no valid API key."""
 
@@ -173,6 +180,7 @@ ERRORS: Mapping[type[Exception], ErrorKind] = {
     MethodNotAllowed: ErrorKind(405, INVALID, "method_not_allowed"),
     BodyTooSlow: ErrorKind(408, INVALID, "body_too_slow", {"Connection": "close"}),
     BodyTooLarge: ErrorKind(413, INVALID, "body_too_large"),
+    UnsupportedEncoding: ErrorKind(415, INVALID, "unsupported_encoding"),
     QueueFull: ErrorKind(429, "rate_limit_error", "queue_full"),
     StepFailed: ErrorKind(500, "server_error", "step_failed"),
     NotServing: ErrorKind(503, "server_error", "not_serving"),
@@ -360,13 +368,18 @@ class HistoryMessage(StrictModel):
     content: Text
 
 
-def check_pair(pair: list[str]) -> list[str]:
-    if len(pair) != 2:
+def check_pair(pair: Any) -> Any:
+    # Before its items are looked at, which may be a million.
+    if not isinstance(pair, list) or len(pair) != 2:
         raise ValueError('must be a ["question", "answer"] pair')
     return pair
 
 
-Pair = Annotated[list[Text], AfterValidator(check_pair)]
+Pair = Annotated[
+    list[Text],
+    Field(min_length=2, max_length=2, fail_fast=True),
+    BeforeValidator(check_pair, json_schema_input_type=list[str]),
+]
 
 
 def history_shape(history: Any) -> str | None:
@@ -374,7 +387,11 @@ def history_shape(history: Any) -> str | None:
     if not isinstance(history, list):
         return None
     kinds = {type(turn) for turn in history}
-    return "pairs" if kinds <= {list} else "turns" if kinds <= {dict, HistoryMessage} else None
+    if kinds <= {list}:
+        return "pairs"
+    if kinds <= {dict, HistoryMessage}:
+        return "turns"
+    return None
 
 
 # A body has room for millions of items; validation stops at the first error.
@@ -403,7 +420,7 @@ def as_stop_strings(stop: Any) -> Any:
 
 StopStrings = Annotated[
     tuple[Annotated[Text, Field(max_length=256)], ...],
-    Field(max_length=16),
+    Field(max_length=16, fail_fast=True),
     BeforeValidator(as_stop_strings, json_schema_input_type=str | list[str]),
 ]
 
@@ -448,18 +465,16 @@ def parse_prompt(prompt: Any) -> str | list[int]:
         raise ValueError("must be a text, or a list of token ids") from None
 
 
-def validation_error(error: ValidationError | RequestValidationError) -> InvalidInput:
+def validation_error(error: ValidationError) -> InvalidInput:
     """Turn pydantic's first error into one sentence."""
-    first = error.errors()[0]
-    # Without "body" and without the union's tags.
-    path = [part for part in first["loc"] if part not in ("body", "pairs", "turns")]
-    if first["type"] == "json_invalid":
-        return InvalidInput(
-            f"the body is not valid JSON: {first['ctx']['error']}, near character {path[0]}"
-        )
+    first = error.errors(include_url=False)[0]
+    # Without the union's tags.
+    path = [part for part in first["loc"] if part not in ("pairs", "turns")]
     if not path:
         return InvalidInput('the body must be a JSON object, such as {"prompt": "hello"}')
-    name = str(path[0]) + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path[1:])
+    name = str(path[0])
+    for part in path[1:]:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}"
     if first["type"] == "missing":
         return InvalidInput(f"{name} is missing", str(path[0]))
     message = first["msg"].removeprefix("Value error, ").replace(" after validation", "")
@@ -471,6 +486,8 @@ class SamplingFields(StrictModel):
     """SamplingParams parameters of a request; absent or null means the model's default."""
 
     unsupported: ClassVar[tuple[str, ...]] = UNSUPPORTED
+    # The fields that stand for arguments of the engine's with other names.
+    field_names: ClassVar[dict[str, str]] = {"max_new_tokens": "max_length"}
 
     stream: bool | None = Field(None, description="answer with server-sent events")
 
@@ -490,11 +507,13 @@ class SamplingFields(StrictModel):
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: StopStrings | None = Field(None, description="a text, or several, that ends the answer")
 
-    @model_validator(mode="before")
+    _length_name: str | None = PrivateAttr(None)  # which of LENGTH_NAMES the request has
+
+    @model_validator(mode="wrap")
     @classmethod
-    def check_body(cls, body: Any) -> Any:
+    def check_body(cls, body: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(body, dict):
-            return body
+            return validate(body)
         for name in cls.unsupported:
             if body.get(name) not in (None, False, [], {}, NEUTRAL.get(name)):
                 raise InvalidInput(f"{name} is not supported by this call; leave it out", name)
@@ -503,11 +522,18 @@ class SamplingFields(StrictModel):
             names = " and ".join(lengths)
             raise InvalidInput(f"{names} mean the same; send one of them", lengths[1])
         # AliasChoices takes the first alias that is present, even if it is null.
-        return {k: v for k, v in body.items() if k not in LENGTH_NAMES or v is not None}
+        request = validate(
+            {k: v for k, v in body.items() if k not in LENGTH_NAMES or v is not None}
+        )
+        if lengths:
+            request._length_name = lengths[0]
+        return request
 
     def field_of(self, argument: str | None) -> str | None:
         """The request's own name for an argument of the engine's."""
-        return {"max_new_tokens": "max_length"}.get(argument or "", argument)
+        if argument == "max_new_tokens" and self._length_name:
+            return self._length_name
+        return self.field_names.get(argument or "", argument)
 
     @property
     def model_name(self) -> str | None:
@@ -625,13 +651,11 @@ class ResponseFormat(StrictModel):
 class OpenAIRequest(SamplingFields):
     """Fields shared by OpenAI's two endpoints."""
 
+    field_names = {"max_new_tokens": "max_tokens"}
+
     model: Text | None = Field(None, description="absent is the one that is served")
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=16, description="answers to give, computed together")
-
-    def field_of(self, argument: str | None) -> str | None:
-        names = {"max_new_tokens": "max_tokens", "schema": "response_format"}
-        return names.get(argument or "", argument)
 
     @property
     def model_name(self) -> str | None:
@@ -650,6 +674,11 @@ class ChatCompletionRequest(OpenAIRequest):
     """https://platform.openai.com/docs/api-reference/chat/create"""
 
     unsupported = tuple(name for name in UNSUPPORTED if name != "response_format")
+    field_names = {
+        "max_new_tokens": "max_tokens",
+        "prompt": "messages",
+        "schema": "response_format",
+    }
 
     messages: list[OpenAIMessage] = Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)
     response_format: ResponseFormat | None = None
@@ -727,9 +756,41 @@ def extra_responses(
     """Further responses of a route, for the docs."""
     return {
         200: {"content": {content: {}}},
-        "4XX": {"model": error, "description": "Refused: 400, 401, 404, 405, 408, 413 or 429"},
+        "4XX": {"model": error, "description": "Refused: 400, 401, 404, 405, 408, 413, 415 or 429"},
         "5XX": {"model": error, "description": "Not served: 500, 503 or 504"},
     }
+
+
+COMPONENTS = "#/components/schemas/"
+
+
+def documented(
+    body: type[BaseModel], response: type[BaseModel], error: type[OpenAIError]
+) -> dict[str, Any]:
+    """A route's options that show in the docs what read_body reads, and what comes back."""
+    schema = {"schema": {"$ref": COMPONENTS + body.__name__}}
+    return {
+        "response_model": response,
+        "responses": extra_responses(error, "text/event-stream"),
+        "openapi_extra": {
+            "requestBody": {"required": True, "content": {"application/json": schema}}
+        },
+    }
+
+
+def document_bodies(app: FastAPI, *bodies: type[BaseModel]) -> None:
+    """Add the schemas that `documented` refers to; FastAPI knows nothing of these bodies."""
+    build = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = build()
+        _, schemas = models_json_schema(
+            [(body, "validation") for body in bodies], ref_template=COMPONENTS + "{model}"
+        )
+        document["components"]["schemas"].update(schemas["$defs"])
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 # ---- Replies ----------------------------------------------------------------
@@ -1104,18 +1165,7 @@ def log_failure(error: Exception) -> None:
 
 
 def from_starlette(error: HTTPException, path: str) -> Exception:
-    """Turn an error of Starlette's or FastAPI's into ours."""
-    if isinstance(error.__cause__, RequestError | EngineError):
-        return error.__cause__
-    if isinstance(error.__cause__, UnicodeDecodeError):
-        return InvalidInput(
-            "the body is not UTF-8; save the script as UTF-8, and in PowerShell send"
-            " [Text.Encoding]::UTF8.GetBytes($body)"
-        )
-    if isinstance(error.__cause__, RecursionError):
-        return InvalidInput("the body is nested too deeply")
-    if isinstance(error.__cause__, ValueError):
-        return InvalidInput("the body contains a number with too many digits")
+    """Turn an error of Starlette's into ours."""
     if error.status_code == 404:
         return NotFound(f"there is nothing at {path!r}")
     if error.status_code == 405:
@@ -1178,44 +1228,63 @@ class APIKeyMiddleware:
         return is_valid_key(given.strip().encode("latin-1"), self.keys) and kind.lower() == "bearer"
 
 
-class BodyMiddleware:
-    """Treats every body as JSON, as many curl examples omit the content type; limits its size
-    and time.
+async def read_bytes(request: Request) -> bytes:
+    """The body. Raises BodyTooLarge, BodyTooSlow, UnsupportedEncoding or ClientDisconnect."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedEncoding(
+            f"the body's Content-Encoding is {encoding!r}; send it uncompressed, without that"
+            " header"
+        )
+    too_large = BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
+    if int(request.headers.get("content-length", 0)) > MAX_BODY:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise too_large
+    except TimeoutError:
+        raise BodyTooSlow(
+            f"the body took more than {BODY_TIMEOUT:.0f} seconds; send it at once"
+        ) from None
+    return bytes(body)
+
+
+def parse_json(body: bytes) -> Any:
+    """The value that a body holds, whatever its content type. Raises InvalidInput.
+
+    By the json module and not by pydantic's parser, which refuses half a surrogate pair and deep
+    nesting before it is known in which field.
     """
+    encoding = json.detect_encoding(body)
+    if not encoding.startswith("utf-8"):
+        raise InvalidInput(f"the body is encoded as {encoding.upper()}; send it as UTF-8")
+    try:
+        return json.loads(body.decode(encoding)) if body else None
+    except UnicodeDecodeError:
+        raise InvalidInput(
+            "the body is not UTF-8; save the script as UTF-8, and in PowerShell send"
+            " [Text.Encoding]::UTF8.GetBytes($body)"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise InvalidInput(
+            f"the body is not valid JSON: {error.msg}, near character {error.pos}"
+        ) from None
+    except RecursionError:
+        raise InvalidInput("the body is nested too deeply") from None
+    except ValueError:
+        raise InvalidInput("the body contains a number with too many digits") from None
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            return await self.app(scope, receive, send)
-        headers = MutableHeaders(scope=scope)
-        # gradio's own requests have the right content type.
-        if not path_of(scope).startswith("/chat/"):
-            headers["content-type"] = "application/json"
-        size, declared = 0, int(headers.get("content-length", 0))
-        deadline: float | None = asyncio.get_running_loop().time() + BODY_TIMEOUT
-
-        async def limited_receive() -> MutableMapping[str, Any]:
-            nonlocal size, deadline
-            too_large = BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
-            if declared > MAX_BODY:
-                raise too_large
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                raise BodyTooSlow(
-                    f"the body took more than {BODY_TIMEOUT:.0f} seconds; send it at once"
-                ) from None
-            if not message.get("more_body"):
-                deadline = None
-            size += len(message.get("body", b""))
-            if size > MAX_BODY:
-                raise too_large
-            return message
-
-        await self.app(scope, limited_receive, send)
+async def read_body(request: Request, schema: type[BodyT]) -> BodyT:
+    """Read, parse and validate a request's body."""
+    try:
+        return schema.model_validate(parse_json(await read_bytes(request)))
+    except ValidationError as error:
+        raise validation_error(error) from None
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
@@ -1322,12 +1391,13 @@ class ChatService:
     async def answer(
         self,
         request: Request,
-        body: SamplingFields,
+        schema: type[SamplingFields],
         reply_of: Callable[[ChatModel, Any, Prompt], Reply],
     ) -> Response:
-        """Generate, and respond with a stream, a full response, or an error."""
+        """Read the body, generate, and respond with a stream, a full response, or an error."""
         info = request_info(request.scope)
         try:
+            body = await read_body(request, schema)
             return await self._respond(request, body, reply_of)
         except ClientDisconnect:
             return Response(status_code=499)
@@ -1470,17 +1540,15 @@ def add_error_handlers(app: FastAPI, service: ChatService) -> None:
     """Give every exception its response."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        # FastAPI wraps exceptions that are raised while it reads the body.
-        if isinstance(error, ClientDisconnect) or isinstance(error.__cause__, ClientDisconnect):
-            return Response(status_code=499)
-        if isinstance(error, RequestValidationError):
-            error = validation_error(error)
-        elif isinstance(error, HTTPException):
+        headers: Mapping[str, str] = {}
+        if isinstance(error, HTTPException):
+            headers = error.headers or {}  # Allow, at a path that does not take the method
             error = from_starlette(error, request.url.path)
-        return service.refuse(request.scope, error)
+        response = service.refuse(request.scope, error)
+        response.headers.update(headers)
+        return response
 
-    ours = (EngineError, RequestError, ClientDisconnect, HTTPException, RequestValidationError)
-    for kind in (*ours, Exception):
+    for kind in (EngineError, RequestError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)
 
 
@@ -1495,7 +1563,6 @@ def build_app(
     # FastAPI whose /docs loads nothing from other hosts, which a rented machine may not reach.
     app = FastAPIOffline(redoc_url=None, title="chat-api", lifespan=service.lifespan)
     app.state.service = service
-    app.add_middleware(BodyMiddleware)
     if settings.keys:
         app.add_middleware(
             APIKeyMiddleware, keys=settings.keys, page=settings.chat_page, refuse=service.refuse
@@ -1537,11 +1604,9 @@ def build_app(
         text = prometheus_client.generate_latest(service.metrics.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    events = "text/event-stream"
-
-    @app.post("/", response_model=ChatResponse, responses=extra_responses(ErrorBody, events))
-    async def chat(body: ChatRequest, request: Request) -> Any:
-        return await service.answer(request, body, ClassicReply)
+    @app.post("/", **documented(ChatRequest, ChatResponse, ErrorBody))
+    async def chat(request: Request) -> Any:
+        return await service.answer(request, ChatRequest, ClassicReply)
 
     @app.get("/v1/models", responses=extra_responses(OpenAIError))
     async def models() -> dict[str, Any]:
@@ -1551,16 +1616,15 @@ def build_app(
     async def model(name: str) -> dict[str, Any]:
         return model_card(service.model(name))
 
-    openai: Any = {"response_model": Completion, "responses": extra_responses(OpenAIError, events)}
+    @app.post("/v1/chat/completions", **documented(ChatCompletionRequest, Completion, OpenAIError))
+    async def chat_completions(request: Request) -> Any:
+        return await service.answer(request, ChatCompletionRequest, ChatCompletionReply)
 
-    @app.post("/v1/chat/completions", **openai)
-    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any:
-        return await service.answer(request, body, ChatCompletionReply)
+    @app.post("/v1/completions", **documented(CompletionRequest, Completion, OpenAIError))
+    async def completions(request: Request) -> Any:
+        return await service.answer(request, CompletionRequest, CompletionReply)
 
-    @app.post("/v1/completions", **openai)
-    async def completions(body: CompletionRequest, request: Request) -> Any:
-        return await service.answer(request, body, CompletionReply)
-
+    document_bodies(app, ChatRequest, ChatCompletionRequest, CompletionRequest)
     return app
 
 
