@@ -1,10 +1,14 @@
 """What differs between models, as data: prompt formats and sampling defaults."""
 
-from dataclasses import dataclass, fields, replace
+from __future__ import annotations
 
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 # In a format, it separates what the original code tokenizes separately. A Unicode noncharacter,
 # reserved for a program's own use, so that no vocabulary and no text has it.

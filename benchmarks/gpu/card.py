@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from engine.attention import flash_attention, keep_latent  # noqa: E402
 from engine.loading import attention_summary, start_runner  # noqa: E402
+from engine.runner import Runner  # noqa: E402
 from engine.sampler import sample_tokens  # noqa: E402
 from engine.sampling_params import SamplingParams  # noqa: E402
 from engine.sequence import Sequence, Span, Work  # noqa: E402
@@ -263,7 +264,9 @@ def mla(options: argparse.Namespace) -> None:
         took = [seconds_of(forward, device, 5)]
         for module in attentions:
             del module.expand_kv
-        took.append(seconds_of(forward, device, 5))
+        expanded = Runner(model, runner.rows)
+        took.append(seconds_of(partial(expanded.forward, work), device, 5))
+        del expanded
         for module in attentions:
             module.expand_kv = keep_latent
         for way in ways:

@@ -251,10 +251,28 @@ def test_what_the_mutations_start_from_is_right(client, path):
     assert client.post(path, json=VALID[path]).status_code == 200
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "utf-8-sig"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_a_body_in_another_encoding_of_unicode_is_understood(client, encoding):
     answer = client.post("/", content=json.dumps({"prompt": "你好"}).encode(encoding)).json()
     assert answer["history"] == [["你好", "hello"]]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-be"])
+def test_a_body_in_utf_16_or_utf_32_is_refused_by_name(client, encoding):
+    answer = client.post("/", content=json.dumps({"prompt": "你好"}).encode(encoding))
+    assert answer.status_code == 400
+    assert encoding.upper() in answer.json()["error"]["message"]
+    assert "UTF-8" in answer.json()["error"]["message"]
+
+
+def test_a_compressed_body_is_refused_by_the_name_of_its_encoding(client):
+    headers = {"Content-Encoding": "gzip"}
+    answer = client.post("/v1/completions", content=b"\x1f\x8b", headers=headers)
+    assert answer.status_code == 415
+    error = answer.json()["error"]
+    assert error["code"] == "unsupported_encoding"
+    assert "Content-Encoding" in error["message"]
+    assert "gzip" in error["message"]
 
 
 def test_a_word_of_a_hundred_thousand_characters_holds_up_nobody(demo_folder):

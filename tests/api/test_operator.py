@@ -123,16 +123,16 @@ def test_metrics_add_up(server, runner):
     seen = samples(server)
     assert seen["chat_requests_total,/,served,stop"] == 2
     assert seen["chat_requests_total,/,served,length"] == 1
-    assert seen["chat_requests_total,/v1/completions,served,stop"] == 2
+    assert seen["chat_requests_total,/v1/completions,served,stop"] == 1
     assert seen["chat_requests_total,/,invalid_value,none"] == 1
     assert seen["chat_requests_total,other,not_found,none"] == 1
-    assert seen["chat_prompt_tokens_total"] == 3 * 51 + 2
+    assert seen["chat_prompt_tokens_total"] == 3 * 51 + 1
     assert seen["chat_prefix_cache_hits_total"] == 2 * 50
     assert seen["chat_num_requests_running"] == seen["chat_num_requests_waiting"] == 0
     assert 0 < seen["chat_cache_tokens_used"] < seen["chat_cache_tokens"] == runner.rows
     for name in ("request_queue_time", "time_to_first_token", "e2e_request_latency"):
-        assert seen[f"chat_{name}_seconds_count"] == 5
-    assert seen["chat_time_per_output_token_seconds_count"] == 5
+        assert seen[f"chat_{name}_seconds_count"] == 4
+    assert seen["chat_time_per_output_token_seconds_count"] == 4
     assert (
         seen["chat_time_to_first_token_seconds_sum"] <= seen["chat_e2e_request_latency_seconds_sum"]
     )
@@ -148,6 +148,36 @@ def test_those_who_left_and_those_that_failed_are_counted(server, runner):
     assert httpx.post(server, json=ASK).status_code == 500
     wait_for(lambda: samples(server).get("chat_requests_total,/,step_failed,none") == 1)
     assert "chat_requests_total,/,failed,none" not in samples(server)
+
+
+def test_a_request_that_takes_too_long_is_one_line_and_one_count(runner, tokenizer, caplog):
+    caplog.set_level(logging.INFO)
+    runner.say, runner.pause = "x" * 400, 0.01
+    with serve(lambda settings: chat_model(runner, tokenizer, timeout=0.3)) as url:
+        ready(url)
+        headers = {"X-Request-ID": "abc-6"}
+        assert httpx.post(url, json=ASK, headers=headers).status_code == 504
+        seen = samples(url)
+    assert seen["chat_requests_total,/,timed_out,none"] == 1
+    (line,) = (r for r in caplog.records if getattr(r, "request_id", "") == "abc-6")
+    assert line.outcome == "timed_out"
+    assert line.completion_tokens > 0
+    counted = [name for name in seen if name.startswith("chat_requests_total,")]
+    assert counted == ["chat_requests_total,/,timed_out,none"]
+
+
+def test_what_came_before_a_client_left_is_counted(server, runner, caplog):
+    caplog.set_level(logging.INFO)
+    runner.say, runner.pause = "x" * 300, 0.01
+    headers = {"X-Request-ID": "abc-7"}
+    with httpx.stream("POST", server, json=ASK | {"stream": True}, headers=headers) as response:
+        lines = response.iter_lines()
+        next(lines)
+    wait_for(lambda: samples(server).get("chat_requests_total,/,left,none") == 1)
+    (line,) = (r for r in caplog.records if getattr(r, "request_id", "") == "abc-7")
+    assert line.outcome == "left"
+    assert 1 <= line.completion_tokens < 300
+    assert samples(server)["chat_generation_tokens_total"] == line.completion_tokens
 
 
 def test_who_leaves_while_the_body_is_sent_made_no_mistake(server, caplog):
