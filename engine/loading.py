@@ -89,7 +89,7 @@ def attention_summary(runner: Runner) -> str:
 
 
 def summary_of(
-    name: str, text: ChatTokenizer, runner: Runner, context: int, ends: set[int]
+    name: str, text: ChatTokenizer, runner: Runner, context: int, ends: frozenset[int]
 ) -> dict[str, str]:
     """What the start log tells of a model."""
     model = runner.model
@@ -120,12 +120,10 @@ def load(
 ) -> ChatModel:
     """Load and check the checkpoint in a folder, and start its engine; takes seconds to minutes.
 
-    `dtype` is the weights' data type, or auto, as in the checkpoint; `device_map` is auto, a device
-    or a JSON map of module to device; `chat_template` is a Jinja template to use instead of the
-    model's own format; `cache_memory` is the KV cache's on each device: auto, a size such as 4GiB,
-    or a fraction of the free memory; at most `max_batch` requests are computed at once,
-    `max_waiting` queued, and `prefill_chunk` prompt tokens computed in a step; `reuse` is prefix
-    caching; `timeout` is the most seconds for a request.
+    `dtype` is auto (the checkpoint's) or a torch dtype's name; `device_map` auto, a device, or a
+    JSON map of module to device; `chat_template` Jinja, instead of the model's own; `cache_memory`
+    auto, a size such as 4GiB, or a fraction of the free memory, on each device; `prefill_chunk`
+    the most prompt tokens in a step; `reuse` prefix caching; `timeout` seconds for a request.
 
     Raises StartError with the remedy.
     """
@@ -137,8 +135,6 @@ def load(
         text = chat_tokenizer(model, tokenizer, chat_template)
         ends = text.end_ids(model.generation_config)
     runner = start_runner(model, cache_memory, max_batch)
-    context = min(context_length(model.config), runner.rows)
-    name = folder.absolute().name
     engine = Engine(
         runner,
         text.plain,
@@ -149,6 +145,14 @@ def load(
         prefill_chunk=prefill_chunk,
         timeout=timeout,
     )
+    return chat_model(folder.absolute().name, text, engine)
+
+
+def chat_model(name: str, text: ChatTokenizer, engine: Engine) -> ChatModel:
+    """A loaded model under a name, with what its configuration says of its lengths."""
+    runner = engine.runner
+    model = runner.model
+    context = min(context_length(model.config), runner.rows)
     return ChatModel(
         name=name,
         tokenizer=text,
@@ -157,5 +161,5 @@ def load(
         context_length=context,
         prompt_length=min(context, getattr(model.config, "max_tokenizer_truncation", context)),
         vocabulary=len(model.get_input_embeddings().weight),
-        facts=summary_of(name, text, runner, context, ends),
+        facts=summary_of(name, text, runner, context, engine.end_ids),
     )
