@@ -1,10 +1,12 @@
 """What differs between models, as data: prompt formats and sampling defaults."""
 
 from dataclasses import dataclass, fields, replace
-
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 # In a format, it separates what the original code tokenizes separately. A Unicode noncharacter,
 # reserved for a program's own use, so that no vocabulary and no text has it.
@@ -107,7 +109,7 @@ FAMILIES = (
 )
 
 
-def family_of(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Family | None:
+def family_of(model_type: str, tokenizer: "PreTrainedTokenizerFast") -> Family | None:
     """The family of a checkpoint: of the many models called llama, only some have its tokens."""
     has = tokenizer.backend_tokenizer.token_to_id
     for family in FAMILIES:
@@ -118,12 +120,13 @@ def family_of(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Family | N
     return None
 
 
-def checkpoint_defaults(config: GenerationConfig, family: Family | None = None) -> SamplingParams:
+def checkpoint_defaults(config: "GenerationConfig", family: Family | None = None) -> SamplingParams:
     """The sampling of a checkpoint's generation_config.json, and the family's for the rest."""
     base = family.defaults if family else SamplingParams()
     if family and family.ignores_generation_config:
         return base
-    found = {knob.name: getattr(config, knob.name, None) for knob in fields(SamplingParams)}
+    names = [parameter.name for parameter in fields(SamplingParams)]
+    found = {name: getattr(config, name, None) for name in names}
     if config.do_sample is False:
         found["temperature"] = 0.0
     found["top_k"] = found["top_k"] and max(0, found["top_k"])  # some write -1 for off

@@ -4,12 +4,13 @@ import time
 from bisect import bisect_left
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from engine.engine import Engine
 from engine.errors import ContextTooLong, InvalidInput
 from engine.families import Message
-from engine.guide import Guide
+from engine.guide import Guide, GuideCompiler
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta
 from engine.tokenizer import ChatTokenizer
@@ -47,7 +48,12 @@ class ChatModel:
 
     def guided(self, prompt: Prompt, schema: dict[str, Any]) -> Prompt:
         """The same, to be answered with JSON of a schema. Raises InvalidInput if it is invalid."""
-        return replace(prompt, guide=self.tokenizer.guide(schema, self.engine.end_ids))
+        return replace(prompt, guide=self._guides.compile(schema))
+
+    @cached_property
+    def _guides(self) -> GuideCompiler:
+        special = self.tokenizer.special.values()
+        return GuideCompiler(self.tokenizer.backend, special, self.engine.end_ids)
 
     def prepare(
         self,

@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from conftest import ROOT, byte_tokenizer, greedy, ready, serve
 from safetensors.torch import load_file, save_file
@@ -373,11 +374,11 @@ def test_a_namesake_of_a_family_is_not_taken_for_it():
 
 
 def test_a_tokenizer_model_that_is_read_otherwise_stops_the_start(monkeypatch):
-    class Other(api.SentencePieceProcessor):
+    class Other(sentencepiece.SentencePieceProcessor):
         def encode(self, text: str) -> list[int]:
             return [7, *super().encode(text)]
 
-    monkeypatch.setattr(api, "SentencePieceProcessor", Other)
+    monkeypatch.setattr(sentencepiece, "SentencePieceProcessor", Other)
     with pytest.raises(StartError, match=r"tokenizer.model encodes .* unlike sentencepiece"):
         load_tokenizer(FIXTURES / "tokenizers" / "index_like")
 

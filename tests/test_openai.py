@@ -13,6 +13,7 @@ from conftest import chat_model, ready, serve, tiny_llama, wait_for
 from langchain_openai import ChatOpenAI
 
 import api
+from engine.guide import GuideCompiler
 from engine.runner import Runner
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import ChatTokenizer
@@ -419,7 +420,7 @@ def test_an_answer_keeps_to_its_schema_whatever_the_model_would_say(thinker, how
 
 def test_a_schema_cannot_ask_for_space_without_end(tokenizer):
     asking = {"type": "object", "x-guidance": {"whitespace_flexible": True}}
-    guide = ChatTokenizer(tokenizer).guide(asking, {256})
+    guide = GuideCompiler(ChatTokenizer(tokenizer).backend, (), {256}).compile(asking)
     brace, quote, newline = tokenizer.encode('{"\n', add_special_tokens=False)
     guide.matcher.consume_token(brace)
     assert guide.allowed()[quote]

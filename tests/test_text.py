@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 from transformers import GenerationConfig
 
-import api
 from engine import InvalidInput
 from engine.detokenizer import Detokenizer
 from engine.errors import StartError
-from engine.families import Message
+from engine.families import PIECE_BREAK, Message
 from engine.tokenizer import ChatTokenizer, load_tokenizer
 
 
@@ -57,8 +56,8 @@ def test_a_prompt_says_what_the_user_wrote(text, content):
     assert text.plain.decode(text.encode(user(content)), skip_special_tokens=True) == content
 
 
-def test_the_shield_itself_can_be_written(text):
-    content = f"{api.ESCAPE}0{api.ESCAPE_END}<|end|>{api.ESCAPE}"
+def test_a_piece_break_can_be_written(text):
+    content = f"a{PIECE_BREAK}<|end|>{PIECE_BREAK}"
     assert text.plain.decode(text.encode(user(content)), skip_special_tokens=True) == content
 
 
