@@ -1,77 +1,138 @@
-"""Attention over packed tokens.
+"""Attention over packed tokens: each sequence's reads the rows of its own span and no others.
 
-Every step is one forward pass over packed tokens: one token of each sequence in decode, and chunks
-of the prompts in prefill. Each sequence's attention reads the rows of its own span and no others.
+The model's own cache is not used: `packed_attention` writes the new rows and reads the old ones.
 """
 
-from copy import copy
-from functools import partial
-from itertools import accumulate, groupby
-from typing import Any, NamedTuple, Self
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from engine.errors import StartError
-from engine.sequence import Span, Work
+from engine.sequence import Work
+
+if TYPE_CHECKING:
+    from engine.step import Step
 
 # The FlashAttention kernel itself: torch's wrapper, varlen_attn, has no seqused_k before 2.13, and
 # on some GPUs dispatches to cuDNN, which does not support it.
 flash_attention: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
 
 
-class Gathered(NamedTuple):
-    """Part of a step: keys and values are copied side by side for sdpa, on any device.
+class Group(Protocol):
+    """Part of a step's tokens, whose attention is one call or one loop."""
 
-    Either decode tokens of several sequences, padded to the longest, or one prefill chunk.
-    """
-
-    batch: int
     tokens: slice  # of the step's packed tokens
-    rows: slice  # of the rows that the step reads
-    mask: torch.Tensor | None  # bool, [batch, 1, 1, longest] or [new, total]
-
-    @classmethod
-    def of(cls, work: Work, token: int, row: int) -> tuple[Self, torch.Tensor]:
-        """The group for this work, and the pool's rows to copy for it."""
-        new, totals = work[0][1], torch.tensor([[span.num_cached + new] for span, new in work])
-        longest = torch.arange(int(totals.max()))
-        # A shorter span is padded with its last row, which is masked.
-        rows = torch.tensor([[span.start] for span, _ in work]) + longest.minimum(totals - 1)
-        mask = None
-        if new > 1:
-            mask = longest <= longest[-new:, None]
-        elif len(work) > 1:
-            mask = (longest < totals)[:, None, None]
-        tokens = slice(token, token + len(work) * new)
-        return cls(len(work), tokens, slice(row, row + rows.numel()), mask), rows.flatten()
 
     @property
     def is_prefill(self) -> bool:
-        return self.tokens.stop - self.tokens.start > self.batch
+        """Whether there are several tokens of a sequence."""
+
+    def select(self, pool: torch.Tensor) -> torch.Tensor:
+        """The rows that `attend` takes, of a layer's [rows, heads, width]."""
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
-        key, value = (x.unflatten(0, (self.batch, -1)).transpose(1, 2) for x in (key, value))
-        # The query heads of a group become the query's length, [batch, kv heads, sharing * new,
-        # width], so that no key head is repeated: enable_gqa with a mask is slow on CUDA.
+        """Attention of queries [tokens, heads, width] to the selected rows."""
+
+
+class ChunkAttention(NamedTuple):
+    """One chunk of a prompt; a span is contiguous, so its rows need no copy."""
+
+    tokens: slice
+    rows: slice
+    mask: torch.Tensor  # bool, [new, total], causal and aligned bottom-right
+    is_prefill: bool = True
+
+    @classmethod
+    def of(cls, work: Work, token: int) -> Self:
+        ((span, new),) = work
+        total = span.num_cached + new
+        places = torch.arange(total)
+        rows = slice(span.start, span.start + total)
+        return cls(slice(token, token + new), rows, places <= places[-new:, None])
+
+    def select(self, pool: torch.Tensor) -> torch.Tensor:
+        return pool[self.rows]
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        new, num_heads = query.shape[:2]
+        num_groups = key.shape[1]
+        key, value = (x.transpose(0, 1)[None] for x in (key, value))
+        # The query heads of a group become the query's length, [1, kv heads, sharing * new, width],
+        # so that no key head is repeated: enable_gqa with a mask is slow on CUDA.
+        query = query.unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)[None]
+        mask = self.mask.repeat(num_heads // num_groups, 1)
+        out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+        return out[0].unflatten(1, (-1, new)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+class SlicedAttention(NamedTuple):
+    """Decode tokens of several sequences, one after the other, each over its own span."""
+
+    tokens: slice
+    spans: tuple[tuple[int, int], ...]  # the first row and the number of rows of each
+    is_prefill: bool = False
+
+    @classmethod
+    def of(cls, work: Work, token: int) -> Self:
+        spans = tuple((span.start, span.num_cached + 1) for span, _ in work)
+        return cls(slice(token, token + len(work)), spans)
+
+    def select(self, pool: torch.Tensor) -> torch.Tensor:
+        return pool
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        key, value = (x.transpose(0, 1)[None] for x in (key, value))
+        # The query heads of a group become the query's length, [tokens, kv heads, sharing, width].
+        queries = query.unflatten(1, (key.shape[1], -1)).split(1)
+        outs = [
+            F.scaled_dot_product_attention(
+                one, key.narrow(2, start, count), value.narrow(2, start, count), scale=scale
+            )
+            for one, (start, count) in zip(queries, self.spans, strict=True)
+        ]
+        return torch.cat(outs).flatten(1, 2)
+
+
+class CopiedAttention(NamedTuple):
+    """Decode tokens of several sequences, whose rows are copied side by side and padded."""
+
+    tokens: slice
+    rows: torch.Tensor  # of the pool, [batch * longest]
+    mask: torch.Tensor  # bool, [batch, 1, 1, longest]
+    is_prefill: bool = False
+
+    @classmethod
+    def of(cls, work: Work, token: int) -> Self:
+        totals = torch.tensor([[span.num_cached + 1] for span, _ in work])
+        longest = torch.arange(int(totals.max()))
+        # A shorter span is padded with its last row, which is masked.
+        rows = torch.tensor([[span.start] for span, _ in work]) + longest.minimum(totals - 1)
+        mask = (longest < totals)[:, None, None]
+        return cls(slice(token, token + len(work)), rows.flatten(), mask)
+
+    def select(self, pool: torch.Tensor) -> torch.Tensor:
+        return pool.index_select(0, self.rows)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        key, value = (x.unflatten(0, (len(query), -1)).transpose(1, 2) for x in (key, value))
         query = query.unflatten(1, (key.shape[1], -1))
-        if not self.is_prefill:
-            out = F.scaled_dot_product_attention(query, key, value, self.mask, scale=scale)
-            return out.flatten(1, 2)
-        assert self.mask is not None
-        new, sharing = len(query), query.shape[2]
-        stacked, mask = query.permute(1, 2, 0, 3).flatten(1, 2)[None], self.mask.repeat(sharing, 1)
-        out = F.scaled_dot_product_attention(stacked, key, value, mask, scale=scale)
-        return out[0].unflatten(1, (sharing, new)).permute(2, 0, 1, 3).flatten(1, 2)
+        out = F.scaled_dot_product_attention(query, key, value, self.mask, scale=scale)
+        return out.flatten(1, 2)
 
 
-class InPlace(NamedTuple):
-    """Part of a step: FlashAttention reads keys and values in place in the pool, on CUDA.
+class InPlaceAttention(NamedTuple):
+    """FlashAttention reads keys and values in place in the pool, on CUDA.
 
     Either all decode tokens or all prefill chunks; sizes are named as in torch's varlen_attn.
     """
@@ -82,7 +143,6 @@ class InPlace(NamedTuple):
     cu_seq_q: torch.Tensor  # int32, [sequences + 1]: where each one's packed tokens begin
     cu_seq_k: torch.Tensor  # int32, [sequences + 1]: where each one's span begins, in order
     seqused_k: torch.Tensor  # int32, [sequences]: how many of its rows are read
-    rows: slice = slice(None)  # attend gets all of the pool
 
     @classmethod
     def of(cls, work: Work, token: int) -> Self:
@@ -98,6 +158,9 @@ class InPlace(NamedTuple):
     @property
     def is_prefill(self) -> bool:
         return self.max_q > 1
+
+    def select(self, pool: torch.Tensor) -> torch.Tensor:
+        return pool
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
@@ -121,116 +184,13 @@ class InPlace(NamedTuple):
         return out
 
 
-class Step:
-    """The inputs of one forward pass; a plain object, which accelerate's hooks leave alone."""
-
-    def __init__(self, work: Work, in_place: bool = False):
-        self.in_place = in_place
-        # Work that agrees in the first part of the key shares a call of attention: prefill in
-        # place, decode in place, or gathered decode tokens of similar lengths.
-        order = sorted(range(len(work)), key=lambda n: self._neighbourhood(*work[n]))
-        work = [work[n] for n in order]
-        places = [(span.start, span.num_cached + n) for span, new in work for n in range(new)]
-        ends = dict(zip(order, accumulate(new for _, new in work), strict=True))
-        # Python lists first: a step has too few tokens for tensor operations to be faster.
-        self.ids = torch.tensor([i for span, n in work for i in span.tokens[span.num_cached :][:n]])
-        self.positions = torch.tensor([position for _, position in places])
-        # The pool's row of each packed token, and the index of each sequence's last token.
-        self.write = torch.tensor([start + position for start, position in places])
-        self.last = torch.tensor([ends[n] - 1 for n in range(len(work))])
-        self.groups: list[Gathered | InPlace] = []
-        reads = [torch.empty(0, dtype=torch.long)]
-        for _, part in groupby(work, lambda item: self._neighbourhood(*item)[0]):
-            token = self.groups[-1].tokens.stop if self.groups else 0
-            if in_place:
-                self.groups.append(InPlace.of(list(part), token))
-            else:
-                group, rows = Gathered.of(list(part), token, sum(map(len, reads)))
-                self.groups.append(group)
-                reads.append(rows)
-        self.read = torch.cat(reads)  # the pool's rows to copy, for gathered groups
-        self.attended = 0
-        self._copies: dict[torch.device, Step] = {}
-
-    def _neighbourhood(self, span: Span, new: int) -> tuple[tuple[bool, int], int]:
-        if self.in_place:
-            return (new > 1, 0), span.start
-        # A prefill chunk is always alone; decode lengths agree within a factor of two.
-        alike = span.start if new > 1 else (span.num_cached + 1).bit_length()
-        return (new > 1, alike), span.num_cached
-
-    def on(self, device: torch.device) -> "Step":
-        """The step with its tensors on a device, copied there once for all layers."""
-        if device not in self._copies:
-            there = self._copies[device] = copy(self)
-            there._copies = {}  # a shared dict would be a reference cycle that holds GPU memory
-            for name in ("ids", "positions", "write", "read", "last", "groups"):
-                here = getattr(self, name)
-                setattr(there, name, send_to_device(here, device, non_blocking=True))
-        return self._copies[device]
-
-
-class SpanLayer(CacheLayerMixin):
-    """One layer's keys and values, [rows, heads, width] each, wherever the layer lives."""
-
-    def __init__(self, pool: "Pool"):
-        super().__init__()
-        self.pool = pool
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        rows = self.pool.rows + 1  # the last one is for padding
-        shapes = [(rows, x.shape[1], x.shape[3]) for x in (key_states, value_states)]
-        # Not zeroed: no row is read before it is written, and untouched pages cost no memory.
-        self.keys, self.values = map(key_states.new_empty, shapes)
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the step's rows; return the rows it reads, or all: [1, heads, rows, width]."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        step = self.pool.step.on(key_states.device)
-        self.keys.index_copy_(0, step.write, key_states[0].transpose(0, 1))
-        self.values.index_copy_(0, step.write, value_states[0].transpose(0, 1))
-        keys, values = self.keys, self.values
-        if not step.in_place:
-            keys, values = keys.index_select(0, step.read), values.index_select(0, step.read)
-        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return self.pool.rows
-
-
-class Pool(Cache):
-    """The KV cache of every sequence; each layer's rows are created on first use."""
-
-    step: Step
-
-    def __init__(self, num_layers: int, rows: int):
-        self.rows = rows
-        super().__init__(layers=[SpanLayer(self) for _ in range(num_layers)])
-
-    def copy(self, source: int, target: int, count: int) -> None:
-        """Copy `count` rows of every layer."""
-        for layer in self.layers:
-            for x in (layer.keys, layer.values):
-                x[target : target + count] = x[source : source + count]
-
-
 def packed_attention(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    step: Step,
+    step: "Step",
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -243,44 +203,53 @@ def packed_attention(
         if kwargs.get(name) is not None:
             raise StartError(f"the model's attention uses {name}, which this server does not do")
     step.attended += 1
-    latent = getattr(module, "expand_kv", None) is keep_latent
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    parts = []
-    for group in step.on(query.device).groups:
-        attend = partial(attend_latent, module, group) if latent else group.attend
-        parts.append(attend(query[group.tokens], key[group.rows], value[group.rows], scaling))
+    here = step.on(query.device)
+    layer = step.pool.layers[module.layer_idx]
+    query = query[0].transpose(0, 1)
+    if keeps_latent(module):
+        rows, _ = layer.write(here.write, torch.cat([key, value], dim=-1), None)
+        parts = [
+            attend_latent(module, group, query[group.tokens], group.select(rows), scaling)
+            for group in here.groups
+        ]
+    else:
+        keys, values = layer.write(here.write, key, value)
+        parts = [
+            group.attend(query[group.tokens], group.select(keys), group.select(values), scaling)
+            for group in here.groups
+        ]
     return torch.cat(parts)[None], None
 
 
 def attend_latent(
-    module: Any,
-    group: Gathered | InPlace,
-    query: torch.Tensor,
-    latent: torch.Tensor,
-    rotated: torch.Tensor,
-    scale: float | None,
+    module: Any, group: Group, query: torch.Tensor, rows: torch.Tensor, scale: float | None
 ) -> torch.Tensor:
-    """Multi-head latent attention over latents [rows, 1, rank] and rotated keys [rows, 1, width].
+    """Multi-head latent attention over rows [rows, 1, rank + rope width]: latent, rotated key.
 
     In prefill, keys and values are expanded from the latents, as many queries share them. In
     decode that would dominate the step, so the up-projections are absorbed into the query and
     the output instead: q · (W c) = (Wᵀ q) · c (section 2.1.2 of arXiv 2405.04434, DeepSeek-V2).
     """
+    rank = module.kv_lora_rank
     if group.is_prefill:
-        given = (x.transpose(0, 1)[None] for x in (latent, rotated))
+        given = (x.transpose(0, 1)[None] for x in (rows[..., :rank], rows[..., rank:]))
         key, value = (x[0].transpose(0, 1) for x in type(module).expand_kv(module, *given))
         return group.attend(query, key, value, scale)
     widths = [module.qk_nope_head_dim, module.v_head_dim]
     make_key, make_value = module.kv_b_proj.weight.unflatten(0, (-1, sum(widths))).split(widths, 1)
-    plain, turned = query.split([widths[0], rotated.shape[-1]], dim=-1)
+    plain, turned = query.split([widths[0], rows.shape[-1] - rank], dim=-1)
     query = torch.cat([torch.einsum("thw,hwr->thr", plain, make_key), turned], dim=-1)
-    out = group.attend(query, torch.cat([latent, rotated], dim=-1), latent, scale)
+    out = group.attend(query, rows, rows[..., :rank], scale)
     return torch.einsum("thr,hwr->thw", out, make_value)
 
 
 def keep_latent(latent: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Replaces MLA's expand_kv: the cache then holds latents, and attend_latent expands them."""
     return latent, rotated
+
+
+def keeps_latent(module: Any) -> bool:
+    return getattr(module, "expand_kv", None) is keep_latent
 
 
 def can_absorb(module: Any) -> bool:
@@ -290,8 +259,12 @@ def can_absorb(module: Any) -> bool:
     return plain and hasattr(module, "expand_kv")
 
 
-def register_attention() -> None:
-    """Make "packed" known to transformers as an attention implementation."""
+def use_packed_attention(model: Any) -> None:
+    """Let a model's layers call `packed_attention`; those of MLA then cache their latents."""
     AttentionInterface.register("packed", packed_attention)
-    # cuDNN makes a plan for each new length, and gathered keys have a new one at every step.
+    # cuDNN makes a plan for each new length, and copied keys have a new one at every step.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    for module in model.modules():
+        if can_absorb(module):
+            module.expand_kv = keep_latent
+    model.set_attn_implementation("packed")

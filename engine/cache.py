@@ -1,6 +1,23 @@
-"""Who owns which rows of the KV cache."""
+"""Who owns which rows of the KV cache, and which of them a new prompt can take over.
+
+Running sequences own spans of rows; what finished ones have computed is kept until its room is
+needed, least recently used first. Prefixes are found by the chained hashes of their blocks, as in
+vLLM's automatic prefix caching, in a few look-ups however many there are.
+"""
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
+from itertools import islice
+from typing import Generic, TypeVar
+
+from engine.sequence import Sequence, Span
+
+# Tokens in a hashed block. A shorter prefix is computed again rather than kept or copied.
+BLOCK = 16
+# Most prefixes of finished requests that are kept.
+MAX_PREFIXES = 256
+# Spans that share a block are compared token by token; of many, so many of the newest.
+MAX_COMPARED = 16
 
 
 class Allocator:
@@ -8,6 +25,16 @@ class Allocator:
 
     def __init__(self, rows: int):
         self.gaps = [(0, rows)]  # (first row, size), in order
+
+    def copy(self) -> "Allocator":
+        """One that can be tried without consequences."""
+        other = Allocator(0)
+        other.gaps = list(self.gaps)
+        return other
+
+    @property
+    def num_free(self) -> int:
+        return sum(size for _, size in list(self.gaps))
 
     def allocate(self, size: int, at: int | None = None) -> int | None:
         """The first row of a new span, in the tightest gap or the one that begins `at` that row.
@@ -29,6 +56,219 @@ class Allocator:
         if at < len(self.gaps) and self.gaps[at][0] == start + size:
             size += self.gaps.pop(at)[1]
         if at > 0 and sum(self.gaps[at - 1]) == start:
-            before = self.gaps.pop(at - 1)
-            at, start, size = at - 1, before[0], before[1] + size
+            at -= 1
+            before, room = self.gaps.pop(at)
+            start, size = before, room + size
         self.gaps.insert(at, (start, size))
+
+
+def block_hashes(span: Span, count: int) -> list[int]:
+    """The hashes of a span's first `count` blocks, each over all tokens up to its end."""
+    hashes = span.block_hashes
+    for n in range(len(hashes), count):
+        before = hashes[-1] if hashes else 0
+        hashes.append(hash((before, *span.tokens[n * BLOCK : (n + 1) * BLOCK])))
+    return hashes[:count]
+
+
+S = TypeVar("S", bound=Span)
+
+
+class PrefixIndex(Generic[S]):
+    """Finds spans that begin with the same blocks as a given one."""
+
+    def __init__(self) -> None:
+        self.spans: dict[int, dict[S, None]] = {}  # by a block's hash, in order of arrival
+        self.num_blocks: dict[S, int] = {}  # that each span has here
+
+    def add(self, span: S, num_tokens: int) -> None:
+        """Let the blocks of a span's first `num_tokens` tokens be found from now on."""
+        known = self.num_blocks.get(span, 0)
+        count = num_tokens // BLOCK
+        if count > known:
+            for key in block_hashes(span, count)[known:]:
+                self.spans.setdefault(key, {})[span] = None
+            self.num_blocks[span] = count
+
+    def remove(self, span: S) -> None:
+        for key in block_hashes(span, self.num_blocks.pop(span, 0)):
+            del self.spans[key][span]
+            if not self.spans[key]:
+                del self.spans[key]
+
+    def longest(self, span: Span) -> int:
+        """How many of a span's blocks another one begins with, its last token left out."""
+        hashes = block_hashes(span, (len(span.tokens) - 1) // BLOCK)
+        # Who has a block has all before it.
+        return bisect_left(hashes, True, key=lambda key: key not in self.spans)
+
+    def sharing(self, span: Span, count: int) -> list[S]:
+        """Some of those that share a span's first `count` blocks, the newest first."""
+        found = self.spans.get(block_hashes(span, count)[-1], {}) if count else {}
+        return list(islice(reversed(found), MAX_COMPARED))
+
+
+def common_prefix(cached: Span, tokens: list[int], known: int) -> int:
+    """How many of the cached tokens are a prefix of the given ones, if at least `known` are.
+
+    Never all of the given ones, since the last one's logits are wanted.
+    """
+    if cached.tokens[:known] != tokens[:known]:  # the hashes collided
+        return 0
+    most = min(cached.num_cached, len(tokens) - 1)
+    count = min(known, most)
+    while count < most and cached.tokens[count] == tokens[count]:
+        count += 1
+    return count
+
+
+class SpanCache:
+    """The rows of the KV cache: places sequences in it, and keeps what finished ones computed.
+
+    `copy_rows(source, start, count)` copies a span's first rows to those from `start` on, and says
+    whether it succeeded; if not, they are computed again.
+    """
+
+    def __init__(self, rows: int, copy_rows: Callable[[Span, int, int], bool], reuse: bool = True):
+        self.rows, self.reuse = rows, reuse
+        self.copy_rows = copy_rows
+        self.allocator = Allocator(rows)
+        self.kept: dict[Span, None] = {}  # of finished requests, least recently used first
+        self.computed = PrefixIndex[
+            Span
+        ]()  # kept spans, and running ones as far as they are computed
+        self.prefilling = PrefixIndex[
+            Sequence
+        ]()  # the prompts of running ones that are being computed
+
+    @property
+    def num_used(self) -> int:
+        """Rows in use; approximate, as other threads read it."""
+        return self.rows - self.allocator.num_free
+
+    def place(self, seq: Sequence) -> bool:
+        """Give a sequence a span, with the longest cached prefix in it; False if none fits."""
+        shared, source = self._longest_prefix(seq)
+        if not self._continue_in(source, shared, seq):
+            start = self._reserve(seq.wanted_room, spare=source)
+            if start is None:
+                return False
+            seq.start, seq.room = start, seq.wanted_room
+            # The source may have been evicted for the room.
+            if source and source in self.computed.num_blocks:
+                if source in self.kept:
+                    self.kept[source] = self.kept.pop(source)
+                if self.copy_rows(source, start, shared):
+                    seq.num_cached = shared
+        if not seq.admitted:  # a readmitted sequence finds its own rows, which is no reuse
+            seq.num_reused = seq.num_cached
+        self.advance(seq)
+        return True
+
+    def advance(self, seq: Sequence) -> None:
+        """Let what a sequence has computed by now be found by others."""
+        if not self.reuse:
+            return
+        self.computed.add(seq, seq.num_cached)
+        if seq.pending > 1:
+            self.prefilling.add(seq, len(seq.tokens))
+        elif seq in self.prefilling.num_blocks:
+            self.prefilling.remove(seq)
+
+    def prefix_in_prefill(self, seq: Sequence) -> Sequence | None:
+        """A sequence in prefill that will soon share a longer prefix than any cached one.
+
+        Then waiting is faster: of n answers to one prompt, or of requests that arrive together
+        with the same system prompt, one computes the prefix and the others copy it.
+        """
+        if not self.prefilling.num_blocks or seq.all_logits:
+            return None
+        coming = self.prefilling.longest(seq)
+        if coming <= self.computed.longest(seq):
+            return None
+        return self.prefilling.sharing(seq, coming)[0]
+
+    def grow(self, seq: Sequence) -> bool:
+        """Widen a sequence's span, or move it; if no room is found, it is released."""
+        more = seq.wanted_room - seq.room
+        if self.allocator.allocate(more, at=seq.start + seq.room) is not None:
+            seq.room += more
+            return True
+        start = self._reserve(seq.wanted_room)
+        if start is None:
+            self.release(seq)
+            return False
+        old = Span(seq.tokens, seq.start, seq.room, seq.num_cached)
+        seq.start, seq.room = start, seq.wanted_room
+        if not self.copy_rows(old, seq.start, old.num_cached):
+            self._forget(seq)
+            seq.num_cached = 0
+        self.allocator.release(old.start, old.room)
+        return True
+
+    def release(self, seq: Sequence) -> None:
+        """Free a sequence's rows, except for those kept as a prefix."""
+        self._forget(seq)
+        count = seq.num_cached if self.reuse and seq.num_cached >= BLOCK else 0
+        if count:
+            hashes = block_hashes(seq, count // BLOCK)
+            prefix = Span(seq.tokens[:count], seq.start, count, count, block_hashes=hashes)
+            self.kept[prefix] = None
+            self.computed.add(prefix, count)
+        if len(self.kept) > MAX_PREFIXES:
+            self._evict(next(iter(self.kept)))
+        if seq.room > count:
+            self.allocator.release(seq.start + count, seq.room - count)
+        seq.room = seq.num_cached = 0
+
+    def _longest_prefix(self, seq: Sequence) -> tuple[int, Span | None]:
+        """The most tokens of a sequence that a span holds already, and that span."""
+        if not self.reuse or seq.all_logits:
+            return 0, None
+        blocks = self.computed.longest(seq)
+        longest, source = 0, None
+        for span in self.computed.sharing(seq, blocks):
+            count = common_prefix(span, seq.tokens, blocks * BLOCK)
+            if count > longest:
+                longest, source = count, span
+        return longest, source
+
+    def _continue_in(self, prefix: Span | None, shared: int, seq: Sequence) -> bool:
+        """Take over the rows of a kept prefix that is shared whole, if those behind are free."""
+        if prefix is None or prefix not in self.kept or shared < prefix.num_cached:
+            return False
+        more = seq.wanted_room - prefix.room
+        if self.allocator.allocate(more, at=prefix.start + prefix.room) is None:
+            return False
+        seq.start, seq.room, seq.num_cached = prefix.start, seq.wanted_room, shared
+        del self.kept[prefix]
+        self.computed.remove(prefix)
+        return True
+
+    def _reserve(self, size: int, spare: Span | None = None) -> int | None:
+        """Allocate rows, evicting kept prefixes as needed, `spare` last; None if they are few."""
+        start = self.allocator.allocate(size)
+        if start is not None:
+            return start
+        if self.allocator.num_free + sum(span.room for span in self.kept) < size:
+            return None
+        trial = self.allocator.copy()
+        for span in sorted(self.kept, key=lambda span: span is spare):
+            trial.release(span.start, span.room)
+            start = trial.allocate(size)
+            if start is not None:
+                break
+        if start is None:
+            return None
+        for span in [span for span in self.kept if start <= span.start < start + size]:
+            self._evict(span)
+        return self.allocator.allocate(size, at=start)
+
+    def _evict(self, span: Span) -> None:
+        del self.kept[span]
+        self.computed.remove(span)
+        self.allocator.release(span.start, span.room)
+
+    def _forget(self, seq: Sequence) -> None:
+        self.computed.remove(seq)
+        self.prefilling.remove(seq)

@@ -1,16 +1,14 @@
-"""Decode steps as CUDA graphs."""
+"""Decode steps as CUDA graphs: one launch instead of hundreds."""
 
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from engine.attention import InPlace, Step
-
-if TYPE_CHECKING:
-    from engine.runner import Runner
+from engine.attention import InPlaceAttention
+from engine.step import Step
 
 
 def capture(
@@ -37,26 +35,36 @@ def capture(
 
 
 class DecodeGraph:
-    """A decode step of a fixed batch size as a CUDA graph: one launch instead of hundreds.
+    """A decode step of a fixed batch size as a CUDA graph, whose inputs are overwritten.
 
     `longest` bounds the sequences' lengths: by it, the kernel divides its work at capture.
     """
 
-    def __init__(self, runner: "Runner", size: int, longest: int, memory: Any):
-        self.size, self.longest = size, longest
-        self.step = Step([(runner.idle, 1)] * size, in_place=True).on(runner.device)
-        (group,) = self.step.groups
-        assert isinstance(group, InPlace)
+    size: int  # sequences
+    longest: int
+
+    def __init__(
+        self,
+        step: Step,
+        longest: int,
+        compute: Callable[[Step], torch.Tensor],
+        device: torch.device,
+        memory: Any,
+    ):
+        (group,) = step.groups
+        assert isinstance(group, InPlaceAttention)
+        self.step = step
+        self.longest = longest
+        self.size = len(step.ids)
         self.group = group._replace(max_k=longest)
-        self.step.groups = [self.group]
-        compute = partial(runner.compute, self.step)
-        self.logits, self.replay = capture(compute, runner.device, memory)
+        step.groups = [self.group]
+        self.logits, self.replay = capture(partial(compute, step), device, memory)
 
     def __call__(self, step: Step) -> torch.Tensor:
         """Replay with a step's inputs; the returned logits are overwritten by the next call."""
         (given,) = step.groups
-        assert isinstance(given, InPlace)
-        for name in ("ids", "positions", "write", "last"):
+        assert isinstance(given, InPlaceAttention)
+        for name in ("ids", "positions", "write", "wanted"):
             getattr(self.step, name).copy_(getattr(step, name), non_blocking=True)
         for name in ("cu_seq_k", "seqused_k"):
             getattr(self.group, name).copy_(getattr(given, name), non_blocking=True)

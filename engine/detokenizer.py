@@ -7,7 +7,9 @@ from tokenizers.decoders import DecodeStream
 class Detokenizer:
     """Incremental detokenizer of one answer: whole characters only, and never a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+    def __init__(
+        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), context_ids: list[int] | None = None
+    ):
         self.tokenizer, self.stop = tokenizer, stop
         self.stopped = False
         self._most, self._firsts = max(map(len, stop), default=0), {s[0] for s in stop}

@@ -53,10 +53,12 @@ class Guide:
 class GuideCompiler:
     """Compiles JSON schemas into guides for one model's tokens; thread-safe."""
 
-    def __init__(self, tokenizer: Tokenizer, special_ids: Collection[int], end_ids: set[int]):
+    def __init__(
+        self, tokenizer: Tokenizer, special_ids: Collection[int], end_ids: Collection[int]
+    ):
         self.tokenizer = tokenizer
         self.ends = sorted(end_ids)
-        self.markers = sorted(set(special_ids) - end_ids)
+        self.markers = sorted(set(special_ids) - set(end_ids))
         self._trie: LLTokenizer | None = None
         self._lock = threading.Lock()
 

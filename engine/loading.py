@@ -18,7 +18,7 @@ from engine.engine import Engine
 from engine.errors import StartError
 from engine.families import checkpoint_defaults
 from engine.model import ChatModel
-from engine.runner import Runner, input_device
+from engine.runner import Runner, create_runner, input_device
 from engine.sequence import Span
 from engine.tokenizer import ChatTokenizer
 
@@ -65,14 +65,14 @@ def start_runner(model: Any, cache_memory: str = "auto", max_batch: int = 64) ->
     alone = [reference_logits(model, ids) for ids in probes(model)]
     try:
         most = max_batch * context_length(model.config)
-        runner = Runner(model, cache_memory, most)
-    except (TypeError, ValueError) as error:
+        runner = create_runner(model, cache_memory, most)
+    except (AttributeError, TypeError, ValueError) as error:
         raise StartError(f"{type(model).__name__} cannot be batched: {error}") from error
     runner.capture_graphs(max_batch, min(context_length(model.config), runner.rows))
     try:
         runner.difference = self_check(runner, alone)
     except (StartError, RuntimeError) as error:
-        if not runner.in_place:
+        if runner.way != "in place":
             raise
         runner.fall_back(str(error))
         runner.difference = self_check(runner, alone)
@@ -81,7 +81,8 @@ def start_runner(model: Any, cache_memory: str = "auto", max_batch: int = 64) ->
 
 def attention_summary(runner: Runner) -> str:
     if runner.fallback_reason:
-        return f"sdpa over copied rows ({runner.fallback_reason})"
+        how = "the rows in place" if runner.way == "sliced" else "copied rows"
+        return f"sdpa over {how} ({runner.fallback_reason})"
     sizes = sorted({recorded.size for recorded in runner.graphs})
     graphs = f"CUDA graphs for {', '.join(map(str, sizes)) or 'no'} sequences"
     return f"FlashAttention in place, {graphs}"
@@ -145,7 +146,7 @@ def load(
         max_batch=max_batch,
         max_waiting=max_waiting,
         reuse=reuse,
-        chunk=prefill_chunk,
+        prefill_chunk=prefill_chunk,
         timeout=timeout,
     )
     return ChatModel(

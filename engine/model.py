@@ -5,15 +5,17 @@ from bisect import bisect_left
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from engine.engine import Engine
 from engine.errors import ContextTooLong, InvalidInput
 from engine.families import Message
-from engine.guide import Guide, GuideCompiler
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta
-from engine.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+    from engine.guide import Guide, GuideCompiler
+    from engine.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,11 @@ class Prompt:
     """A tokenized request, with its sampling settled."""
 
     ids: list[int]
-    sampling: SamplingParams
+    params: SamplingParams
     open_ended: bool
-    guide: Guide | None = None
+    guide: "Guide | None" = None
     dropped_turns: int = 0
+    continues: bool = False  # the answer goes on from the prompt's text
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class ChatModel:
     """A loaded model, ready to answer."""
 
     name: str
-    tokenizer: ChatTokenizer
-    engine: Engine
+    tokenizer: "ChatTokenizer"
+    engine: "Engine"
     defaults: SamplingParams
     context_length: int
     prompt_length: int  # most tokens of a prompt, where the model has such a limit
@@ -41,17 +44,58 @@ class ChatModel:
     facts: dict[str, str]
     loaded: int = field(default_factory=lambda: int(time.time()))
 
-    def answer(self, prompt: Prompt, n: int = 1, label: Any = None) -> AsyncGenerator[Delta]:
+    def answer(self, prompt: Prompt, n: int = 1) -> AsyncGenerator[Delta]:
+        """Yield an answer piece by piece, or n of them interleaved; closing it cancels.
+
+        Raises QueueFull, EngineStopped, TimedOut, StepFailed, or ContextTooLong.
+        """
         return self.engine.stream(
-            prompt.ids, prompt.sampling, prompt.open_ended, n=n, label=label, guide=prompt.guide
+            prompt.ids,
+            prompt.params,
+            n=n,
+            open_ended=prompt.open_ended,
+            guide=prompt.guide,
+            continues=prompt.continues,
         )
+
+    def check_queue(self) -> None:
+        """Raise QueueFull if no more requests may wait, EngineStopped if the engine is dead."""
+        self.engine.check_queue()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What the engine died of."""
+        return self.engine.failure
+
+    @property
+    def num_running(self) -> int:
+        return self.engine.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self.engine.num_waiting
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.engine.cache.rows
+
+    @property
+    def cache_tokens_used(self) -> int:
+        return self.engine.cache.num_used
+
+    def close(self) -> None:
+        """Stop the engine; those who still generate get EngineStopped."""
+        self.engine.close()
 
     def guided(self, prompt: Prompt, schema: dict[str, Any]) -> Prompt:
         """The same, to be answered with JSON of a schema. Raises InvalidInput if it is invalid."""
         return replace(prompt, guide=self._guides.compile(schema))
 
     @cached_property
-    def _guides(self) -> GuideCompiler:
+    def _guides(self) -> "GuideCompiler":
+        from engine.guide import GuideCompiler
+
         special = self.tokenizer.special.values()
         return GuideCompiler(self.tokenizer.backend, special, self.engine.end_ids)
 
@@ -80,12 +124,12 @@ class ChatModel:
         ids = self.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
         if not ids:
             raise InvalidInput("prompt is empty; send a text or token ids", "prompt")
-        return self._with_length(ids, given, whole_context=True)
+        return replace(self._with_length(ids, given, whole_context=True), continues=True)
 
     def _with_length(self, ids: list[int], given: dict[str, Any], whole_context: bool) -> Prompt:
-        sampling = replace(self.defaults, **given)
+        params = replace(self.defaults, **given)
         asked = "max_new_tokens" in given
-        most = sampling.max_new_tokens if asked or not whole_context else self.context_length
+        most = params.max_new_tokens if asked or not whole_context else self.context_length
         room = self.context_length - len(ids)
         wanted = most if asked else 1
         if room < wanted or len(ids) > self.prompt_length:
@@ -100,7 +144,7 @@ class ChatModel:
         if max(ids) >= self.vocabulary:
             last = self.vocabulary - 1
             raise InvalidInput(f"prompt has a token id of {max(ids)}; the last is {last}", "prompt")
-        return Prompt(ids, replace(sampling, max_new_tokens=min(room, most)), not asked)
+        return Prompt(ids, replace(params, max_new_tokens=min(room, most)), not asked)
 
     def _turns_to_drop(self, messages: list[Message], answer: int) -> int:
         """The fewest of the oldest turns to drop so that the answer fits."""

@@ -2,7 +2,6 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
@@ -10,27 +9,13 @@ import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
 
-from engine.attention import (
-    Pool,
-    SpanLayer,
-    Step,
-    can_absorb,
-    flash_attention,
-    keep_latent,
-    register_attention,
-)
+from engine.attention import flash_attention, use_packed_attention
 from engine.cuda_graph import DecodeGraph
 from engine.errors import StartError
 from engine.sequence import Span, Work
+from engine.step import LayerRows, Pool, Step, Way
 
 log = logging.getLogger("chat")
-
-
-def to_device(
-    values: list[Any], device: torch.device, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """A tensor of the values on a device, without synchronising with it."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def input_device(model: Any) -> torch.device:
@@ -40,7 +25,7 @@ def input_device(model: Any) -> torch.device:
     return torch.device(embedding.weight.device if device is None else device)
 
 
-def why_not_in_place(layers: Iterable[SpanLayer]) -> str | None:
+def why_not_in_place(layers: list[LayerRows]) -> str | None:
     """Why FlashAttention cannot read these keys and values in place; None if it can."""
     if flash_attention is None or "seqused_k" not in str(flash_attention.default._schema):
         return f"torch {torch.__version__} has no FlashAttention for it"
@@ -51,6 +36,8 @@ def why_not_in_place(layers: Iterable[SpanLayer]) -> str | None:
             return f"{torch.cuda.get_device_name(keys.device)} is older than Ampere"
         if keys.dtype not in (torch.bfloat16, torch.float16):
             return f"FlashAttention does not do {keys.dtype}"
+        if keys is values:
+            return "FlashAttention does not do latents"
         if keys.shape != values.shape or keys.shape[2] % 8 or keys.shape[2] > 256:
             return f"FlashAttention does not do keys {keys.shape[2]} wide, values {values.shape[2]}"
     return None
@@ -58,57 +45,92 @@ def why_not_in_place(layers: Iterable[SpanLayer]) -> str | None:
 
 def padded_size(total: int) -> int:
     """The number of tokens to pad a step to, one of a few dozen sizes."""
-    return total + -total % (1 if total <= 16 else 8 if total <= 64 else 32)
+    if total <= 16:
+        return total
+    return total + -total % (8 if total <= 64 else 32)
 
 
-class Runner:
-    """Computes logits with the model, over the spans of its pool; knows nothing of requests.
+def prepare_model(model: Any) -> None:
+    """Make a model's layers ready for packed steps.
 
     Raises StartError for a model that cannot be batched this way.
     """
+    config = model.config.get_text_config()
+    if other := {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
+        raise StartError(f"the model has layers of {', '.join(other)}, which cannot be packed")
+    for module in model.modules():
+        # Up to its original length, to which context_length holds it, dynamic rope is constant;
+        # its check for longer sequences would synchronise with the GPU in every step.
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.rope_type = "default"
+    use_packed_attention(model)
 
-    def __init__(self, model: Any, cache_memory: str = "auto", max_rows: int = 2**31 - 1):
+
+def create_runner(model: Any, cache_memory: str = "auto", max_rows: int = 2**31 - 1) -> "Runner":
+    """A runner with as many rows as the memory for the KV cache holds, at most `max_rows`.
+
+    Raises StartError if the model cannot be batched this way, or the memory is too small.
+    """
+    prepare_model(model)
+    # One token makes each layer create its rows, which shows what a row costs on which device.
+    trial = Runner(model, 8)
+    trial.forward([(Span([0]), 1)])
+    rows = min(max_rows, affordable_rows(trial.pool.layers, cache_memory))
+    if rows < 64:
+        raise StartError(f"the KV cache holds only {rows} tokens; raise --cache-memory")
+    runner = Runner(model, rows)
+    runner.fallback_reason = why_not_in_place(trial.pool.layers)
+    if runner.fallback_reason is None:
+        runner.way = "in place"
+    return runner
+
+
+def affordable_rows(layers: list[LayerRows], cache_memory: str) -> int:
+    """Rows that the memory budget holds, on the device where it holds the fewest."""
+    costs: Counter[torch.device] = Counter()
+    for layer in layers:
+        costs[layer.keys.device] += layer.row_bytes
+    return min(cache_budget(cache_memory, device) // cost for device, cost in costs.items())
+
+
+def cache_budget(setting: str, device: torch.device) -> int:
+    """Bytes for the KV cache on a device: auto, a fraction of the free memory, or a size."""
+    on_card = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_card else psutil.virtual_memory().available
+    if setting == "auto" and on_card:
+        # The rest is for activations and CUDA graphs.
+        return int(min(0.85 * free, max(free / 2, free - 2**30)))
+    if setting == "auto":
+        return 2**31
+    try:
+        return int(free * float(setting))
+    except ValueError:
+        return int(convert_file_size_to_int(setting))
+
+
+class Runner:
+    """Computes logits with a prepared model, over the spans of its pool; knows no requests."""
+
+    def __init__(self, model: Any, rows: int):
         self.model = model
         self.device = input_device(model)
         self.split = len(set(getattr(model, "hf_device_map", {}).values())) > 1
         # For every new shape in half precision oneDNN allocates memory that it never frees.
         self.pads = self.device.type == "cpu" and model.dtype != torch.float32
-        config = model.config.get_text_config()
-        self.num_layers = config.num_hidden_layers
-        if other := {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
-            raise StartError(f"the model has layers of {', '.join(other)}, which cannot be packed")
-        for module in model.modules():
-            if can_absorb(module):
-                module.expand_kv = keep_latent
-            # Up to its original length, to which context_length holds it, dynamic rope is constant;
-            # its check for longer sequences would synchronise with the GPU in every step.
-            if getattr(module, "rope_type", None) == "dynamic":
-                module.rope_type = "default"
-        register_attention()
-        model.set_attn_implementation("packed")
-        self.difference = 0.0  # from the plain forward pass, as self_check measured it
-        self.graphs: list[DecodeGraph] = []
-        self.in_place = False
-        self._create_pool(8)
-        # One token makes each layer create its rows, which shows what a row costs on which device.
-        self.forward([(Span([0]), 1)])
-        rows = min(max_rows, self._affordable(cache_memory))
-        if rows < 64:
-            raise StartError(f"the KV cache holds only {rows} tokens; raise --cache-memory")
-        self.fallback_reason = why_not_in_place(self.pool.layers)
-        self.in_place = self.fallback_reason is None
-        self._create_pool(rows)
-
-    def _create_pool(self, rows: int) -> None:
+        self.num_layers = model.config.get_text_config().num_hidden_layers
         self.pool = Pool(self.num_layers, rows)
         # The token id in each row, for penalties; and the span that pads a step.
         self.ids = torch.zeros(rows + 1, dtype=torch.long, device=self.device)
         self.idle = Span([0], rows, 1)
+        self.way: Way = self.fallback_way
+        self.fallback_reason: str | None = None  # why attention is not in place
+        self.graphs: list[DecodeGraph] = []
+        self.difference = 0.0  # from the plain forward pass, as self_check measured it
 
     @property
-    def asynchronous(self) -> bool:
-        """Whether a call returns before its result is computed, as on a GPU."""
-        return self.device.type == "cuda"
+    def fallback_way(self) -> Way:
+        """How decode reads the cache where FlashAttention cannot."""
+        return "sliced" if self.device.type == "cpu" else "copied"
 
     @property
     def rows(self) -> int:
@@ -117,31 +139,36 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, work: Work) -> torch.Tensor:
-        """Compute the work; return float32 logits [sequences, vocabulary] of the last tokens."""
+        """Compute the work; return float32 logits [wanted tokens, vocabulary].
+
+        Wanted is each span's last token, or all of the computed ones if it has `all_logits`.
+        """
         total = sum(new for _, new in work)
-        longest = max(span.num_cached + new for span, new in work)
-        fitting = (g for g in self.graphs if g.size >= total and g.longest >= longest)
-        graph = next(fitting, None) if total == len(work) else None
-        size = graph.size if graph else padded_size(total) if self.pads else total
-        step = Step([*work, *[(self.idle, 1)] * (size - total)], self.in_place)
-        logits = graph(step) if graph else self.compute(step, len(work))
-        return logits[: len(work)]
+        wanted = sum(new if span.all_logits else 1 for span, new in work)
+        graph = self._fitting_graph(work) if total == len(work) else None
+        size = total
+        if graph:
+            size = graph.size
+        elif self.pads:
+            size = padded_size(total)
+        step = Step([*work, *[(self.idle, 1)] * (size - total)], self.way)
+        logits = graph(step) if graph else self.compute(step, wanted)
+        return logits[:wanted]
 
     def compute(self, step: Step, wanted: int | None = None) -> torch.Tensor:
-        """A step's logits: of its first `wanted` sequences, or of all."""
-        self.pool.step = step
+        """A step's logits: of the first `wanted` of its wanted tokens, or of all."""
+        step.pool = self.pool
         here = step.on(self.device)
         self.ids.index_copy_(0, here.write, here.ids)
         # On a split model accelerate's root hook would move a tensor to the first device, not ints.
-        last = (step if self.split else here).last[:wanted]
+        kept = step.wanted[:wanted].tolist() if self.split else here.wanted[:wanted]
         before = step.attended
         out = self.model(
             input_ids=here.ids[None],
             position_ids=here.positions[None],
-            past_key_values=self.pool,
-            use_cache=True,
+            use_cache=False,
             step=step,
-            logits_to_keep=last.tolist() if self.split else last,
+            logits_to_keep=kept,
         )
         if step.attended - before != self.num_layers:
             raise StartError("the model's attention cannot be reached")
@@ -150,7 +177,7 @@ class Runner:
     @torch.inference_mode()
     def capture_graphs(self, max_batch: int, context: int) -> None:
         """Capture decode steps as CUDA graphs, for a few batch sizes and length limits each."""
-        if not self.in_place or self.split:
+        if self.way != "in place" or self.split:
             return
         sizes = sorted({*(2**n for n in range(11) if 2**n < max_batch), max_batch})
         lengths = sorted({*(2048 * 4**n for n in range(6) if 2048 * 4**n < context), context})
@@ -159,15 +186,15 @@ class Runner:
         try:
             # Largest first: the others then fit into its memory.
             for size, longest in reversed([*product(sizes, lengths)]):
-                self.graphs.insert(0, DecodeGraph(self, size, longest, memory))
+                self.graphs.insert(0, self._decode_graph(size, longest, memory))
         except Exception as error:  # not every model's code can be captured
             log.warning("decode steps do not run as CUDA graphs: %s", error)
             self.graphs = []
 
     def fall_back(self, reason: str) -> None:
-        """Copy rows for attention from now on, because reading them in place went wrong."""
+        """Do without FlashAttention from now on, because reading in place went wrong."""
         log.warning("attention in place is not used: %s", reason)
-        self.in_place, self.fallback_reason, self.graphs = False, reason, []
+        self.way, self.fallback_reason, self.graphs = self.fallback_way, reason, []
 
     def check_device(self) -> None:
         """Raise if the device no longer computes, as after some CUDA errors."""
@@ -177,24 +204,14 @@ class Runner:
     def copy(self, span: Span, start: int, count: int) -> None:
         """Copy the first `count` rows of a span to the rows from `start` on."""
         self.pool.copy(span.start, start, count)
-        self.ids[start : start + count] = to_device(span.tokens[:count], self.device)
+        ids = torch.tensor(span.tokens[:count]).to(self.device, non_blocking=True)
+        self.ids[start : start + count] = ids
 
-    def _affordable(self, cache_memory: str) -> int:
-        """Rows that the memory budget holds, on the device where it holds the fewest."""
-        costs: Counter[torch.device] = Counter()
-        for layer in self.pool.layers:
-            costs[layer.keys.device] += sum(x[0].nbytes for x in (layer.keys, layer.values))
-        return min(cache_budget(cache_memory, device) // cost for device, cost in costs.items())
+    def _fitting_graph(self, work: Work) -> DecodeGraph | None:
+        longest = max(span.num_cached + new for span, new in work)
+        fitting = (g for g in self.graphs if g.size >= len(work) and g.longest >= longest)
+        return next(fitting, None)
 
-
-def cache_budget(setting: str, device: torch.device) -> int:
-    """Bytes for the KV cache on a device: auto, a fraction of the free memory, or a size."""
-    on_card = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_card else psutil.virtual_memory().available
-    if setting == "auto":
-        # The rest is for activations and CUDA graphs.
-        return int(min(0.85 * free, max(free / 2, free - 2**30))) if on_card else 2**31
-    try:
-        return int(free * float(setting))
-    except ValueError:
-        return int(convert_file_size_to_int(setting))
+    def _decode_graph(self, size: int, longest: int, memory: Any) -> DecodeGraph:
+        step = Step([(self.idle, 1)] * size, "in place").on(self.device)
+        return DecodeGraph(step, longest, self.compute, self.device, memory)

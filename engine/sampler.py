@@ -1,61 +1,137 @@
 """From a step's logits to each sequence's next token, for the whole batch at once."""
 
-from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from engine.guide import Guide
-from engine.runner import to_device
 from engine.sequence import Sequence, Token
 
 # Tokens that are ranked at first; few requests ever need more.
 NUM_CANDIDATES = 128
 
 
-def column(seqs: list[Sequence], knob: str, like: torch.Tensor) -> torch.Tensor:
-    """One knob of every sequence, [sequences, 1]; a temperature is never 0 in float32."""
-    values = to_device([[getattr(seq.sampling, knob)] for seq in seqs], like.device)
-    return values.clamp(min=1e-30) if knob == "temperature" else values
-
-
-def pick(
-    seqs: list[Sequence],
-    logits: torch.Tensor,
-    pool_ids: torch.Tensor,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> list[int]:
-    """Sample the next token of every sequence, as transformers' logits processors would.
+@torch.inference_mode()
+def sample_tokens(
+    seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor
+) -> list[Token]:
+    """Sample the next token of every sequence, with logprobs for those that ask for them.
 
     Modifies logits, float32 [sequences, vocabulary]; pool_ids has the token id in each row of the
-    pool. Synchronises with a GPU once, at the end, after calling `meanwhile`.
+    pool. Logprobs are the model's own, before biases, penalties and temperature. Raises
+    ArithmeticError if a sequence's logits are not finite.
     """
-    sound = logits.amax(-1).isfinite()
-    if any(seq.sampling.repetition_penalty != 1 for seq in seqs):
+    with_logprobs = [row for row, seq in enumerate(seqs) if seq.params.logprobs is not None]
+    own = logits[with_logprobs].log_softmax(-1) if with_logprobs else None
+    is_finite = logits.amax(-1).isfinite()
+    restrict(seqs, logits)
+    ids = sample(seqs, logits, pool_ids, is_finite)
+    tokens = [Token(i) for i in ids]
+    if own is not None:
+        chosen = [ids[row] for row in with_logprobs]
+        counts = [seqs[row].params.logprobs or 0 for row in with_logprobs]
+        for row, token in zip(with_logprobs, scored(own, chosen, counts), strict=True):
+            tokens[row] = token
+    return tokens
+
+
+@torch.inference_mode()
+def score_prompt(seq: Sequence, logits: torch.Tensor) -> None:
+    """Note the logprobs of the prompt's tokens that follow those just computed.
+
+    Takes the logits of the tokens from `num_cached` on, [tokens, vocabulary].
+    """
+    following = seq.tokens[seq.num_cached + 1 : seq.num_prompt][: len(logits)]
+    own = logits[: len(following)].log_softmax(-1)
+    counts = [seq.params.prompt_logprobs or 0] * len(following)
+    # A step that failed is computed again.
+    seq.prompt_scores[seq.num_cached :] = scored(own, following, counts)
+
+
+def scored(logprobs: torch.Tensor, ids: list[int], counts: list[int]) -> list[Token]:
+    """Tokens with their logprobs and those of the `counts` likeliest, [tokens, vocabulary]."""
+    if not ids:
+        return []
+    own = logprobs.gather(1, to_device([[i] for i in ids], logprobs.device))[:, 0].tolist()
+    values, likeliest = logprobs.topk(max(counts))
+    rows = zip(ids, own, likeliest.tolist(), values.tolist(), counts, strict=True)
+    return [
+        Token(token, logprob, tuple(zip(top, top_values, strict=True))[:count])
+        for token, logprob, top, top_values, count in rows
+    ]
+
+
+def restrict(seqs: list[Sequence], logits: torch.Tensor) -> None:
+    """Apply what a request says of single tokens: biases, no early end, a guide."""
+    for row, seq in enumerate(seqs):
+        if seq.params.logit_bias:
+            ids, biases = zip(*seq.params.logit_bias, strict=True)
+            logits[row].index_add_(
+                0, to_device(ids, logits.device), to_device(biases, logits.device, logits.dtype)
+            )
+        if not seq.may_end and seq.end_ids:
+            logits[row, sorted(seq.end_ids)] = -torch.inf
+        if seq.guide:
+            apply_guide(seq.guide, logits[row])
+
+
+def apply_guide(guide: Guide, logits: torch.Tensor) -> None:
+    """Mask one sequence's logits [vocabulary] by its guide. Raises InvalidInput if it fails."""
+    allowed = torch.from_numpy(guide.allowed()[: len(logits)])
+    ruled_out = F.pad(~allowed, (0, len(logits) - len(allowed)), value=True)
+    logits.masked_fill_(ruled_out.to(logits.device, non_blocking=True), -torch.inf)
+
+
+def sample(
+    seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor, is_finite: torch.Tensor
+) -> list[int]:
+    """The next token ids, as transformers' logits processors would have them.
+
+    Synchronises with a GPU once, or twice where a sequence's top-p reaches beyond the candidates.
+    """
+    if any(seq.params.repetition_penalty != 1 for seq in seqs):
         apply_repetition_penalty(seqs, logits, pool_ids)
-    if any(seq.sampling.presence_penalty or seq.sampling.frequency_penalty for seq in seqs):
+    if any(seq.params.presence_penalty or seq.params.frequency_penalty for seq in seqs):
         apply_openai_penalties(seqs, logits, pool_ids)
-    warm = [row for row, seq in enumerate(seqs) if seq.sampling.temperature]
-    free = [row for row in warm if not seqs[row].sampling.top_k and seqs[row].sampling.top_p >= 1]
-    tokens, deeper = logits.argmax(-1), torch.zeros_like(sound)
-    # Rows to draw, and among how many candidates; 0 stands for all, unranked.
-    todo = [(free, 0), (sorted({*warm} - {*free}), NUM_CANDIDATES)]
-    while True:
-        for rows, depth in todo:
-            if rows:
-                there, some = to_device(rows, logits.device), [seqs[row] for row in rows]
-                theirs = logits if len(rows) == len(seqs) else logits.index_select(0, there)
-                numbers = to_device([[seq.draw] for seq in some], logits.device, torch.float64)
-                draw = partial(draw_from_top, depth=depth) if depth else draw_unranked
-                tokens[there], deeper[there] = draw(some, theirs, numbers)
-        meanwhile()
-        picked, again, right = torch.stack([tokens, deeper.long(), sound.long()]).tolist()
-        if not all(right):
-            raise ArithmeticError("the model's logits are not finite; try another --dtype")
-        if not any(again):
-            return picked
-        todo = [([row for row, yes in enumerate(again) if yes], 8 * depth)]
+    tokens = logits.argmax(-1)
+    beyond = torch.zeros_like(is_finite)
+    sampled = [row for row, seq in enumerate(seqs) if seq.params.temperature]
+    unfiltered = [row for row in sampled if is_unfiltered(seqs[row])]
+    ranked = [row for row in sampled if not is_unfiltered(seqs[row])]
+    if unfiltered:
+        rows = to_device(unfiltered, logits.device)
+        tokens[rows] = draw_unranked([seqs[row] for row in unfiltered], logits[rows])
+    if ranked:
+        rows = to_device(ranked, logits.device)
+        some = [seqs[row] for row in ranked]
+        tokens[rows], beyond[rows] = draw_ranked(some, logits[rows], NUM_CANDIDATES)
+    chosen, deeper, right = torch.stack([tokens, beyond.long(), is_finite.long()]).tolist()
+    if not all(right):
+        raise ArithmeticError("the model's logits are not finite; try another --dtype")
+    if any(deeper):
+        again = [row for row, wanted in enumerate(deeper) if wanted]
+        some = [seqs[row] for row in again]
+        exact, _ = draw_ranked(some, logits[to_device(again, logits.device)], logits.shape[1])
+        for row, token in zip(again, exact.tolist(), strict=True):
+            chosen[row] = token
+    return chosen
+
+
+def is_unfiltered(seq: Sequence) -> bool:
+    """Whether neither top-k nor top-p is on, so that nothing needs ranking."""
+    return not seq.params.top_k and seq.params.top_p >= 1
+
+
+def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor of the values on a device, without synchronising with it."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def column(seqs: list[Sequence], parameter: str, like: torch.Tensor) -> torch.Tensor:
+    """One parameter of every sequence, [sequences, 1]; a temperature is never 0 in float32."""
+    values = to_device([[getattr(seq.params, parameter)] for seq in seqs], like.device)
+    return values.clamp(min=1e-30) if parameter == "temperature" else values
 
 
 def token_ids_from(
@@ -95,17 +171,17 @@ def apply_openai_penalties(
     logits -= column(seqs, "presence_penalty", logits) * (times > 0)
 
 
-# Tokens [sequences], and which of them need to be drawn again among more candidates.
-Drawn = tuple[torch.Tensor, torch.Tensor]
-
-
-def draw_unranked(seqs: list[Sequence], logits: torch.Tensor, draws: torch.Tensor) -> Drawn:
-    """Sample where neither top-k nor top-p is on, so that nothing needs ranking."""
+def draw_unranked(seqs: list[Sequence], logits: torch.Tensor) -> torch.Tensor:
+    """Sample tokens [sequences] where neither top-k nor top-p is on."""
     scores = (logits - logits.amax(-1, True)) / column(seqs, "temperature", logits)
     mass = scores.exp()
     mass *= mass >= column(seqs, "min_p", logits)
-    tokens = inverse_transform(mass, draws)[:, 0]
-    return tokens, torch.zeros_like(tokens, dtype=torch.bool)
+    return inverse_transform(mass, draws_of(seqs, logits.device))[:, 0]
+
+
+def draws_of(seqs: list[Sequence], device: torch.device) -> torch.Tensor:
+    """Each sequence's random number from [0, 1) for its next token, [sequences, 1]."""
+    return to_device([[seq.draw] for seq in seqs], device, torch.float64)
 
 
 def inverse_transform(mass: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
@@ -118,19 +194,19 @@ def inverse_transform(mass: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     return place.clamp(max=mass.shape[1] - 1)
 
 
-def draw_from_top(
-    seqs: list[Sequence], logits: torch.Tensor, draws: torch.Tensor, depth: int
-) -> Drawn:
-    """Sample from logits [sequences, vocabulary] with draws [sequences, 1] from [0, 1).
+def draw_ranked(
+    seqs: list[Sequence], logits: torch.Tensor, depth: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample from the `depth` likeliest tokens of logits [sequences, vocabulary].
 
-    Ranks only the `depth` likeliest tokens, as sorting the whole vocabulary would take longer than
-    all the rest; a sequence whose top-p reaches deeper needs to be drawn again.
+    Sorting the whole vocabulary would take longer than all the rest. Returns the tokens
+    [sequences], and which sequences' top-p reaches deeper and need to be drawn among all tokens.
     """
     temperature, top_k, top_p, min_p = (
-        column(seqs, knob, logits) for knob in ("temperature", "top_k", "top_p", "min_p")
+        column(seqs, name, logits) for name in ("temperature", "top_k", "top_p", "min_p")
     )
     width = logits.shape[1]
-    depth = min(width, max(depth, *(seq.sampling.top_k for seq in seqs)))
+    depth = min(width, max(depth, *(seq.params.top_k for seq in seqs)))
     ranked, ids = logits.topk(depth)
     top = ranked[:, :1]
     # At most 0, so that no temperature can overflow it.
@@ -138,47 +214,12 @@ def draw_from_top(
     lowest = ranked.gather(1, top_k.clamp(1, depth) - 1)
     ranked = ranked.masked_fill((top_k > 0) & (ranked < lowest), -torch.inf)
     rivals = ranked.logsumexp(-1, True)
-    if not all(seq.sampling.top_k for seq in seqs):
+    if not all(seq.params.top_k for seq in seqs):
         everyone = ((logits - top) / temperature).logsumexp(-1, True)
         rivals = torch.where(top_k > 0, rivals, everyone)
     mass = (ranked - rivals).exp()
     before = mass.cumsum(-1, dtype=torch.float64) - mass
     keep = ((before < top_p) | (top_p >= 1)) & (mass >= min_p * mass[:, :1])
     keep[:, 0] = True
-    tokens = ids.gather(1, inverse_transform(mass * keep, draws))[:, 0]
+    tokens = ids.gather(1, inverse_transform(mass * keep, draws_of(seqs, logits.device)))[:, 0]
     return tokens, keep[:, -1] & (top_k[:, 0] == 0) & (depth < width)
-
-
-def apply_guide(guide: Guide, logits: torch.Tensor) -> None:
-    """Mask one sequence's logits [vocabulary] by its guide. Raises InvalidInput if it fails."""
-    allowed = torch.from_numpy(guide.allowed()[: len(logits)])
-    ruled_out = F.pad(~allowed, (0, len(logits) - len(allowed)), value=True)
-    logits.masked_fill_(ruled_out.to(logits.device, non_blocking=True), -torch.inf)
-
-
-@torch.inference_mode()
-def pick_tokens(
-    seqs: list[Sequence],
-    logits: torch.Tensor,
-    pool_ids: torch.Tensor,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> list[Token]:
-    """`pick` under the sequences' guides, and logprobs for those that ask for them.
-
-    Logprobs are the model's own, before temperature and penalties.
-    """
-    told = [row for row, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
-    own = logits.index_select(0, to_device(told, logits.device, torch.long)).log_softmax(-1)
-    for row, seq in enumerate(seqs):
-        if seq.guide:
-            apply_guide(seq.guide, logits[row])
-    tokens = [Token(i) for i in pick(seqs, logits, pool_ids, meanwhile)]
-    if told:
-        most = max(seqs[row].sampling.logprobs or 0 for row in told)
-        picked = to_device([[tokens[row].id] for row in told], own.device)
-        logprobs = own.gather(1, picked)[:, 0].tolist()
-        values, ids = (x.tolist() for x in own.topk(most))
-        for n, row in enumerate(told):
-            top_logprobs = tuple(zip(ids[n], values[n], strict=True))[: seqs[row].sampling.logprobs]
-            tokens[row] = Token(tokens[row].id, logprobs[n], top_logprobs)
-    return tokens

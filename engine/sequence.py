@@ -1,27 +1,23 @@
-"""A request inside the engine, and its part of the KV cache.
+"""An answer in the making, and its part of the KV cache.
 
 Each layer has one pool of rows, of which a sequence owns a contiguous span.
 """
 
-import asyncio
 import random
 import time
-from bisect import bisect_left
 from collections import abc
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from engine.detokenizer import Detokenizer
-from engine.errors import EngineError
-from engine.guide import Guide
 from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.guide import Guide
 
 FinishReason = Literal["stop", "length"]
 
 # Rows that an answer without a stated length reserves at a time.
 GROWTH = 1024
-# A shorter prefix is computed again rather than kept or copied.
-MIN_PREFIX = 16
 
 
 class Token(NamedTuple):
@@ -34,18 +30,20 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of an answer; the last one has the finish reason and the token counts."""
+    """A piece of an answer, and the counts of its answer so far; the last has a finish reason.
+
+    A Delta without text whose counts are all 0 only keeps an idle connection alive.
+    """
 
     text: str
+    index: int = 0  # which of a request's n answers it belongs to
     finish_reason: FinishReason | None = None
+    token: Token | None = None  # only with logprobs
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    token: Token | None = None  # only with logprobs
-    index: int = 0  # which of a request's n answers it belongs to
-
-    @property
-    def silent(self) -> bool:
-        return not (self.text or self.finish_reason or self.token)
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    queue_time: float = 0.0  # seconds until it had a place in the batch
+    prompt_logprobs: tuple[Token, ...] = ()  # of the prompt's tokens from the second on, if asked
 
 
 @dataclass(eq=False)
@@ -59,20 +57,9 @@ class Span:
     start: int = 0
     room: int = 0
     num_cached: int = 0
-
-    def common_prefix(self, tokens: list[int], beyond: int = 0) -> int:
-        """How many of the cached tokens are a prefix of the given ones.
-
-        Never all of the given ones, since the last one's logits are wanted. May return 0 for a
-        prefix that is no longer than `beyond`, or shorter than MIN_PREFIX.
-        """
-        most = min(self.num_cached, len(tokens) - 1)
-        if most <= beyond or self.tokens[beyond] != tokens[beyond]:
-            return 0
-        mine, other = self.tokens[:most], tokens[:most]
-        if mine == other or mine[:MIN_PREFIX] != other[:MIN_PREFIX]:
-            return most if mine == other else 0
-        return bisect_left(range(most), True, key=lambda n: mine[: n + 1] != other[: n + 1])
+    all_logits: bool = False  # the logits of all its tokens are wanted, not only of the last
+    # The chained hashes of the tokens' whole blocks, as far as anybody has asked for them.
+    block_hashes: list[int] = field(default_factory=list, repr=False)
 
     @property
     def pending(self) -> int:
@@ -82,71 +69,58 @@ class Span:
 
 @dataclass(eq=False, kw_only=True)
 class Sequence(Span):
-    """One answer in the making: its tokens, its state, and where its text goes."""
+    """One answer in the making: its tokens, how to pick the next, and how far it has come."""
 
-    sampling: SamplingParams
-    detokenizer: Detokenizer
-    loop: asyncio.AbstractEventLoop
-    open_ended: bool = False
-    outbox: "asyncio.Queue[Delta | EngineError]" = field(default_factory=asyncio.Queue)
-    index: int = 0
-    label: Any = None  # the caller's own, for Engine.on_end
-    guide: Guide | None = None
-    done: bool = False
+    params: SamplingParams
+    end_ids: frozenset[int] = frozenset()
+    open_ended: bool = False  # no length was stated: rows are reserved bit by bit
+    guide: "Guide | None" = None
+    done: bool = False  # ended, or its client has left; may be set from another thread
     finish_reason: FinishReason | None = None
-    failed: bool = False
-    passed: int = 0  # by how many smaller ones, while it waited for room
-    follows: "Sequence | None" = None  # whose prefill it waits for, to copy the prefix
-    num_reused: int = 0
+    prompt_scores: list[Token] = field(default_factory=list)  # with params.prompt_logprobs
+    num_reused: int = 0  # of the prompt's tokens, found in the prefix cache
+    times_overtaken: int = 0  # by smaller ones, while it waited for room
+    waiting_for: "Sequence | None" = None  # whose prefill it lets go first, to copy the prefix
     arrived: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
-    first_token: float = 0.0
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
-        self.max_tokens = self.num_prompt + self.sampling.max_new_tokens
-        self.random = random.Random(self.sampling.seed)
+        self.max_tokens = self.num_prompt + self.params.max_new_tokens
+        self.all_logits = self.params.prompt_logprobs is not None
+        self.random = random.Random(self.params.seed)
         # For the next token, however often its step is retried.
         self.draw = self.random.random()
 
     @property
     def wanted_room(self) -> int:
         """Rows for the longest possible answer, or for the next GROWTH tokens of it."""
-        return (
-            min(self.max_tokens, len(self.tokens) + GROWTH) if self.open_ended else self.max_tokens
-        )
+        if self.open_ended:
+            return min(self.max_tokens, len(self.tokens) + GROWTH)
+        return self.max_tokens
 
     @property
     def num_completion(self) -> int:
         """Tokens of the answer so far, an end token included."""
         return len(self.tokens) - self.num_prompt
 
-    def append(self, token: Token, end_ids: set[int]) -> None:
+    @property
+    def may_end(self) -> bool:
+        """Whether the next token may end the answer."""
+        return self.num_completion >= self.params.min_tokens
+
+    def append(self, token: int) -> None:
         """Append the next token; set the finish reason if it is the last."""
-        self.first_token = self.first_token or time.monotonic()
-        self.tokens.append(token.id)
+        self.tokens.append(token)
         self.draw = self.random.random()
         if self.guide:
-            self.guide.matcher.consume_token(token.id)
-        if token.id in end_ids:
+            self.guide.matcher.consume_token(token)
+        if token in self.end_ids:
             self.finish_reason = "stop"
-        elif len(self.tokens) == self.max_tokens:
+        elif len(self.tokens) >= self.max_tokens:
             self.finish_reason = "length"
         if self.finish_reason:
             self.done = True
-
-    def emit(self, token: Token) -> Delta:
-        """The Delta for the token appended last; a stop string in its text ends the answer."""
-        ended = self.finish_reason == "stop"
-        text = "" if ended else self.detokenizer.push(token.id)
-        told = token if token.logprob is not None and not ended else None
-        if self.detokenizer.stopped:
-            self.done, self.finish_reason = True, "stop"
-        if not self.finish_reason:
-            return Delta(text, token=told, index=self.index)
-        text += self.detokenizer.flush()
-        counts = self.num_prompt, self.num_completion
-        return Delta(text, self.finish_reason, *counts, told, self.index)
 
 
 # A step's work: spans, and how many of each one's pending tokens to compute.

@@ -1,22 +1,215 @@
-"""api.py reads downward, keeps its seam, and stays short: facts, not wishes."""
+"""Where a line may stand: what imports what, and how long a file and a function may become."""
 
 import ast
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
-SOURCE = (ROOT / "api.py").read_text(encoding="utf-8")
-LINES = SOURCE.splitlines()
-TREE = ast.parse(SOURCE)
-ENGINE = ("Sequences", "Attention", "Runner", "Sampling", "Engine")
+# Each imports only from those before it. A new module is given its place here.
+ORDER = [
+    "engine.errors",
+    "engine.sampling_params",
+    "engine.families",
+    "engine.special_tokens",
+    "engine.guide",
+    "engine.detokenizer",
+    "engine.sequence",
+    "engine.sampler",
+    "engine.cache",
+    "engine.scheduler",
+    "engine.attention",
+    "engine.cuda_graph",
+    "engine.runner",
+    "engine.tokenizer",
+    "engine.checkpoint",
+    "engine.engine",
+    "engine.model",
+    "engine.loading",
+    "engine",
+    "model_download",
+    "chat_page",
+    "api",
+    "deploy.cluster",
+    "request",
+    "bundle",
+]
+HTTP = {"aiohttp", "fastapi", "httpx", "pydantic", "requests", "starlette", "uvicorn"}
+TENSORS = {"accelerate", "safetensors", "tokenizers", "torch", "transformers"}
+CEILINGS = {"api": 1500, "chat_page": 300, "model_download": 500}
+ENGINE_CEILING = 320
+# A table of routes is as long as it has rows.
+TABLES_OF_ROUTES = {"build_app"}
 BANNER = re.compile(r"# ---- (.+?) -+$")
+
+
+def name_of(path: Path) -> str:
+    """As an import statement spells it."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def program_files() -> list[Path]:
+    folders = (ROOT, ROOT / "engine", ROOT / "chat_page", ROOT / "deploy")
+    return [path for folder in folders for path in sorted(folder.glob("*.py"))]
+
+
+SOURCES = {name_of(path): path.read_text(encoding="utf-8") for path in program_files()}
+TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
+ENGINE = [name for name in SOURCES if name.split(".")[0] == "engine"]
+OUTSIDE = [name for name in SOURCES if name not in ENGINE]
+
+
+def is_for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def statements(tree: ast.AST, into_functions: bool = True) -> Iterator[ast.AST]:
+    """All nodes that run; those inside functions only where they are asked for."""
+    for node in ast.iter_child_nodes(tree):
+        if is_for_types_only(node):
+            continue
+        yield node
+        if into_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from statements(node, into_functions)
+
+
+def imported(name: str, into_functions: bool = True) -> set[str]:
+    """The modules that a module imports; of `from a import b` also `a.b` where that is a module."""
+    found = set()
+    for node in statements(TREES[name], into_functions):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name} imports by a relative name"
+            assert node.module
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & SOURCES.keys()
+            found |= inner or {node.module}
+    return found
+
+
+def packages(name: str, into_functions: bool = True) -> set[str]:
+    return {module.split(".")[0] for module in imported(name, into_functions)}
+
+
+# ---- What imports what
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert [name for name in SOURCES if name not in ORDER] == []
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_go_downward(name):
+    below = ORDER[: ORDER.index(name)]
+    ours = imported(name) & SOURCES.keys()
+    assert [other for other in ours if other not in below] == []
+
+
+def test_imports_are_acyclic():
+    """Of those for types alone nothing is asked: they are never run."""
+    done: list[str] = []
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " → ".join([*path, name])
+        if name not in done:
+            for other in sorted(imported(name) & SOURCES.keys()):
+                visit(other, (*path, name))
+            done.append(name)
+
+    for name in SOURCES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_only_the_face_of_the_engine_is_imported_from_outside(name):
+    assert [other for other in imported(name) if other.startswith("engine.")] == []
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_the_engine_knows_nothing_of_http(name):
+    assert packages(name) & HTTP == set()
+
+
+def test_what_speaks_http_knows_nothing_of_tensors():
+    assert "fastapi" in packages("api")
+    assert "torch" in packages("engine.attention")
+    for name in ("api", "chat_page"):
+        assert packages(name) & TENSORS == set(), name
+    # The demo's weights are converted, by a function that imports what it needs.
+    assert packages("model_download", into_functions=False) & TENSORS == set()
+
+
+@pytest.mark.parametrize("name", ["engine", "api", "model_download"])
+def test_an_import_loads_no_torch(name):
+    """So that flags, folders and /health are answered before a model can be."""
+    code = f"import sys, {name}; print(sorted({{'torch', 'transformers'}} & sys.modules.keys()))"
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert out.stdout == "[]\n"
+
+
+# ---- How long things may become
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_module_is_longer_than_its_ceiling(name):
+    """If this pinches, a module is missing: name it."""
+    ceiling = ENGINE_CEILING if name in ENGINE else CEILINGS.get(name, 150)
+    length = len(SOURCES[name].splitlines())
+    assert length <= ceiling
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno
+                yield f"{name}.{node.name}", node.end_lineno - node.lineno + 1
+
+
+def test_functions_are_short():
+    lengths = sorted(length for _, length in functions())
+    assert lengths[len(lengths) // 2] <= 8
+    longer = [name for name, length in functions() if length > 40]
+    assert [name for name in longer if name.split(".")[-1] not in TABLES_OF_ROUTES] == []
+
+
+# ---- How a file reads
+
+
+def test_no_module_is_a_drawer_for_everything():
+    folders = (ROOT / "tests", ROOT / "benchmarks")
+    files = [*program_files(), *(path for folder in folders for path in folder.rglob("*.py"))]
+    names = {path.stem for path in files}
+    assert "test_layout" in names
+    assert names & {"common", "core", "helper", "helpers", "misc", "util", "utils"} == set()
+
+
+@pytest.mark.parametrize("name", [*ENGINE, "api", "chat_page"])
+def test_nothing_is_printed(name):
+    calls = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.Call)]
+    assert [call.lineno for call in calls if ast.unparse(call.func) == "print"] == []
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_nothing_is_left_to_do(name):
+    assert re.findall(r"\bTODO\b|\bFIXME\b|\bXXX\b", SOURCES[name]) == []
+
+
+# ---- api.py, in sections
 
 
 def sections() -> dict[str, range]:
     """Each section's name and its line numbers, in order."""
-    starts = [(n, m[1]) for n, line in enumerate(LINES, 1) if (m := BANNER.match(line))]
-    ends = [*starts[1:], (len(LINES) + 1, "")]
+    lines = SOURCES["api"].splitlines()
+    starts = [(n, m[1]) for n, line in enumerate(lines, 1) if (m := BANNER.match(line))]
+    ends = [*starts[1:], (len(lines) + 1, "")]
     return {name: range(n, end) for (n, name), (end, _) in zip(starts, ends, strict=True)}
 
 
@@ -25,9 +218,9 @@ def section_of(line: int) -> str:
 
 
 def defined() -> dict[str, int]:
-    """Every name that the module's top level defines, and on which line."""
+    """Every name that the top level of api.py defines, and on which line."""
     found = {}
-    for node in TREE.body:
+    for node in TREES["api"].body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             found[node.name] = node.lineno
         elif isinstance(node, ast.Assign):
@@ -38,77 +231,22 @@ def defined() -> dict[str, int]:
     return found
 
 
-def used() -> list[ast.Name]:
-    return [node for node in ast.walk(TREE) if isinstance(node, ast.Name)]
-
-
-def imported_from(*packages: str) -> set[str]:
-    """The names that the imports bring in from these packages."""
-    names = set()
-    for node in ast.walk(TREE):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in packages:
-            names |= {alias.asname or alias.name for alias in node.names}
-        if isinstance(node, ast.Import):
-            names |= {a.asname or a.name for a in node.names if a.name.split(".")[0] in packages}
-    return names
-
-
-def test_no_section_uses_a_name_from_a_later_one():
-    order, where = list(sections()), defined()
+def test_no_section_of_api_uses_a_name_from_a_later_one():
+    order = ["", *sections()]
+    assert len(order) > 5
+    where = {name: section_of(line) for name, line in defined().items()}
     early = [
-        f"line {name.lineno}: {name.id} belongs to {section_of(where[name.id])}"
-        for name in used()
-        if name.id in where
-        and section_of(name.lineno)
-        and section_of(where[name.id])
-        and order.index(section_of(where[name.id])) > order.index(section_of(name.lineno))
+        f"line {node.lineno}: {node.id} belongs to {where[node.id]}"
+        for node in ast.walk(TREES["api"])
+        if isinstance(node, ast.Name)
+        and node.id in where
+        and section_of(node.lineno)
+        and order.index(where[node.id]) > order.index(section_of(node.lineno))
     ]
-    assert not early
+    assert early == []
 
 
-def test_the_tensors_know_nothing_of_http_and_http_nothing_of_tensors():
-    http = imported_from("fastapi", "starlette", "uvicorn", "pydantic")
-    tensors = imported_from("torch", "transformers", "tokenizers")
-    assert "FastAPI" in http
-    assert "torch" in tensors
-    forbidden = {
-        **dict.fromkeys(("Model families", "Text", *ENGINE, "Model"), http),
-        **dict.fromkeys(
-            ("Errors", "Settings", "Schemas", "Replies", "Metrics", "Chat page", "Routes", "Main"),
-            tensors,
-        ),
-    }
-    assert set(sections()) == set(forbidden)
-    wrong = [
-        f"line {name.lineno}: {name.id}"
-        for name in used()
-        if name.id in forbidden.get(section_of(name.lineno), ())
-    ]
-    assert not wrong
-
-
-def test_the_file_keeps_its_budget():
-    assert len(LINES) <= 3965
-    assert sum(len(sections()[name]) for name in ENGINE) <= 1290
-
-
-def test_functions_are_short():
-    functions = [
-        (node.end_lineno - node.lineno + 1, node.name)
-        for node in ast.walk(TREE)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    lengths = sorted(length for length, _ in functions)
-    assert lengths[len(lengths) // 2] <= 8
-    # A table of routes, which is as long as it has rows.
-    assert [name for length, name in functions if length > 40 and name != "build_app"] == []
-
-
-def test_banners_are_all_of_one_shape():
-    banners = [line for line in LINES if line.startswith("# ----")]
+def test_banners_of_api_are_all_of_one_shape():
+    banners = [line for line in SOURCES["api"].splitlines() if line.startswith("# ----")]
     assert {len(line) for line in banners} == {79}
     assert all(a.stop == b.start for a, b in pairwise(sections().values()))
-
-
-def test_nothing_is_printed_and_nothing_left_to_do():
-    assert not re.search(r"\bTODO\b|\bFIXME\b|^\s*print\(", SOURCE, re.MULTILINE)

@@ -177,8 +177,8 @@ def flags_of(file: str) -> set[str]:
 
 
 OURS = (
-    *("api.py", "model_download.py", "request.py", "docs/simulate.py"),
-    *("tests/benchmark.py", "tests/soak.py", "tests/scale.py", "tests/host.py"),
+    *("api.py", "model_download.py", "request.py", "benchmarks/simulate.py"),
+    *("benchmarks/benchmark.py", "benchmarks/soak.py", "benchmarks/scale.py", "benchmarks/host.py"),
 )
 
 
@@ -203,7 +203,7 @@ def test_every_program_exists_and_takes_its_flags(name):
     for file, rest in started:
         assert (ROOT / file).is_file(), file
         assert set(re.findall(r"--[a-z-]+", rest)) <= flags_of(file), (file, rest)
-    files = r"\b(?:tests|docs|deploy)/(?:\w+/)*[\w-]+\.(?:py|txt|md|png)|\.ci/\w+"
+    files = r"\b(?:tests|benchmarks|docs|deploy)/(?:\w+/)*[\w-]+\.(?:py|txt|md|png)|\.ci/\w+"
     for path in re.findall(files, PAGES[name]):
         assert (ROOT / path).is_file(), path
 

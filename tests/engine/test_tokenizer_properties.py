@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import SPECIAL, TEMPLATE
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -222,6 +222,7 @@ def real_tokenizer(folder: Path) -> ChatTokenizer:
 
 @pytest.mark.skipif(not FOLDERS, reason="CHAT_TEST_TOKENIZERS names no folder of real tokenizers")
 @pytest.mark.parametrize("file", FOLDERS, ids=str)
+@settings(deadline=None)  # the first takes as long as a large vocabulary takes to load
 @given(content=TEXTS)
 def test_real_tokenizers_encode_a_conversation_as_by_themselves(file, content):
     text = real_tokenizer(file.parent)
@@ -232,6 +233,7 @@ def test_real_tokenizers_encode_a_conversation_as_by_themselves(file, content):
 
 @pytest.mark.skipif(not FOLDERS, reason="CHAT_TEST_TOKENIZERS names no folder of real tokenizers")
 @pytest.mark.parametrize("file", FOLDERS, ids=str)
+@settings(deadline=None)  # the first takes as long as a large vocabulary takes to load
 @given(data=st.data())
 def test_real_tokenizers_special_tokens_cannot_be_written(file, data):
     text = real_tokenizer(file.parent)

@@ -1,4 +1,4 @@
-"""What tests/soak.py promises, in short; and that it would notice if a promise were broken."""
+"""What benchmarks/soak.py promises, in short; and that it would notice if a promise were broken."""
 
 import asyncio
 import gc
@@ -239,6 +239,6 @@ def test_slow_senders_do_not_keep_others_waiting(report, server):
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["rush", "soak --minutes 10", "leaks --minutes 5", "faults"])
 def test_every_promise_is_kept_for_long(arguments):
-    command = [sys.executable, "tests/soak.py", *arguments.split()]
+    command = [sys.executable, "benchmarks/soak.py", *arguments.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,8 +1,8 @@
 """All that is worth knowing of a CUDA card, in some eight minutes; nothing is downloaded.
 
-    python tests/gpu/card.py               checks, steps, and servers side by side
-    python tests/gpu/card.py --only steps  one part of it: checks, mla, steps or servers
-    python tests/gpu/card.py --device cpu  a tiny model without a card, to see that this works
+    python benchmarks/gpu/card.py               checks, steps, and servers side by side
+    python benchmarks/gpu/card.py --only steps  one part of it: checks, mla, steps or servers
+    python benchmarks/gpu/card.py --device cpu  a tiny model without a card, to see that this works
 
 The model has Llama-3-8B's shape, or with --tiny a small one, and random weights. The bounds are
 what this very card does: how fast it copies, so how often it could read the weights, and how fast
@@ -33,7 +33,8 @@ from transformers import (
 )
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(ROOT))
 
 from engine.attention import Step, flash_attention, keep_latent  # noqa: E402
 from engine.loading import attention_summary, start_runner  # noqa: E402
@@ -320,7 +321,9 @@ def main() -> None:
     (part,) = options.only
     print(f"\n# {part}: {name}, torch {torch.__version__}\n", flush=True)
     if part == "checks":
-        sys.exit(subprocess.call([sys.executable, "-m", "pytest", "-q", str(HERE)]))
+        sys.exit(
+            subprocess.call([sys.executable, "-m", "pytest", "-q", str(ROOT / "tests" / "gpu")])
+        )
     with torch.inference_mode():
         if part == "mla":
             return mla(options)

@@ -1,8 +1,8 @@
 """How many replicas do so many users need? A queueing simulation: seconds to run, and no card.
 
-    python docs/simulate.py                                  the demo model on two CPU cores
-    python docs/simulate.py --rates 1:60 16:700 64:1500      yours: clients, and the tokens a second
-                                                             that tests/benchmark.py printed
+    python benchmarks/simulate.py                              the demo model on two CPU cores
+    python benchmarks/simulate.py --rates 1:60 16:700 64:1500  yours: clients, and the tokens a
+                                                               second that benchmark.py printed
 
 A user asks, gets an answer, thinks, and asks again, always at the replica that has the
 conversation in its cache. A replica computes one token for each answer in its batch at each step,

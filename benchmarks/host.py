@@ -1,6 +1,6 @@
 """What our own work adds to a card's step, without a card: beside one that is pretended.
 
-    python tests/host.py [--step 8] [--clients 1 32 128]
+    python benchmarks/host.py [--step 8] [--clients 1 32 128]
 
 A pretended card takes so many milliseconds for each step, from its launch on, whatever the host
 does meanwhile; all else is real: steps are built as for a card, tokens picked, texts made, and
@@ -16,7 +16,7 @@ from benchmark import ROOT, figures, free_port, started
 
 def serve(port: int, seconds: float) -> None:
     """Serve what the pretended card says."""
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch
     import uvicorn
     from conftest import ScriptedRunner, byte_tokenizer, chat_model

@@ -7,8 +7,8 @@ import sys
 
 import httpx
 import pytest
+from benchmark import free_port
 from conftest import ROOT, byte_tokenizer, tiny_llama, wait_for
-from test_loading import free_port
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_api_py_alone_serves_a_folder(alone):
                 "--host",
                 "127.0.0.1",
                 "--port",
-                port,
+                str(port),
             ],
             cwd=folder,
             # Nothing of ours is found by way of the tests' own path.

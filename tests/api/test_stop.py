@@ -10,38 +10,52 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from benchmark import free_port
-from conftest import ROOT, wait_for
+from conftest import ROOT, ScriptedRunner, byte_tokenizer, chat_model, wait_for
+from server_process import ServerProcess, server_process
 
 import api
+from engine import ChatModel
+from engine.tokenizer import ChatTokenizer
 
-# api.py with a model that says "hello" one character each tenth of a second.
-SLOW = """
-import sys, threading, time
-sys.path[:0] = ["tests"]
-import api
-from conftest import ScriptedRunner, byte_tokenizer, chat_model
+# What uvicorn waits for connections that stay open after the requests are drained; it is told to
+# wait less here than api.py tells it to, so that tests outlast it sooner.
+GRACE = 0.5
 
-def load(settings):
-    time.sleep({load})
-    runner = ScriptedRunner(byte_tokenizer(), "{say}", {context})
-    runner.pause = {pause}
-    return chat_model(runner, byte_tokenizer(), {context}, max_batch=settings.max_batch)
+
+def wait_less() -> None:
+    config = uvicorn.Config
+
+    def impatient(*args: Any, **options: Any) -> uvicorn.Config:
+        assert "timeout_graceful_shutdown" in options
+        return config(*args, **options | {"timeout_graceful_shutdown": GRACE})
+
+    uvicorn.Config = impatient
+
 
 def slowly(self, *given, encode=ChatTokenizer.encode):
-    time.sleep(8)  # longer than uvicorn would wait
+    time.sleep(3 * GRACE)
     return encode(self, *given)
 
-{before}
-build = api.build_app
-api.build_app = lambda settings: build(settings, load)
-api.main()
-"""
+
+def load_scripted(
+    settings: api.Settings, say: str, pause: float, load: float, context: int, slow_encode: bool
+) -> ChatModel:
+    """A model that says one character each so many seconds."""
+    time.sleep(load)
+    if slow_encode:
+        ChatTokenizer.encode = slowly
+    runner = ScriptedRunner(byte_tokenizer(), say, context)
+    runner.pause = pause
+    return chat_model(runner, byte_tokenizer(), context, max_batch=settings.max_batch)
 
 
 @contextmanager
@@ -49,24 +63,20 @@ def started(
     *flags: str,
     say: str = "x" * 20,
     load: float = 0,
-    before: str = "",
+    slow_encode: bool = False,
     pause: float = 0.1,
     context: int = 512,
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
+) -> Iterator[tuple[ServerProcess, str]]:
     port = str(free_port())
-    code = SLOW.format(say=say, load=load, before=before, pause=pause, context=context)
-    command = [sys.executable, "-c", code, "--port", port, *flags]
-    if "--chat-page" not in flags:
-        command.append("--no-chat-page")
-    with subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE) as process:
+    options = {"say": say, "load": load, "slow_encode": slow_encode}
+    loader = partial(load_scripted, pause=pause, context=context, **options)
+    page = [] if "--chat-page" in flags else ["--no-chat-page"]
+    with server_process(loader, "--port", port, *page, *flags, before=wait_less) as process:
         url = f"http://127.0.0.1:{port}"
-        try:
-            wait_for(lambda: status(url) in ("ready", "loading"), 120)
-            if not load:
-                wait_for(lambda: status(url) == "ready")
-            yield process, url
-        finally:
-            process.kill()
+        wait_for(lambda: status(url) in ("ready", "loading"))
+        if not load:
+            wait_for(lambda: status(url) == "ready")
+        yield process, url
 
 
 def status(url: str) -> str | None:
@@ -115,7 +125,7 @@ def test_answers_under_way_are_finished_and_new_ones_refused(sent):
 
 
 def test_those_who_wait_are_answered_too():
-    with started("--max-batch", "1", say="x" * 30) as (process, url):
+    with started("--max-batch", "1", say="x" * 30, pause=0.04) as (process, url):
         clients = [Client(url)]
         later = threading.Thread(target=lambda: clients.append(Client(url)))
         later.start()
@@ -142,7 +152,7 @@ def test_an_answer_that_takes_too_long_is_ended_with_an_error():
 
 def test_a_request_that_is_still_tokenized_is_answered_too():
     """The engine does not know of it yet."""
-    with started(before="ChatTokenizer.encode = slowly") as (process, url):
+    with started(slow_encode=True) as (process, url):
         answers = []
         asker = threading.Thread(
             target=lambda: answers.append(httpx.post(url, json={"prompt": "x"}, timeout=60))
@@ -168,7 +178,7 @@ def test_an_answer_that_is_still_being_read_is_not_cut():
             answer = client.recv(1000)
             wait_for(lambda: httpx.get(f"{url}/health").json()["running"] == 0)
             process.send_signal(signal.SIGTERM)
-            time.sleep(7)
+            time.sleep(3 * GRACE)
             answer += b"".join(iter(lambda: client.recv(2**20), b""))
         assert process.wait(20) == 0
     assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
@@ -176,7 +186,7 @@ def test_an_answer_that_is_still_being_read_is_not_cut():
 
 
 def test_a_question_on_the_chat_page_that_is_still_tokenized_is_answered_too():
-    with started("--chat-page", before="ChatTokenizer.encode = slowly") as (process, url):
+    with started("--chat-page", slow_encode=True) as (process, url):
         front = httpx.get(f"{url}/chat/").text
         asks = json.loads(re.search(r"gradio_config = (.*?);</script>", front)[1])["dependencies"]
         ask = next(ask for ask in asks if ask["api_name"] == "answer")
@@ -221,8 +231,7 @@ def test_an_idle_or_a_loading_server_stops_soon_and_without_noise(load):
     with started(load=load) as (process, _):
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-        assert process.stderr
-        noise = process.stderr.read()
+        noise = process.said()
     assert "Traceback" not in noise
     assert "terminate called" not in noise
 

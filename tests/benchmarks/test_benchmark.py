@@ -18,7 +18,7 @@ def test_figures_are_those_of_the_replies():
     )
 
 
-def run(*arguments: str, script: str = "tests/benchmark.py") -> str:
+def run(*arguments: str, script: str = "benchmarks/benchmark.py") -> str:
     command = [sys.executable, script, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -41,7 +41,7 @@ def test_a_rush_loses_nobody(server, runner):
 
 def test_what_the_host_adds_to_a_card_is_measured():
     arguments = ["--step", "20", "--clients", "1", "3", "--tokens", "20"]
-    out = run(*arguments, script="tests/host.py")
+    out = run(*arguments, script="benchmarks/host.py")
     steps = [float(step) for step in re.findall(r"^\| [13] \| [\d.]+ \| ([\d.]+) ms", out, re.M)]
     assert len(steps) == 2
     assert min(steps) >= 20
@@ -53,7 +53,7 @@ def test_what_is_for_cards_runs_without_one():
     environment = os.environ | {"CHAT_TEST_DEVICE": "cpu"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout
-    command = [sys.executable, "tests/gpu/card.py", "--device", "cpu", "--clients", "1", "3"]
+    command = [sys.executable, "benchmarks/gpu/card.py", "--device", "cpu", "--clients", "1", "3"]
     command += ["--only", "steps", "mla"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.search(r"^\| 3 \| 256 \| [\d.]+ ms \|", done.stdout, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""docs/simulate.py computes what docs/scaling.md shows."""
+"""benchmarks/simulate.py computes what docs/scaling.md shows."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ def table(text: str) -> list[list[float]]:
 
 
 def simulated(*arguments: str) -> list[list[float]]:
-    command = [sys.executable, "docs/simulate.py", *arguments]
+    command = [sys.executable, "benchmarks/simulate.py", *arguments]
     return table(
         subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     )

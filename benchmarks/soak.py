@@ -1,10 +1,12 @@
 """The server under load and abuse: each mode prints what it measured, and which promise broke.
 
-    python tests/soak.py rush                 512 streams at once: answered, or told to come back
-    python tests/soak.py soak --minutes 10    calls of every kind, cancels, hang-ups: nothing grows
-    python tests/soak.py leaks --minutes 5    64 callers, 64 secrets: each hears its own alone, and
-                                              what it would hear with nobody else there
-    python tests/soak.py faults               hang-ups at every stage, slow readers, slow senders
+    python benchmarks/soak.py MODE [--minutes 5]
+
+    rush      512 streams at once: answered, or told to come back
+    soak      calls of every kind, cancels, hang-ups: nothing grows
+    leaks     64 callers, 64 secrets: each hears its own alone, and what it would hear with nobody
+              else there
+    faults    hang-ups at every stage, slow readers, slow senders
 
 Each starts `python api.py` and talks to it over sockets; what it measures of the server comes
 from /health, /metrics and its process. It ends with 1 if a promise was broken.
@@ -759,6 +761,7 @@ async def slow_senders(report: Report, url: str, count: int = 100, seconds: floa
 
 def save_tiny(folder: str) -> str:
     """The tests' tiny model of random weights, as a checkpoint with a long context."""
+    sys.path.insert(0, str(benchmark.ROOT / "tests"))
     from conftest import byte_tokenizer, tiny_llama
 
     tiny_llama(max_position_embeddings=16_384).save_pretrained(folder)

@@ -1,8 +1,8 @@
 """Two servers behind Ray Serve on this machine, and what becomes of those who talk to them.
 
-    python tests/scale.py conversation    first text of each turn, with X-Session-Id and without
-    python tests/scale.py kill            steady load, and one of the servers is killed
-    python tests/scale.py redeploy        steady load, and new servers take both places
+    python benchmarks/scale.py conversation   first text of each turn, with X-Session-Id and without
+    python benchmarks/scale.py kill           steady load, and one of the servers is killed
+    python benchmarks/scale.py redeploy       steady load, and new servers take both places
 
 The model is the demo, with one core for each server. `kill` and `redeploy` end with an error
 where an answer was cut off that need not have been.
@@ -42,7 +42,7 @@ VARIABLES = {
     "RAY_worker_niceness": "0",
     # Else Ray writes one into the home folder.
     "RAY_AUTH_TOKEN": uuid.uuid4().hex,
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "benchmarks"))),
 }
 
 

@@ -1,12 +1,12 @@
 """Closed-loop clients against chat servers, all in one run on one machine.
 
-    python tests/benchmark.py                   ours, on the demo model
-    python tests/benchmark.py --against         and beside it, one-at-a-time `generate` behind
-                                                FastAPI, and `transformers serve`
-    python tests/benchmark.py --engine          and beside it, our engine without HTTP
-    python tests/benchmark.py --url URL [--openai MODEL]    a server that runs already
-    python tests/benchmark.py --conversation    first text of each turn, with reuse and without
-    python tests/benchmark.py --rush 400        so many requests at once, and /health meanwhile
+    python benchmarks/benchmark.py                   ours, on the demo model
+    python benchmarks/benchmark.py --against         and beside it, one-at-a-time `generate` behind
+                                                     FastAPI, and `transformers serve`
+    python benchmarks/benchmark.py --engine          and beside it, our engine without HTTP
+    python benchmarks/benchmark.py --url URL [--openai MODEL]    a server that runs already
+    python benchmarks/benchmark.py --conversation    first text of each turn, with reuse and without
+    python benchmarks/benchmark.py --rush 400        so many requests at once, and /health meanwhile
 
 Each client sends a prompt, reads the whole stream, and sends the next. Figures: tokens a second
 over all clients, seconds to a reply's first token and for each later one. Each is the median of
