@@ -144,10 +144,10 @@ def test_a_completion_of_a_text_or_of_token_ids(client, runner):
     assert asked(runner) == "one of one"
 
 
-def test_a_text_to_complete_cannot_spell_a_special_token(client, runner):
-    client.completions.create(model="test", prompt="<|end|>")
-    assert 256 not in runner.prompts[-1]
-    assert asked(runner) == "<|end|>"
+def test_special_tokens_in_a_text_to_complete_count(client, runner):
+    client.completions.create(model="test", prompt="a<|end|>")
+    assert runner.prompts[-1][-1] == 256
+    assert asked(runner) == "a<|end|>"
 
 
 def test_a_streamed_completion(client):
