@@ -28,7 +28,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from engine.errors import StartError
-from engine.families import family_of
+from engine.families import format_of
 from engine.tokenizer import ChatTokenizer, load_tokenizer
 
 log = logging.getLogger("chat")
@@ -66,10 +66,6 @@ def check_gpus(device_map: str) -> None:
             " install the torch build that fits the driver (see pytorch.org/get-started),"
             " or start with --device-map cpu"
         ) from error
-
-
-# Where hub clients put a model below a given folder: in the folder itself, in the cache layouts of
-# huggingface_hub and modelscope, and in those of modelscope's older releases.
 
 
 class UngroupQKV(ConversionOps):
@@ -256,6 +252,7 @@ def chat_tokenizer(
             " run the download again"
         )
     if chat_template is None:
-        return ChatTokenizer(tokenizer, family_of(model.config.model_type, tokenizer))
-    tokenizer.chat_template = chat_template
+        return ChatTokenizer(tokenizer, format_of(model.config.model_type, tokenizer))
+    # Of a file that was saved with a byte order mark.
+    tokenizer.chat_template = chat_template.removeprefix("\ufeff")
     return ChatTokenizer(tokenizer)

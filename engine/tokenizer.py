@@ -113,11 +113,12 @@ class ChatTokenizer:
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", family: Family | None = None):
         if family is None and tokenizer.chat_template is None:
             raise StartError(
-                "the checkpoint has no chat template; choose a chat model, or pass its template"
-                " with --chat-template FILE"
+                "the checkpoint has no chat template, as base models have none; take the chat model"
+                " (often called Instruct or Chat), or pass its template with --chat-template FILE"
             )
         self.tokenizer, self.family = tokenizer, family
-        self.template = "" if family else tokenizer.get_chat_template()
+        template = "" if family else tokenizer.get_chat_template()
+        self.template = template.removeprefix("\ufeff")  # an editor's byte order mark
         self.thinking_markers = next((p for p in THINKING_MARKERS if p[1] in self.template), None)
         markers = (*family.markers, *family.ends) if family else ()
         infill = [word for words in INFILL_MARKERS for word in words]
