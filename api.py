@@ -57,7 +57,6 @@ try:
     import prometheus_client
     import uvicorn
     from fastapi import FastAPI, Request
-    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
     from fastapi_offline import FastAPIOffline
     from pydantic import (
@@ -68,13 +67,16 @@ try:
         ConfigDict,
         Discriminator,
         Field,
+        ModelWrapValidatorHandler,
         PlainValidator,
+        PrivateAttr,
         SecretStr,
         Tag,
         TypeAdapter,
         ValidationError,
         model_validator,
     )
+    from pydantic.json_schema import models_json_schema
     from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
     from starlette.datastructures import Headers, MutableHeaders
     from starlette.exceptions import HTTPException
@@ -109,6 +111,7 @@ except ImportError as missing:
 log = logging.getLogger("chat")
 
 T = TypeVar("T")
+BodyT = TypeVar("BodyT", bound=BaseModel)
 
 # ---- Errors -----------------------------------------------------------------
 # What the engine and the routes raise becomes a response here, in one table.
@@ -119,7 +122,8 @@ class RequestError(Exception):
 
     def __init__(self, message: str, argument: str | None = None, retry_after: int | None = None):
         super().__init__(message)
-        self.argument, self.retry_after = argument, retry_after
+        self.argument = argument
+        self.retry_after = retry_after
 
 
 class NotFound(RequestError):
@@ -140,6 +144,10 @@ class BodyTooLarge(RequestError):
 
 class BodyTooSlow(RequestError):
     """The body took longer than BODY_TIMEOUT."""
+
+
+class UnsupportedEncoding(RequestError):
+    """The body is compressed."""
 
 
 class Unauthorized(RequestError):
@@ -172,6 +180,7 @@ ERRORS: Mapping[type[Exception], ErrorKind] = {
     MethodNotAllowed: ErrorKind(405, INVALID, "method_not_allowed"),
     BodyTooSlow: ErrorKind(408, INVALID, "body_too_slow", {"Connection": "close"}),
     BodyTooLarge: ErrorKind(413, INVALID, "body_too_large"),
+    UnsupportedEncoding: ErrorKind(415, INVALID, "unsupported_encoding"),
     QueueFull: ErrorKind(429, "rate_limit_error", "queue_full"),
     StepFailed: ErrorKind(500, "server_error", "step_failed"),
     NotServing: ErrorKind(503, "server_error", "not_serving"),
@@ -359,13 +368,18 @@ class HistoryMessage(StrictModel):
     content: Text
 
 
-def check_pair(pair: list[str]) -> list[str]:
-    if len(pair) != 2:
+def check_pair(pair: Any) -> Any:
+    # Before its items are looked at, which may be a million.
+    if not isinstance(pair, list) or len(pair) != 2:
         raise ValueError('must be a ["question", "answer"] pair')
     return pair
 
 
-Pair = Annotated[list[Text], AfterValidator(check_pair)]
+Pair = Annotated[
+    list[Text],
+    Field(min_length=2, max_length=2, fail_fast=True),
+    BeforeValidator(check_pair, json_schema_input_type=list[str]),
+]
 
 
 def history_shape(history: Any) -> str | None:
@@ -373,7 +387,11 @@ def history_shape(history: Any) -> str | None:
     if not isinstance(history, list):
         return None
     kinds = {type(turn) for turn in history}
-    return "pairs" if kinds <= {list} else "turns" if kinds <= {dict, HistoryMessage} else None
+    if kinds <= {list}:
+        return "pairs"
+    if kinds <= {dict, HistoryMessage}:
+        return "turns"
+    return None
 
 
 # A body has room for millions of items; validation stops at the first error.
@@ -402,7 +420,7 @@ def as_stop_strings(stop: Any) -> Any:
 
 StopStrings = Annotated[
     tuple[Annotated[Text, Field(max_length=256)], ...],
-    Field(max_length=16),
+    Field(max_length=16, fail_fast=True),
     BeforeValidator(as_stop_strings, json_schema_input_type=str | list[str]),
 ]
 
@@ -447,18 +465,16 @@ def parse_prompt(prompt: Any) -> str | list[int]:
         raise ValueError("must be a text, or a list of token ids") from None
 
 
-def validation_error(error: ValidationError | RequestValidationError) -> InvalidInput:
+def validation_error(error: ValidationError) -> InvalidInput:
     """Turn pydantic's first error into one sentence."""
-    first = error.errors()[0]
-    # Without "body" and without the union's tags.
-    path = [part for part in first["loc"] if part not in ("body", "pairs", "turns")]
-    if first["type"] == "json_invalid":
-        return InvalidInput(
-            f"the body is not valid JSON: {first['ctx']['error']}, near character {path[0]}"
-        )
+    first = error.errors(include_url=False)[0]
+    # Without the union's tags.
+    path = [part for part in first["loc"] if part not in ("pairs", "turns")]
     if not path:
         return InvalidInput('the body must be a JSON object, such as {"prompt": "hello"}')
-    name = str(path[0]) + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path[1:])
+    name = str(path[0])
+    for part in path[1:]:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}"
     if first["type"] == "missing":
         return InvalidInput(f"{name} is missing", str(path[0]))
     message = first["msg"].removeprefix("Value error, ").replace(" after validation", "")
@@ -470,6 +486,8 @@ class SamplingFields(StrictModel):
     """SamplingParams parameters of a request; absent or null means the model's default."""
 
     unsupported: ClassVar[tuple[str, ...]] = UNSUPPORTED
+    # The fields that stand for arguments of the engine's with other names.
+    field_names: ClassVar[dict[str, str]] = {"max_new_tokens": "max_length"}
 
     stream: bool | None = Field(None, description="answer with server-sent events")
 
@@ -489,11 +507,13 @@ class SamplingFields(StrictModel):
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: StopStrings | None = Field(None, description="a text, or several, that ends the answer")
 
-    @model_validator(mode="before")
+    _length_name: str | None = PrivateAttr(None)  # which of LENGTH_NAMES the request has
+
+    @model_validator(mode="wrap")
     @classmethod
-    def check_body(cls, body: Any) -> Any:
+    def check_body(cls, body: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(body, dict):
-            return body
+            return validate(body)
         for name in cls.unsupported:
             if body.get(name) not in (None, False, [], {}, NEUTRAL.get(name)):
                 raise InvalidInput(f"{name} is not supported by this call; leave it out", name)
@@ -502,17 +522,32 @@ class SamplingFields(StrictModel):
             names = " and ".join(lengths)
             raise InvalidInput(f"{names} mean the same; send one of them", lengths[1])
         # AliasChoices takes the first alias that is present, even if it is null.
-        return {k: v for k, v in body.items() if k not in LENGTH_NAMES or v is not None}
+        request = validate(
+            {k: v for k, v in body.items() if k not in LENGTH_NAMES or v is not None}
+        )
+        if lengths:
+            request._length_name = lengths[0]
+        return request
 
     def field_of(self, argument: str | None) -> str | None:
         """The request's own name for an argument of the engine's."""
-        return {"max_new_tokens": "max_length"}.get(argument or "", argument)
+        if argument == "max_new_tokens" and self._length_name:
+            return self._length_name
+        return self.field_names.get(argument or "", argument)
+
+    @property
+    def model_name(self) -> str | None:
+        """The model that is asked for; None is the one that is served."""
+        return None
+
+    @property
+    def num_answers(self) -> int:
+        return 1
 
     def overrides(self) -> dict[str, Any]:
         """The sampling parameters that the request sets, by their names in SamplingParams."""
-        return self.model_dump(
-            include={knob.name for knob in fields(SamplingParams)}, exclude_none=True
-        )
+        names = {parameter.name for parameter in fields(SamplingParams)}
+        return self.model_dump(include=names, exclude_none=True)
 
     def prepare(self, model: ChatModel) -> Prompt:
         """Tokenize the request. Raises InvalidInput if it cannot be served."""
@@ -616,13 +651,19 @@ class ResponseFormat(StrictModel):
 class OpenAIRequest(SamplingFields):
     """Fields shared by OpenAI's two endpoints."""
 
+    field_names = {"max_new_tokens": "max_tokens"}
+
     model: Text | None = Field(None, description="absent is the one that is served")
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=16, description="answers to give, computed together")
 
-    def field_of(self, argument: str | None) -> str | None:
-        names = {"max_new_tokens": "max_tokens", "schema": "response_format"}
-        return names.get(argument or "", argument)
+    @property
+    def model_name(self) -> str | None:
+        return self.model
+
+    @property
+    def num_answers(self) -> int:
+        return self.n or 1
 
     @property
     def include_usage(self) -> bool:
@@ -633,6 +674,11 @@ class ChatCompletionRequest(OpenAIRequest):
     """https://platform.openai.com/docs/api-reference/chat/create"""
 
     unsupported = tuple(name for name in UNSUPPORTED if name != "response_format")
+    field_names = {
+        "max_new_tokens": "max_tokens",
+        "prompt": "messages",
+        "schema": "response_format",
+    }
 
     messages: list[OpenAIMessage] = Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)
     response_format: ResponseFormat | None = None
@@ -710,9 +756,41 @@ def extra_responses(
     """Further responses of a route, for the docs."""
     return {
         200: {"content": {content: {}}},
-        "4XX": {"model": error, "description": "Refused: 400, 401, 404, 405, 408, 413 or 429"},
+        "4XX": {"model": error, "description": "Refused: 400, 401, 404, 405, 408, 413, 415 or 429"},
         "5XX": {"model": error, "description": "Not served: 500, 503 or 504"},
     }
+
+
+COMPONENTS = "#/components/schemas/"
+
+
+def documented(
+    body: type[BaseModel], response: type[BaseModel], error: type[OpenAIError]
+) -> dict[str, Any]:
+    """A route's options that show in the docs what read_body reads, and what comes back."""
+    schema = {"schema": {"$ref": COMPONENTS + body.__name__}}
+    return {
+        "response_model": response,
+        "responses": extra_responses(error, "text/event-stream"),
+        "openapi_extra": {
+            "requestBody": {"required": True, "content": {"application/json": schema}}
+        },
+    }
+
+
+def document_bodies(app: FastAPI, *bodies: type[BaseModel]) -> None:
+    """Add the schemas that `documented` refers to; FastAPI knows nothing of these bodies."""
+    build = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = build()
+        _, schemas = models_json_schema(
+            [(body, "validation") for body in bodies], ref_template=COMPONENTS + "{model}"
+        )
+        document["components"]["schemas"].update(schemas["$defs"])
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 # ---- Replies ----------------------------------------------------------------
@@ -737,16 +815,27 @@ class Choice:
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    queue_time: float = 0.0
+    first_token: float = 0.0  # by time.monotonic(), as is the next
+    last_token: float = 0.0
     started: bool = False
     text_offset: int = 0  # characters of the tokens that were sent
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
-        self.tokens += [delta.token] if delta.token else []
-        if delta.finish_reason:
-            self.finish_reason = delta.finish_reason
-            self.prompt_tokens = delta.prompt_tokens
-            self.completion_tokens = delta.completion_tokens
+        if delta.token:
+            self.tokens.append(delta.token)
+        if not delta.completion_tokens:  # only a sign of life
+            return
+        self.last_token = time.monotonic()
+        if not self.completion_tokens:
+            self.first_token = self.last_token
+        self.finish_reason = delta.finish_reason
+        self.prompt_tokens = delta.prompt_tokens
+        self.completion_tokens = delta.completion_tokens
+        self.cached_tokens = delta.cached_tokens
+        self.queue_time = delta.queue_time
 
 
 def usage_of(choices: list[Choice]) -> dict[str, int]:
@@ -778,8 +867,12 @@ async def collect(deltas: AsyncGenerator[Delta], choices: list[Choice]) -> None:
 async def events_of(deltas: AsyncGenerator[Delta], choices: list[Choice], reply: Reply) -> Events:
     async with aclosing(deltas):
         async for delta in deltas:
-            choices[delta.index].add(delta)
-            yield None if delta.silent else reply.chunk(delta, choices[delta.index])
+            choice = choices[delta.index]
+            choice.add(delta)
+            if delta.completion_tokens:
+                yield reply.chunk(delta, choice)
+            else:
+                yield None
     if event := reply.final_event(choices):
         yield event
 
@@ -799,15 +892,17 @@ class ClassicReply:
         return self.full_response(choices)
 
     def full_response(self, choices: list[Choice]) -> dict[str, Any]:
-        return {
+        response = {
             "response": choices[0].text,
             "history": self.body.with_answer(choices[0].text),
             "status": 200,
             "time": local_time(),
             "finish_reason": choices[0].finish_reason,
             "usage": usage_of(choices),
-            **({"dropped_turns": self.prompt.dropped_turns} if self.body.truncate else {}),
         }
+        if self.body.truncate:
+            response["dropped_turns"] = self.prompt.dropped_turns
+        return response
 
 
 class OpenAIReply:
@@ -818,8 +913,10 @@ class OpenAIReply:
     chunk_kind: ClassVar[str]
 
     def __init__(self, model: ChatModel, body: OpenAIRequest, _: Prompt):
-        self.model, self.include_usage = model, body.include_usage
-        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+        self.model = model
+        self.include_usage = body.include_usage
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
 
     def full_response(self, choices: list[Choice]) -> dict[str, Any]:
         content = [
@@ -829,14 +926,18 @@ class OpenAIReply:
         return self._frame(self.kind, content) | {"usage": usage_of(choices)}
 
     def chunk(self, delta: Delta, choice: Choice) -> dict[str, Any]:
-        content = self.choice(choice, "delta", delta.text, [delta.token] if delta.token else [])
-        usage = {"usage": None} if self.include_usage else {}
+        tokens = [delta.token] if delta.token else []
+        content = self.choice(choice, "delta", delta.text, tokens)
         content["finish_reason"] = delta.finish_reason
-        return self._frame(self.chunk_kind, [content]) | usage
+        event = self._frame(self.chunk_kind, [content])
+        if self.include_usage:
+            event["usage"] = None
+        return event
 
     def final_event(self, choices: list[Choice]) -> dict[str, Any] | None:
-        usage = {"usage": usage_of(choices)}
-        return self._frame(self.chunk_kind, []) | usage if self.include_usage else None
+        if not self.include_usage:
+            return None
+        return self._frame(self.chunk_kind, []) | {"usage": usage_of(choices)}
 
     def choice(self, choice: Choice, key: str, text: str, tokens: list[Token]) -> dict[str, Any]:
         """A choice or a chunk of one, without its finish_reason."""
@@ -848,7 +949,9 @@ class OpenAIReply:
 
 
 class ChatCompletionReply(OpenAIReply):
-    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix = "chatcmpl"
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
 
     def choice(self, choice: Choice, key: str, text: str, tokens: list[Token]) -> dict[str, Any]:
         logprobs = {"content": [self._logprob(token) for token in tokens]} if tokens else None
@@ -863,12 +966,16 @@ class ChatCompletionReply(OpenAIReply):
     def _scored(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.model.tokenizer.spell(token)
         # Part of a multi-byte character: its bytes are not known from its text.
-        known = None if "\ufffd" in text else list(text.encode())
+        known = None
+        if "\ufffd" not in text:
+            known = list(text.encode())
         return {"token": text, "logprob": logprob, "bytes": known}
 
 
 class CompletionReply(OpenAIReply):
-    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    prefix = "cmpl"
+    kind = "text_completion"
+    chunk_kind = "text_completion"
 
     def choice(self, choice: Choice, key: str, text: str, tokens: list[Token]) -> dict[str, Any]:
         logprobs = self._logprobs(choice, tokens) if tokens else None
@@ -891,21 +998,34 @@ class CompletionReply(OpenAIReply):
 # request.
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class RequestInfo:
-    """Identifies a request in metrics and logs."""
+    """What is known of a request, from its arrival until its line in the log."""
 
     id: str
     route: str
+    arrived: float = field(default_factory=time.monotonic)
+    choices: list[Choice] = field(default_factory=list)
+    # How it ended: served, or an error's code, or else its client left.
+    outcome: str = "left"
+    streaming: bool = False
 
 
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+# Gauges, and the properties of ChatModel that they show.
+GAUGES = {
+    "num_requests_running": "num_running",
+    "num_requests_waiting": "num_waiting",
+    "cache_tokens": "cache_tokens",
+    "cache_tokens_used": "cache_tokens_used",
+}
 
 
 class Metrics:
-    """Counts and logs requests; `engine` returns the engine once it is loaded."""
+    """Counts and logs requests; `model` returns the model once it is loaded."""
 
-    def __init__(self, engine: Callable[[], Any], log_prompts: bool = False):
+    def __init__(self, model: Callable[[], ChatModel | None], log_prompts: bool = False):
+        self.model = model
         self.log_prompts = log_prompts
         self.registry = prometheus_client.CollectorRegistry()
         mine: Any = {"namespace": "chat", "registry": self.registry}
@@ -915,69 +1035,72 @@ class Metrics:
             "requests", "Requests that ended", ["route", "outcome", "finish_reason"]
         )
         self.prompt_tokens = count("prompt_tokens", "Tokens of prompts")
-        self.reused_tokens = count("prefix_cache_hits", "Tokens of prompts found in the cache")
+        self.cached_tokens = count("prefix_cache_hits", "Tokens of prompts found in the cache")
         self.generation_tokens = count("generation_tokens", "Tokens of answers")
         self.queue_time = times("request_queue_time_seconds", "Wait for a place in the batch")
         self.first_token = times("time_to_first_token_seconds", "Arrival to the first token")
         self.each_token = times("time_per_output_token_seconds", "Mean time of a later token")
-        self.whole_time = times("e2e_request_latency_seconds", "Arrival to the last token")
-        read: dict[str, Callable[[Any], float]] = {
-            "num_requests_running": lambda engine: len(engine.running),
-            "num_requests_waiting": lambda engine: engine.num_waiting,
-            "cache_tokens": lambda engine: engine.runner.rows,
-            "cache_tokens_used": lambda engine: engine.num_used,
-        }
-        for name, value in read.items():
+        self.whole_time = times("e2e_request_latency_seconds", "Arrival to the end")
+        for name, property_name in GAUGES.items():
             gauge = prometheus_client.Gauge(name, name.replace("_", " "), **mine)
-            gauge.set_function(partial(lambda value: value(e) if (e := engine()) else 0, value))
+            gauge.set_function(partial(self._read, property_name))
 
-    def record_prompt(self, call: RequestInfo, body: SamplingFields) -> None:
+    def _read(self, property_name: str) -> float:
+        model = self.model()
+        return getattr(model, property_name) if model else 0
+
+    def record_prompt(self, info: RequestInfo, body: SamplingFields) -> None:
         """Log the text of a request if --log-prompts is set."""
         if self.log_prompts:
             texts = body.model_dump(include={"prompt", "history", "system", "messages"})
-            log.info("request_id=%s asked=%r", call.id, texts)
+            log.info("request_id=%s asked=%r", info.id, texts)
 
-    def record_finished(self, seq: Any) -> None:
-        """Record a sequence that has left the engine; called on the engine's thread."""
-        now, call = time.monotonic(), seq.label or RequestInfo("-", "-")
-        self.prompt_tokens.inc(seq.num_prompt)
-        self.reused_tokens.inc(seq.num_reused)
-        self.generation_tokens.inc(seq.num_completion)
-        line = {
-            "request_id": call.id,
-            "route": call.route,
-            "outcome": "failed" if seq.failed else "served" if seq.finish_reason else "left",
-            "finish_reason": seq.finish_reason or "none",
-            "prompt_tokens": seq.num_prompt,
-            "reused_tokens": seq.num_reused,
-            "completion_tokens": seq.num_completion,
+    def record(self, info: RequestInfo) -> None:
+        """Count a request that has ended, however it did, and log one line of it."""
+        line: dict[str, Any] = {"request_id": info.id, "route": info.route, "outcome": info.outcome}
+        finish_reason = "none"
+        if info.choices:
+            if info.outcome == "served":
+                finish_reason = finish_reason_of(info.choices)
+            line["finish_reason"] = finish_reason
+            line |= self._record_answers(info)
+        self.requests.labels(info.route, info.outcome, finish_reason).inc()
+        log.info(" ".join(f"{name}={value}" for name, value in line.items()), extra=line)
+
+    def _record_answers(self, info: RequestInfo) -> dict[str, float]:
+        """Record the counts and times of a request that reached the engine."""
+        usage = usage_of(info.choices)
+        first = info.choices[0]
+        longest = max(info.choices, key=lambda choice: choice.completion_tokens)
+        self.prompt_tokens.inc(usage["prompt_tokens"])
+        self.cached_tokens.inc(first.cached_tokens)
+        self.generation_tokens.inc(usage["completion_tokens"])
+        line: dict[str, float] = {
+            "prompt_tokens": usage["prompt_tokens"],
+            "cached_tokens": first.cached_tokens,
+            "completion_tokens": usage["completion_tokens"],
         }
-        if not seq.failed:  # record_error counts it
-            self.requests.labels(call.route, line["outcome"], line["finish_reason"]).inc()
-        if seq.admitted:
-            line["queue_time"] = observed(self.queue_time, seq.admitted - seq.arrived)
-        if seq.first_token:
-            line["first_token"] = observed(self.first_token, seq.first_token - seq.arrived)
-        if seq.num_completion > 1:
-            mean = (now - seq.first_token) / (seq.num_completion - 1)
-            line["each_token"] = observed(self.each_token, mean)
-        line["seconds"] = observed(self.whole_time, now - seq.arrived)
-        log_line(line)
+        if longest.completion_tokens:
+            line["queue_time"] = observed(self.queue_time, longest.queue_time)
+            line["first_token"] = observed(self.first_token, longest.first_token - info.arrived)
+        if longest.completion_tokens > 1:
+            seconds = longest.last_token - longest.first_token
+            line["each_token"] = observed(
+                self.each_token, seconds / (longest.completion_tokens - 1)
+            )
+        line["seconds"] = observed(self.whole_time, time.monotonic() - info.arrived)
+        return line
 
-    def record_error(self, call: RequestInfo, error: Exception) -> None:
-        """Record a request that was answered with an error."""
-        self.requests.labels(call.route, kind_of(error).code, "none").inc()
-        log_line({"request_id": call.id, "route": call.route, "outcome": kind_of(error).code})
+
+def finish_reason_of(choices: list[Choice]) -> str:
+    """Why a request's answers ended; length if any of them was cut."""
+    cut = any(choice.finish_reason == "length" for choice in choices)
+    return "length" if cut else "stop"
 
 
 def observed(histogram: Any, seconds: float) -> float:
     histogram.observe(seconds)
     return round(seconds, 4)
-
-
-def log_line(line: dict[str, Any]) -> None:
-    """One line, as key=value, or as JSON with --log-json."""
-    log.info(" ".join(f"{name}={value}" for name, value in line.items()), extra=line)
 
 
 def start_log(as_json: bool) -> None:
@@ -1035,19 +1158,14 @@ def error_body(error: Exception, openai: bool = False) -> dict[str, Any]:
     return {"error": detail} | ({} if openai else {"status": kind.status, "time": local_time()})
 
 
+def log_failure(error: Exception) -> None:
+    """Log an error that is the server's own; of the others the client is told all."""
+    if kind_of(error) is SERVER_FAILED:
+        log.error("a request failed", exc_info=error)
+
+
 def from_starlette(error: HTTPException, path: str) -> Exception:
-    """Turn an error of Starlette's or FastAPI's into ours."""
-    if isinstance(error.__cause__, RequestError | EngineError):
-        return error.__cause__
-    if isinstance(error.__cause__, UnicodeDecodeError):
-        return InvalidInput(
-            "the body is not UTF-8; save the script as UTF-8, and in PowerShell send"
-            " [Text.Encoding]::UTF8.GetBytes($body)"
-        )
-    if isinstance(error.__cause__, RecursionError):
-        return InvalidInput("the body is nested too deeply")
-    if isinstance(error.__cause__, ValueError):
-        return InvalidInput("the body contains a number with too many digits")
+    """Turn an error of Starlette's into ours."""
     if error.status_code == 404:
         return NotFound(f"there is nothing at {path!r}")
     if error.status_code == 405:
@@ -1057,7 +1175,7 @@ def from_starlette(error: HTTPException, path: str) -> Exception:
 
 def request_info(scope: Scope) -> RequestInfo:
     """What RequestIDMiddleware stored."""
-    return scope["state"]["call"]
+    return scope["state"]["info"]
 
 
 class RequestIDMiddleware:
@@ -1071,27 +1189,32 @@ class RequestIDMiddleware:
             return await send({"type": "websocket.close"})
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        path, given = path_of(scope), Headers(scope=scope).get("x-request-id", "")
+        request_id = Headers(scope=scope).get("x-request-id", "")
         # Nothing that could forge or flood log lines.
-        call_id = given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
-        call = RequestInfo(call_id, path if path in ROUTES else "other")
-        scope.setdefault("state", {})["call"] = call
-        await self.app(scope, receive, with_headers(send, {"X-Request-ID": call.id}))
+        if not re.fullmatch(r"[\w.:-]{1,128}", request_id, re.ASCII):
+            request_id = uuid.uuid4().hex
+        path = path_of(scope)
+        route = path if path in ROUTES else "other"
+        scope.setdefault("state", {})["info"] = RequestInfo(request_id, route)
+        await self.app(scope, receive, with_headers(send, {"X-Request-ID": request_id}))
 
 
 class APIKeyMiddleware:
     """Requires an API key, except for /health and the chat page, which has its own login."""
 
     def __init__(
-        self, app: ASGIApp, keys: tuple[str, ...], page: bool, error_response: Callable[..., Any]
+        self, app: ASGIApp, keys: tuple[str, ...], page: bool, refuse: Callable[..., ASGIApp]
     ):
-        self.app, self.keys, self.page, self.error_response = app, keys, page, error_response
+        self.app = app
+        self.keys = keys
+        self.page = page
+        self.refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._is_exempt(scope) or self._has_key(scope):
             return await self.app(scope, receive, send)
         error = Unauthorized("send one of the server's keys as `Authorization: Bearer KEY`")
-        await self.error_response(scope, error)(scope, receive, send)
+        await self.refuse(scope, error)(scope, receive, send)
 
     def _is_exempt(self, scope: Scope) -> bool:
         path = path_of(scope)
@@ -1105,44 +1228,63 @@ class APIKeyMiddleware:
         return is_valid_key(given.strip().encode("latin-1"), self.keys) and kind.lower() == "bearer"
 
 
-class BodyMiddleware:
-    """Treats every body as JSON, as many curl examples omit the content type; limits its size
-    and time.
+async def read_bytes(request: Request) -> bytes:
+    """The body. Raises BodyTooLarge, BodyTooSlow, UnsupportedEncoding or ClientDisconnect."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedEncoding(
+            f"the body's Content-Encoding is {encoding!r}; send it uncompressed, without that"
+            " header"
+        )
+    too_large = BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
+    if int(request.headers.get("content-length", 0)) > MAX_BODY:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise too_large
+    except TimeoutError:
+        raise BodyTooSlow(
+            f"the body took more than {BODY_TIMEOUT:.0f} seconds; send it at once"
+        ) from None
+    return bytes(body)
+
+
+def parse_json(body: bytes) -> Any:
+    """The value that a body holds, whatever its content type. Raises InvalidInput.
+
+    By the json module and not by pydantic's parser, which refuses half a surrogate pair and deep
+    nesting before it is known in which field.
     """
+    encoding = json.detect_encoding(body)
+    if not encoding.startswith("utf-8"):
+        raise InvalidInput(f"the body is encoded as {encoding.upper()}; send it as UTF-8")
+    try:
+        return json.loads(body.decode(encoding)) if body else None
+    except UnicodeDecodeError:
+        raise InvalidInput(
+            "the body is not UTF-8; save the script as UTF-8, and in PowerShell send"
+            " [Text.Encoding]::UTF8.GetBytes($body)"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise InvalidInput(
+            f"the body is not valid JSON: {error.msg}, near character {error.pos}"
+        ) from None
+    except RecursionError:
+        raise InvalidInput("the body is nested too deeply") from None
+    except ValueError:
+        raise InvalidInput("the body contains a number with too many digits") from None
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            return await self.app(scope, receive, send)
-        headers = MutableHeaders(scope=scope)
-        # gradio's own requests have the right content type.
-        if not path_of(scope).startswith("/chat/"):
-            headers["content-type"] = "application/json"
-        size, declared = 0, int(headers.get("content-length", 0))
-        deadline: float | None = asyncio.get_running_loop().time() + BODY_TIMEOUT
-
-        async def limited_receive() -> MutableMapping[str, Any]:
-            nonlocal size, deadline
-            too_large = BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
-            if declared > MAX_BODY:
-                raise too_large
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                raise BodyTooSlow(
-                    f"the body took more than {BODY_TIMEOUT:.0f} seconds; send it at once"
-                ) from None
-            if not message.get("more_body"):
-                deadline = None
-            size += len(message.get("body", b""))
-            if size > MAX_BODY:
-                raise too_large
-            return message
-
-        await self.app(scope, limited_receive, send)
+async def read_body(request: Request, schema: type[BodyT]) -> BodyT:
+    """Read, parse and validate a request's body."""
+    try:
+        return schema.model_validate(parse_json(await read_bytes(request)))
+    except ValidationError as error:
+        raise validation_error(error) from None
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
@@ -1152,7 +1294,8 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    task, gone = asyncio.ensure_future(work), asyncio.create_task(wait_for_disconnect())
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(wait_for_disconnect())
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -1170,13 +1313,22 @@ class JSONText(JSONResponse):
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; the generator is closed as soon as the client disconnects."""
+    """Server-sent events; the generator is closed as soon as the client disconnects.
+
+    `first` is the first event, for which the generator was already asked.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str]):
+    def __init__(self, first: str, events: AsyncGenerator[str]):
         self.events = events
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._all(first), headers=headers)
+
+    async def _all(self, first: str) -> AsyncIterator[str]:
+        yield first
+        async for event in self.events:
+            yield event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self.events):
@@ -1186,28 +1338,6 @@ class EventStream(StreamingResponse):
 def format_event(event: dict[str, Any] | None) -> str:
     """Format an event. ASCII, because some clients split lines at U+2028 and U+0085."""
     return ": keep-alive\n\n" if event is None else f"data: {json.dumps(event)}\n\n"
-
-
-async def event_stream(
-    request: Request, events: Events, error_payload: Callable[[Exception], dict[str, Any]]
-) -> EventStream:
-    """Stream events; an error before the first event keeps its HTTP status."""
-    first = await while_connected(request, anext(events))
-
-    async def body() -> AsyncGenerator[str]:
-        async with aclosing(events):
-            yield format_event(first)
-            try:
-                async for event in events:
-                    yield format_event(event)
-            except Exception as error:
-                if kind_of(error) is SERVER_FAILED:
-                    log.exception("a stream failed")
-                yield format_event(error_payload(error))
-            else:
-                yield "data: [DONE]\n\n"
-
-    return EventStream(body())
 
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -1220,28 +1350,35 @@ def local_address(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-class Serving:
+class ChatService:
     """The model behind the routes, from loading to draining."""
 
     def __init__(self, settings: Settings, load: Callable[[Settings], ChatModel]):
-        self.settings, self.load = settings, load
-        self.metrics = Metrics(
-            lambda: self._model.engine if self._model else None, settings.log_prompts
-        )
+        self.settings = settings
+        self.load = load
+        self.metrics = Metrics(lambda: self._model, settings.log_prompts)
         self._model: ChatModel | None = None
-        self._drain_deadline = inf
+        self._drain_deadline: float | None = None
 
     @property
     def health(self) -> dict[str, Any]:
-        engine = self._model and self._model.engine
-        status = "loading" if not engine else "dead" if engine.failure else "ready"
-        status = "draining" if self.draining else status
-        running, waiting = (len(engine.running), engine.num_waiting) if engine else (0, 0)
-        return {"status": status, "running": running, "waiting": waiting}
+        model = self._model
+        return {
+            "status": self._status(),
+            "running": model.num_running if model else 0,
+            "waiting": model.num_waiting if model else 0,
+        }
+
+    def _status(self) -> str:
+        if self.draining:
+            return "draining"
+        if self._model is None:
+            return "loading"
+        return "dead" if self._model.failure else "ready"
 
     def model(self, name: str | None = None) -> ChatModel:
         """The loaded model. Raises NotServing, or ModelNotFound if it has another name."""
-        if self.draining:
+        if self._drain_deadline is not None:
             seconds = 1 + max(0, int(self._drain_deadline - time.monotonic()))
             raise NotServing("the server is stopping; try again after its restart", None, seconds)
         if self._model is None:
@@ -1254,47 +1391,94 @@ class Serving:
     async def answer(
         self,
         request: Request,
+        schema: type[SamplingFields],
+        reply_of: Callable[[ChatModel, Any, Prompt], Reply],
+    ) -> Response:
+        """Read the body, generate, and respond with a stream, a full response, or an error."""
+        info = request_info(request.scope)
+        try:
+            body = await read_body(request, schema)
+            return await self._respond(request, body, reply_of)
+        except ClientDisconnect:
+            return Response(status_code=499)
+        except Exception as error:
+            log_failure(error)
+            return self.error_response(request.scope, error)
+        finally:
+            if not info.streaming:  # a stream goes on from here
+                self.metrics.record(info)
+
+    async def _respond(
+        self,
+        request: Request,
         body: SamplingFields,
         reply_of: Callable[[ChatModel, Any, Prompt], Reply],
-        name: str | None = None,
-        n: int = 1,
-    ) -> JSONText | EventStream:
-        """Generate, and respond with a stream or a full response."""
-        model = self.model(name)
+    ) -> Response:
+        info = request_info(request.scope)
+        model = self.model(body.model_name)
         # Before tokenizing a request that would be refused.
-        model.engine.check_queue()
-        self.metrics.record_prompt(request_info(request.scope), body)
+        model.check_queue()
+        self.metrics.record_prompt(info, body)
         try:
             prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
         except InvalidInput as error:
             error.argument = body.field_of(error.argument)
             raise
         reply = reply_of(model, body, prompt)
-        choices = [Choice(index) for index in range(n)]
-        deltas = model.answer(prompt, n, request_info(request.scope))
+        info.choices = [Choice(index) for index in range(body.num_answers)]
+        deltas = model.answer(prompt, body.num_answers)
         if body.stream:
-            events = events_of(deltas, choices, reply)
-            return await event_stream(request, events, partial(self.error_payload, request.scope))
-        await while_connected(request, collect(deltas, choices))
+            events = self._events(request.scope, events_of(deltas, info.choices, reply))
+            first = await while_connected(request, anext(events))
+            info.streaming = True
+            return EventStream(first, events)
+        await while_connected(request, collect(deltas, info.choices))
         # Decoding many tokens for logprobs can take seconds.
-        return await asyncio.to_thread(lambda: JSONText(reply.full_response(choices)))
+        response = await asyncio.to_thread(lambda: JSONText(reply.full_response(info.choices)))
+        info.outcome = "served"
+        return response
+
+    async def _events(self, scope: Scope, events: Events) -> AsyncGenerator[str]:
+        """A stream's text; an error before its first event is raised and keeps its HTTP status."""
+        info = request_info(scope)
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    yield format_event(event)
+            info.outcome = "served"
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            if not info.streaming:
+                raise
+            log_failure(error)
+            yield format_event(self.error_payload(scope, error))
+        finally:
+            if info.streaming:
+                self.metrics.record(info)
 
     def error_payload(self, scope: Scope, error: Exception) -> dict[str, Any]:
-        """Record an error, and return its body in the client's dialect."""
-        self.metrics.record_error(request_info(scope), error)
+        """The body of an error in the client's dialect; its code is how the request ended."""
+        request_info(scope).outcome = kind_of(error).code
         return error_body(error, openai=path_of(scope).startswith("/v1/"))
 
     def error_response(self, scope: Scope, error: Exception) -> JSONText:
-        # Unexpected errors are handled outside RequestIDMiddleware, so set its header here too.
+        payload = self.error_payload(scope, error)
         kind = kind_of(error)
+        # Unexpected errors are handled outside RequestIDMiddleware, so set its header here too.
         headers = {"X-Request-ID": request_info(scope).id, **kind.headers}
         if seconds := getattr(error, "retry_after", None):
             headers["Retry-After"] = str(seconds)
-        return JSONText(self.error_payload(scope, error), kind.status, headers)
+        return JSONText(payload, kind.status, headers)
+
+    def refuse(self, scope: Scope, error: Exception) -> JSONText:
+        """Respond with an error to what never became a request for an answer, and record it."""
+        response = self.error_response(scope, error)
+        self.metrics.record(request_info(scope))
+        return response
 
     @property
     def draining(self) -> bool:
-        return self._drain_deadline < inf
+        return self._drain_deadline is not None
 
     def start_draining(self) -> None:
         """Refuse new requests, and give running ones until the deadline."""
@@ -1303,12 +1487,14 @@ class Serving:
 
     def drained(self, busy: bool) -> bool:
         """Whether to stop now: no request is running, or the deadline has passed."""
-        return self.draining and (not busy or time.monotonic() >= self._drain_deadline)
+        if self._drain_deadline is None:
+            return False
+        return not busy or time.monotonic() >= self._drain_deadline
 
     async def close(self) -> None:
         """Close the engine; requests that are still generating get an error."""
         if self._model:
-            await asyncio.to_thread(self._model.engine.close)
+            await asyncio.to_thread(self._model.close)
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -1327,7 +1513,6 @@ class Serving:
             # No request can be running yet, and none can be served.
             sys.stderr.write(f"api.py: {error}.\n")
             os._exit(1)
-        model.engine.on_end = self.metrics.record_finished
         self._model = model
         self._greet(model)
 
@@ -1351,21 +1536,19 @@ class Serving:
         log.info("ready")
 
 
-def add_error_handlers(app: FastAPI, serving: Serving) -> None:
+def add_error_handlers(app: FastAPI, service: ChatService) -> None:
     """Give every exception its response."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        # FastAPI wraps exceptions that are raised while it reads the body.
-        if isinstance(error, ClientDisconnect) or isinstance(error.__cause__, ClientDisconnect):
-            return Response(status_code=499)
-        if isinstance(error, RequestValidationError):
-            error = validation_error(error)
-        elif isinstance(error, HTTPException):
+        headers: Mapping[str, str] = {}
+        if isinstance(error, HTTPException):
+            headers = error.headers or {}  # Allow, at a path that does not take the method
             error = from_starlette(error, request.url.path)
-        return serving.error_response(request.scope, error)
+        response = service.refuse(request.scope, error)
+        response.headers.update(headers)
+        return response
 
-    ours = (EngineError, RequestError, ClientDisconnect, HTTPException, RequestValidationError)
-    for kind in (*ours, Exception):
+    for kind in (EngineError, RequestError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)
 
 
@@ -1376,17 +1559,13 @@ def build_app(
     if settings is None:
         settings = read_settings([])
         start_log(settings.log_json)
-    serving = Serving(settings, load)
+    service = ChatService(settings, load)
     # FastAPI whose /docs loads nothing from other hosts, which a rented machine may not reach.
-    app = FastAPIOffline(redoc_url=None, title="chat-api", lifespan=serving.lifespan)
-    app.state.serving = serving
-    app.add_middleware(BodyMiddleware)
+    app = FastAPIOffline(redoc_url=None, title="chat-api", lifespan=service.lifespan)
+    app.state.service = service
     if settings.keys:
         app.add_middleware(
-            APIKeyMiddleware,
-            keys=settings.keys,
-            page=settings.chat_page,
-            error_response=serving.error_response,
+            APIKeyMiddleware, keys=settings.keys, page=settings.chat_page, refuse=service.refuse
         )
     app.add_middleware(RequestIDMiddleware)
     if settings.cors_origins:
@@ -1397,11 +1576,11 @@ def build_app(
             allow_headers=["*"],
             expose_headers=["X-Request-ID", "Retry-After"],
         )
-    add_error_handlers(app, serving)
+    add_error_handlers(app, service)
     from chat_page import mount_chat_page
 
     has_page = settings.chat_page and mount_chat_page(
-        app, serving.model, serving.metrics, settings.keys
+        app, service.model, service.metrics, settings.keys
     )
 
     # HEAD is for monitors, and not for the docs.
@@ -1415,40 +1594,37 @@ def build_app(
     @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=State, responses=down)
     async def health() -> JSONText:
-        state = serving.health
+        state = service.health
         return JSONText(state, 200 if state["status"] == "ready" else 503)
 
     @app.get(
         "/metrics", response_class=Response, responses=extra_responses(ErrorBody, "text/plain")
     )
     async def metrics() -> Response:
-        text = prometheus_client.generate_latest(serving.metrics.registry)
+        text = prometheus_client.generate_latest(service.metrics.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    events = "text/event-stream"
-
-    @app.post("/", response_model=ChatResponse, responses=extra_responses(ErrorBody, events))
-    async def chat(body: ChatRequest, request: Request) -> Any:
-        return await serving.answer(request, body, ClassicReply)
+    @app.post("/", **documented(ChatRequest, ChatResponse, ErrorBody))
+    async def chat(request: Request) -> Any:
+        return await service.answer(request, ChatRequest, ClassicReply)
 
     @app.get("/v1/models", responses=extra_responses(OpenAIError))
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_card(serving.model())]}
+        return {"object": "list", "data": [model_card(service.model())]}
 
     @app.get("/v1/models/{name:path}", responses=extra_responses(OpenAIError))
     async def model(name: str) -> dict[str, Any]:
-        return model_card(serving.model(name))
+        return model_card(service.model(name))
 
-    openai: Any = {"response_model": Completion, "responses": extra_responses(OpenAIError, events)}
+    @app.post("/v1/chat/completions", **documented(ChatCompletionRequest, Completion, OpenAIError))
+    async def chat_completions(request: Request) -> Any:
+        return await service.answer(request, ChatCompletionRequest, ChatCompletionReply)
 
-    @app.post("/v1/chat/completions", **openai)
-    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Any:
-        return await serving.answer(request, body, ChatCompletionReply, body.model, body.n or 1)
+    @app.post("/v1/completions", **documented(CompletionRequest, Completion, OpenAIError))
+    async def completions(request: Request) -> Any:
+        return await service.answer(request, CompletionRequest, CompletionReply)
 
-    @app.post("/v1/completions", **openai)
-    async def completions(body: CompletionRequest, request: Request) -> Any:
-        return await serving.answer(request, body, CompletionReply, body.model, body.n or 1)
-
+    document_bodies(app, ChatRequest, ChatCompletionRequest, CompletionRequest)
     return app
 
 
@@ -1521,19 +1697,19 @@ class Connection(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """On the first signal it finishes the running requests, on the second it exits."""
 
-    def __init__(self, config: uvicorn.Config, serving: Serving):
+    def __init__(self, config: uvicorn.Config, service: ChatService):
         super().__init__(config)
-        self.serving = serving
+        self.service = service
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         # uvicorn's own handler would close the socket at once, and re-raise the signal at exit.
-        if self.serving.draining:
+        if self.service.draining:
             os._exit(128 + sig)
-        self.serving.start_draining()
+        self.service.start_draining()
 
     async def on_tick(self, counter: int) -> bool:
-        if self.serving.drained(busy=bool(self.server_state.tasks)):
-            await self.serving.close()
+        if self.service.drained(busy=bool(self.server_state.tasks)):
+            await self.service.close()
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -1576,7 +1752,7 @@ def main() -> None:
         # Requests have been drained by then; this is for connections that stay open.
         timeout_graceful_shutdown=5,
     )
-    Server(config, app.state.serving).run(sockets)
+    Server(config, app.state.service).run(sockets)
     logging.shutdown()
     # A loading model cannot be interrupted, and torch would abort at interpreter exit.
     os._exit(0)

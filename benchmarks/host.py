@@ -3,7 +3,7 @@
     python benchmarks/host.py [--step 8] [--clients 1 32 128]
 
 A pretended card takes so many milliseconds for each step, from its launch on, whatever the host
-does meanwhile; all else is real: steps are built as for a card, tokens picked, texts made, and
+does meanwhile; all else is real: steps are built as for a card, tokens sampled, texts made, and
 streams sent over sockets to clients in a process of their own.
 """
 
@@ -23,32 +23,30 @@ def serve(port: int, seconds: float) -> None:
 
     import api
     import engine.engine
-    from engine.attention import Step
     from engine.sequence import Token, Work
+    from engine.step import Step
 
     torch.set_num_threads(1)
 
     class Card(ScriptedRunner):
-        asynchronous = True
-
         def forward(self, work: Work) -> torch.Tensor:
-            step = Step(work, in_place=True).on(self.device)
+            step = Step(work, "in place").on(self.device)
             self.ids.index_copy_(0, step.write, step.ids)
             self.ready = time.perf_counter() + seconds
             logits = torch.zeros(len(work), self.vocabulary)
             logits[:, letter] = 1.0
             return logits
 
-    def pick_later(*given: object) -> list[Token]:
-        tokens = pick(*given)
+    def sample_later(*given: object) -> list[Token]:
+        tokens = sample(*given)
         time.sleep(max(0.0, card.ready - time.perf_counter()))
         return tokens
 
     tokenizer = byte_tokenizer()
     letter = tokenizer.convert_tokens_to_ids("x")
     card = Card(tokenizer, rows=400_000)
-    pick = engine.engine.pick_tokens
-    engine.engine.pick_tokens = pick_later
+    sample = engine.engine.sample_tokens
+    engine.engine.sample_tokens = sample_later
     app = api.build_app(
         api.Settings(chat_page=False, max_waiting=1000),
         lambda settings: chat_model(card, tokenizer, 4096, max_batch=256),

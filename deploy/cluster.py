@@ -73,7 +73,7 @@ class Chat:
         return api.build_app(self.settings, lambda _: model)
 
     def check_health(self) -> None:
-        if self.app.state.serving.health["status"] == "dead":
+        if self.app.state.service.health["status"] == "dead":
             raise api.NotServing("the engine is dead")
 
 

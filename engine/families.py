@@ -1,11 +1,13 @@
 """What differs between models, as data: prompt formats and sampling defaults."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from engine.sampling_params import SamplingParams
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 # In a format, it separates what the original code tokenizes separately. A Unicode noncharacter,
@@ -123,7 +125,7 @@ PROBE: list[Message] = [
 ]
 
 
-def family_of(model_type: str, tokenizer: "PreTrainedTokenizerFast") -> Family | None:
+def family_of(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Family | None:
     """The family of a checkpoint: of the many models called llama, only some have its tokens."""
     has = tokenizer.backend_tokenizer.token_to_id
     for family in FAMILIES:
@@ -134,7 +136,7 @@ def family_of(model_type: str, tokenizer: "PreTrainedTokenizerFast") -> Family |
     return None
 
 
-def format_of(model_type: str, tokenizer: "PreTrainedTokenizerFast") -> Family | None:
+def format_of(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Family | None:
     """The family in whose format a checkpoint is prompted; None where its own chat template is.
 
     Fine-tunes keep the vocabulary and the model_type, so a template that renders otherwise than the
@@ -147,7 +149,7 @@ def format_of(model_type: str, tokenizer: "PreTrainedTokenizerFast") -> Family |
     return family if renders_like(family, tokenizer) else None
 
 
-def renders_like(family: Family, tokenizer: "PreTrainedTokenizerFast") -> bool:
+def renders_like(family: Family, tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether a tokenizer's chat template makes of a conversation what the family's format does."""
     if tokenizer.chat_template is None:
         return False
@@ -158,7 +160,7 @@ def renders_like(family: Family, tokenizer: "PreTrainedTokenizerFast") -> bool:
     return rendered == family.render(PROBE, add_generation_prompt=True).replace(PIECE_BREAK, "")
 
 
-def checkpoint_defaults(config: "GenerationConfig", family: Family | None = None) -> SamplingParams:
+def checkpoint_defaults(config: GenerationConfig, family: Family | None = None) -> SamplingParams:
     """The sampling of a checkpoint's generation_config.json, and the family's for the rest."""
     base = family.defaults if family else SamplingParams()
     if family and family.ignores_generation_config:

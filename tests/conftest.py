@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,7 +24,7 @@ import model_download
 from engine.engine import Engine
 from engine.model import ChatModel
 from engine.sampling_params import SamplingParams
-from engine.sequence import Sequence, Span
+from engine.sequence import Delta, Sequence, Span
 from engine.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +96,30 @@ def demo_folder() -> Path:
     return model_download.fetch_demo()
 
 
+GREEDY = SamplingParams(max_new_tokens=12, temperature=0)
+
+
+def sequence(prompt: list[int], **how: float) -> Sequence:
+    """A sequence with these sampling parameters."""
+    return Sequence(prompt, params=SamplingParams(**how))
+
+
+async def reply(
+    model: ChatModel, prompt: list[int], params: SamplingParams = GREEDY, **options: bool
+) -> tuple[str, Delta]:
+    """An answer's text and its last Delta."""
+    deltas = [delta async for delta in model.engine.stream(prompt, params, **options)]
+    return "".join(delta.text for delta in deltas), deltas[-1]
+
+
+def whole_of(engine: Engine) -> int:
+    """All rows that no sequence has, free or kept; none twice."""
+    spans = [(span.start, span.room) for span in engine.cache.kept]
+    pieces = sorted(spans + engine.cache.allocator.gaps)
+    assert all(a + n <= b for (a, n), (b, _) in pairwise(pieces))
+    return sum(size for _, size in pieces)
+
+
 class ScriptedRunner:
     """Says a given text instead of what a model would, as slowly as asked.
 
@@ -105,7 +130,6 @@ class ScriptedRunner:
 
     vocabulary = 260
     device = torch.device("cpu")
-    asynchronous = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, say: str = "hello", rows: int = 10_000):
         self.tokenizer, self.say, self.pause, self.rows = tokenizer, say, 0.0, rows
@@ -140,7 +164,7 @@ class ScriptedRunner:
             said = len(seq.tokens) - seq.num_prompt
             if not said and new == seq.pending:
                 self.prompts.append(list(seq.tokens))
-                self.samplings.append(seq.sampling)
+                self.samplings.append(seq.params)
             row[ids[min(said, len(ids) - 1)]] = 50.0
         return logits
 
@@ -167,6 +191,20 @@ def chat_model(
         vocabulary=len(tokenizer),
         facts={},
     )
+
+
+@pytest.fixture
+def make(tokenizer: PreTrainedTokenizerFast) -> Iterator[Callable[..., ChatModel]]:
+    """Builds models and closes their engines afterwards."""
+    made = []
+
+    def build(runner: object, **options: int) -> ChatModel:
+        made.append(chat_model(runner, tokenizer, **options))
+        return made[-1]
+
+    yield build
+    for model in made:
+        model.engine.close()
 
 
 @pytest.fixture

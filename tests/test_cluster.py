@@ -15,10 +15,13 @@ from conftest import wait_for
 from openai import OpenAI
 from scale import SAID, Answer, Cluster, ask, ask_all, started
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None,
-    reason="Ray is not installed; `pip install -r deploy/requirements.txt` brings it",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("ray") is None,
+        reason="Ray is not installed; `pip install -r deploy/requirements.txt` brings it",
+    ),
+]
 
 
 @contextmanager

@@ -1,9 +1,11 @@
-"""Readers copy api.py alone to a rented machine: it needs no other file of ours."""
+"""Readers copy a few files to a rented machine: those that README names are all it takes."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -12,34 +14,38 @@ from conftest import ROOT, byte_tokenizer, tiny_llama, wait_for
 
 
 @pytest.fixture
-def alone(tmp_path):
-    """A folder with api.py and requirements.txt, and a checkpoint elsewhere."""
-    folder, checkpoint = tmp_path / "alone", tmp_path / "disk" / "tiny"
+def copied(tmp_path) -> Path:
+    """A folder with what README's scp line names."""
+    (names,) = re.findall(r"^scp -P PORT (.+?) root@", (ROOT / "README.md").read_text(), re.M)
+    folder = tmp_path / "copied"
     folder.mkdir()
-    for name in ("api.py", "requirements.txt"):
-        shutil.copy(ROOT / name, folder)
-    tiny_llama().save_pretrained(checkpoint)
-    byte_tokenizer().save_pretrained(checkpoint)
-    return folder, checkpoint
+    for name in re.sub(r"-r ", "", names).split():
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder)
+    return folder
 
 
-def test_api_py_alone_serves_a_folder(alone):
-    folder, checkpoint = alone
-    port, log = free_port(), folder.parent / "log"
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A checkpoint that lies elsewhere."""
+    folder = tmp_path / "disk" / "tiny"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_copied_files_serve_a_folder(copied, checkpoint, tmp_path):
+    before = {path.relative_to(copied) for path in copied.rglob("*")}
+    port, log = free_port(), tmp_path / "log"
     url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "api.py", "--model", str(checkpoint)]
     with open(log, "w") as out:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "api.py",
-                "--model",
-                checkpoint,
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(port),
-            ],
-            cwd=folder,
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            cwd=copied,
             # Nothing of ours is found by way of the tests' own path.
             env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
             stdout=out,
@@ -62,5 +68,6 @@ def test_api_py_alone_serves_a_folder(alone):
     finally:
         process.terminate()
         process.wait(30)
-    left = {path.name for path in folder.iterdir()} - {"__pycache__"}
-    assert left == {"api.py", "requirements.txt"}, "it wrote nothing beside itself"
+    after = {path.relative_to(copied) for path in copied.rglob("*")}
+    written = {path for path in after - before if "__pycache__" not in path.parts}
+    assert written == set(), "it wrote nothing beside itself"

@@ -415,8 +415,9 @@ def test_the_python_examples_run(demo, capsys):
     assert re.search(r'\{"city":', said)
 
 
-def test_the_langchain_setting_works(server, runner):
-    from langchain_openai import ChatOpenAI
+@pytest.mark.slow
+def test_the_langchain_setting_works(server):
+    ChatOpenAI = pytest.importorskip("langchain_openai").ChatOpenAI
 
     (setting,) = (s for s in SPAN.findall(OPERATING) if s.startswith("ChatOpenAI("))
     setting = setting.replace("http://127.0.0.1:6006", server).replace('"demo"', '"test"')

@@ -36,11 +36,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.attention import Step, flash_attention, keep_latent  # noqa: E402
+from engine.attention import flash_attention, keep_latent  # noqa: E402
 from engine.loading import attention_summary, start_runner  # noqa: E402
-from engine.sampler import pick_tokens  # noqa: E402
+from engine.runner import Runner  # noqa: E402
+from engine.sampler import sample_tokens  # noqa: E402
 from engine.sampling_params import SamplingParams  # noqa: E402
 from engine.sequence import Sequence, Span, Work  # noqa: E402
+from engine.step import Step  # noqa: E402
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 2000,
         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -168,7 +170,7 @@ def steps(model: object, options: argparse.Namespace) -> None:
     runner = start_runner(model, options.cache, max(options.clients))
     print(f"Checked and captured in {time.perf_counter() - started:.1f} s: packed and plain logits"
           f" differ by {runner.difference:.1e}; {attention_summary(runner)}.\n")  # fmt: skip
-    captured, in_place = runner.graphs, runner.in_place
+    captured, way = runner.graphs, runner.way
     for layer in runner.pool.layers:  # some numbers, as nothing was computed for the steps below
         for x in (layer.keys, layer.values):
             x.normal_()
@@ -182,8 +184,8 @@ def steps(model: object, options: argparse.Namespace) -> None:
             work = decode_work(batch, length)
             seqs = [
                 Sequence(
-                    span.tokens, span.start, span.room, span.num_cached, loop=None,
-                    detokenizer=None, sampling=SamplingParams(512, 0.05, 0, 0.9),
+                    span.tokens, span.start, span.room, span.num_cached,
+                    params=SamplingParams(512, 0.05, 0, 0.9),
                 )
                 for span, _ in work
             ]  # fmt: skip
@@ -192,15 +194,15 @@ def steps(model: object, options: argparse.Namespace) -> None:
                 return runner.forward(work)
 
             def picked(work: Work = work, seqs: list[Sequence] = seqs) -> object:
-                return pick_tokens(seqs, runner.forward(work), runner.ids)
+                return sample_tokens(seqs, runner.forward(work), runner.ids)
 
             whole, share = seconds_of(picked, device), busy_share(picked, device)
             captured_took = seconds_of(forward, device)
             runner.graphs = []
             eager = seconds_of(forward, device)
-            runner.in_place = False
+            runner.way = "copied"
             gathered = seconds_of(forward, device, 5)
-            runner.graphs, runner.in_place = captured, in_place
+            runner.graphs, runner.way = captured, way
             bound = batch / bounds.rate(batch)
             cells = [f"{1e3 * x:.2f} ms" for x in (captured_took, eager, gathered, whole)]
             cells += [f"{share:.0%}", f"{bound / whole:.0%}"]
@@ -209,7 +211,7 @@ def steps(model: object, options: argparse.Namespace) -> None:
     took = seconds_of(lambda: runner.forward(chunk), device, 5)
     rate = bounds.operations * 512 / took / bounds.flops
     print(f"\nA chunk of 512 tokens takes {1e3 * took:.1f} ms, {rate:.0%} of the products' rate.")
-    if runner.in_place and device.type == "cuda":
+    if runner.way == "in place" and device.type == "cuda":
         kernels(model, device)
 
 
@@ -223,7 +225,7 @@ def kernels(model: object, device: torch.device) -> None:
         keys = torch.randn(batch * length, kv, width, device=device).to(torch.bfloat16)
         query = torch.randn(batch, heads, width, device=device).to(torch.bfloat16)
         work = [(Span([5] * length, n * length, length, length - 1), 1) for n in range(batch)]
-        (group,) = Step(work, in_place=True).on(device).groups
+        (group,) = Step(work, "in place").on(device).groups
         cells = []
         for limit, causal in ((length, False), (131_072, False), (length, True)):
             attend = partial(
@@ -262,7 +264,9 @@ def mla(options: argparse.Namespace) -> None:
         took = [seconds_of(forward, device, 5)]
         for module in attentions:
             del module.expand_kv
-        took.append(seconds_of(forward, device, 5))
+        expanded = Runner(model, runner.rows)
+        took.append(seconds_of(partial(expanded.forward, work), device, 5))
+        del expanded
         for module in attentions:
             module.expand_kv = keep_latent
         for way in ways:

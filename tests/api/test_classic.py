@@ -169,6 +169,7 @@ def test_a_history_of_another_shape_is_told_the_right_ones(server, history, mess
         ({"prompt": "x", "max_length": "5"}, "max_length"),
         ({"prompt": "x", "max_length": 1_000_000}, "max_length"),
         ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens"),
+        ({"prompt": "x", "max_tokens": 1_000_000}, "max_tokens"),
         ({"prompt": "x", "max_tokens": 5, "max_length": 5}, "max_tokens"),
         ({"prompt": "x", "seed": -1}, "seed"),
         ({"prompt": "x", "seed": 2**63}, "seed"),

@@ -186,7 +186,9 @@ def test_models_are_listed(client):
         ({"presence_penalty": 2.5}, 400, "presence_penalty", "2"),
         ({"max_tokens": 600}, 400, "max_tokens", "512"),
         ({"max_tokens": 6, "max_completion_tokens": 6}, 400, "max_completion_tokens", "same"),
-        ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "prompt", "603"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "messages", "603"),
+        ({"max_completion_tokens": 600}, 400, "max_completion_tokens", "512"),
+        ({"max_length": 600}, 400, "max_length", "512"),
     ],
 )
 def test_a_refusal_has_openais_shape(server, runner, change, status, param, word):

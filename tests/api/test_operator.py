@@ -7,17 +7,16 @@ import re
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import httpx
 import pytest
 from benchmark import free_port
-from conftest import ROOT, chat_model, ready, serve, wait_for
+from conftest import ROOT, ScriptedRunner, byte_tokenizer, chat_model, ready, serve, wait_for
 from prometheus_client.parser import text_string_to_metric_families
+from server_process import server_process
 
 import api
+from engine import ChatModel
 
 SECRET = {"Authorization": "Bearer sesame"}
 ASK = {"prompt": "hi"}
@@ -124,16 +123,16 @@ def test_metrics_add_up(server, runner):
     seen = samples(server)
     assert seen["chat_requests_total,/,served,stop"] == 2
     assert seen["chat_requests_total,/,served,length"] == 1
-    assert seen["chat_requests_total,/v1/completions,served,stop"] == 2
+    assert seen["chat_requests_total,/v1/completions,served,stop"] == 1
     assert seen["chat_requests_total,/,invalid_value,none"] == 1
     assert seen["chat_requests_total,other,not_found,none"] == 1
-    assert seen["chat_prompt_tokens_total"] == 3 * 51 + 2
+    assert seen["chat_prompt_tokens_total"] == 3 * 51 + 1
     assert seen["chat_prefix_cache_hits_total"] == 2 * 50
     assert seen["chat_num_requests_running"] == seen["chat_num_requests_waiting"] == 0
     assert 0 < seen["chat_cache_tokens_used"] < seen["chat_cache_tokens"] == runner.rows
     for name in ("request_queue_time", "time_to_first_token", "e2e_request_latency"):
-        assert seen[f"chat_{name}_seconds_count"] == 5
-    assert seen["chat_time_per_output_token_seconds_count"] == 5
+        assert seen[f"chat_{name}_seconds_count"] == 4
+    assert seen["chat_time_per_output_token_seconds_count"] == 4
     assert (
         seen["chat_time_to_first_token_seconds_sum"] <= seen["chat_e2e_request_latency_seconds_sum"]
     )
@@ -149,6 +148,36 @@ def test_those_who_left_and_those_that_failed_are_counted(server, runner):
     assert httpx.post(server, json=ASK).status_code == 500
     wait_for(lambda: samples(server).get("chat_requests_total,/,step_failed,none") == 1)
     assert "chat_requests_total,/,failed,none" not in samples(server)
+
+
+def test_a_request_that_takes_too_long_is_one_line_and_one_count(runner, tokenizer, caplog):
+    caplog.set_level(logging.INFO)
+    runner.say, runner.pause = "x" * 400, 0.01
+    with serve(lambda settings: chat_model(runner, tokenizer, timeout=0.3)) as url:
+        ready(url)
+        headers = {"X-Request-ID": "abc-6"}
+        assert httpx.post(url, json=ASK, headers=headers).status_code == 504
+        seen = samples(url)
+    assert seen["chat_requests_total,/,timed_out,none"] == 1
+    (line,) = (r for r in caplog.records if getattr(r, "request_id", "") == "abc-6")
+    assert line.outcome == "timed_out"
+    assert line.completion_tokens > 0
+    counted = [name for name in seen if name.startswith("chat_requests_total,")]
+    assert counted == ["chat_requests_total,/,timed_out,none"]
+
+
+def test_what_came_before_a_client_left_is_counted(server, runner, caplog):
+    caplog.set_level(logging.INFO)
+    runner.say, runner.pause = "x" * 300, 0.01
+    headers = {"X-Request-ID": "abc-7"}
+    with httpx.stream("POST", server, json=ASK | {"stream": True}, headers=headers) as response:
+        lines = response.iter_lines()
+        next(lines)
+    wait_for(lambda: samples(server).get("chat_requests_total,/,left,none") == 1)
+    (line,) = (r for r in caplog.records if getattr(r, "request_id", "") == "abc-7")
+    assert line.outcome == "left"
+    assert 1 <= line.completion_tokens < 300
+    assert samples(server)["chat_generation_tokens_total"] == line.completion_tokens
 
 
 def test_who_leaves_while_the_body_is_sent_made_no_mistake(server, caplog):
@@ -193,39 +222,11 @@ def test_a_path_cannot_forge_a_line(server, caplog):
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
-@contextmanager
-def started(
-    port: int, *arguments: str, how: tuple[str, ...] = ("api.py",), **variables: str
-) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, *how, "--port", str(port), *arguments],
-        cwd=ROOT,
-        env=os.environ | variables,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
-
-
-def read_until(process: subprocess.Popen[str], word: str) -> list[str]:
-    lines, deadline = [], time.monotonic() + 60
-    assert process.stdout
-    for line in process.stdout:
-        lines.append(line)
-        if word in line or time.monotonic() > deadline:
-            break
-    return lines
-
-
 def test_the_start_says_what_is_served_and_how_to_reach_it(demo_folder):
     port = free_port()
-    with started(port, "--host", "0.0.0.0") as process:
-        text = "".join(read_until(process, " ready"))
+    with server_process(api.load_served, "--port", str(port), "--host", "0.0.0.0") as process:
+        wait_for(lambda: " ready" in process.said())
+        text = process.said()
     assert "model: demo, LlamaForCausalLM in bfloat16" in text
     assert re.search(r"context: 8,192 tokens; the cache holds [\d,]+", text)
     assert f"http://127.0.0.1:{port}/v1" in text
@@ -234,10 +235,22 @@ def test_the_start_says_what_is_served_and_how_to_reach_it(demo_folder):
 
 
 def test_a_start_by_uvicorn_says_the_same(demo_folder):
-    factory = ("-m", "uvicorn", "--factory", "api:build_app")
-    with started(free_port(), how=factory, CHAT_CHAT_PAGE="false") as process:
-        text = "".join(read_until(process, "INFO ready"))
-    assert "model: demo, LlamaForCausalLM in bfloat16" in text
+    factory = ["-m", "uvicorn", "--factory", "api:build_app", "--port", str(free_port())]
+    with subprocess.Popen(
+        [sys.executable, *factory],
+        cwd=ROOT,
+        env=os.environ | {"CHAT_CHAT_PAGE": "false", "CHAT_DTYPE": "float32"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        text = ""
+        while "INFO ready" not in text:
+            line = process.stdout.readline()
+            assert line, text
+            text += line
+        process.terminate()
+    assert "model: demo, LlamaForCausalLM in float32" in text
 
 
 @pytest.mark.parametrize(
@@ -267,15 +280,22 @@ def test_all_of_ipv6_is_ipv4_too():
             socket.create_connection((host, listening.getsockname()[1])).close()
 
 
-def test_no_warning_with_a_key_and_lines_of_json(demo_folder):
+def load_scripted(settings: api.Settings) -> ChatModel:
+    return chat_model(ScriptedRunner(byte_tokenizer()), byte_tokenizer())
+
+
+def test_no_warning_with_a_key_and_lines_of_json():
     port = free_port()
-    with started(port, "--log-json", CHAT_API_KEY="sesame") as process:
-        lines = [line for line in read_until(process, "ready") if line.startswith("{")]
+    flags = ("--port", str(port), "--log-json", "--api-key", "sesame", "--no-chat-page")
+    with server_process(load_scripted, *flags) as process:
+        wait_for(lambda: '"ready"' in process.said())
+        lines = [json.loads(line) for line in process.said().splitlines() if line.startswith("{")]
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(b"no HTTP\r\n\r\n")
             assert b" 400 " in connection.recv(1000)
-        (ours,) = read_until(process, "Invalid HTTP request")
+        wait_for(lambda: "Invalid HTTP request" in process.said())
+        ours = process.said().splitlines()[-1]
     assert json.loads(ours)["message"] == "Invalid HTTP request received."
-    messages = [json.loads(line)["message"] for line in lines]
+    messages = [line["message"] for line in lines]
     assert messages[-1] == "ready"
     assert not [message for message in messages if "anyone" in message or "sesame" in message]

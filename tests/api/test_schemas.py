@@ -37,6 +37,15 @@ def test_only_what_was_given_overrides():
     ("schema", "body"),
     [
         (api.ChatRequest, {"prompt": "x", "history": [[]] * 1000}),
+        (api.ChatRequest, {"prompt": "x", "history": [[1] * 1000]}),
+        (api.ChatRequest, {"prompt": "x", "history": [[1, 1]] * 1000}),
+        (api.ChatRequest, {"prompt": "x", "stop": [1] * 1000}),
+        (api.ChatRequest, {"prompt": "x", "stop": ["x" * 257] * 16}),
+        (api.ChatRequest, {"prompt": "x", "stop": ["\ud800"] * 16}),
+        (api.CompletionRequest, {"prompt": [[1, "a"] * 1000]}),
+        (api.CompletionRequest, {"prompt": ["a"] * 1000}),
+        (api.ChatCompletionRequest, {"messages": [{"role": "user", "content": [1] * 1000}]}),
+        (api.ChatCompletionRequest, {"messages": [{"role": "user", "content": [{}] * 1000}]}),
         (api.ChatRequest, {"prompt": "x", "history": [{}] * 1000}),
         (api.ChatCompletionRequest, {"messages": [1] * 1000}),
     ],
@@ -86,7 +95,7 @@ def test_half_a_character_is_looked_for_soon():
 
 def test_a_sign_of_life_does_not_undo_an_ending():
     choice = api.Choice(0)
-    choice.add(Delta("hi", "length", 3, 2))
+    choice.add(Delta("hi", finish_reason="length", prompt_tokens=3, completion_tokens=2))
     choice.add(Delta(""))
     assert (choice.text, choice.finish_reason) == ("hi", "length")
     assert api.usage_of([choice])["completion_tokens"] == 2
@@ -150,10 +159,10 @@ def test_what_changes_nothing_is_not_refused(schema):
 
 
 def test_every_knob_of_sampling_can_be_asked_for():
-    """A knob is declared twice, here and in Sampling, and the two agree."""
-    knobs = set(SamplingParams.__dataclass_fields__)
+    """A parameter is declared twice, here and in SamplingParams, and the two agree."""
+    parameters = set(SamplingParams.__dataclass_fields__)
     # How much is told of an answer is each call's own matter, as whether it streams is.
-    assert knobs - {"logprobs"} == set(api.SamplingFields.model_fields) - {"stream"}
+    assert parameters - {"logprobs"} == set(api.SamplingFields.model_fields) - {"stream"}
 
 
 @pytest.mark.parametrize("history", ["ab", ["ab"], [["a"]], [["a", "b", "c"]], [["a", 1]], {}])

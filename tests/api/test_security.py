@@ -165,7 +165,9 @@ def test_keys_are_compared_in_a_time_that_tells_nothing(monkeypatch):
         ("Content-Length: 16\r\nTransfer-Encoding: chunked", CHUNKED, 400),
         ("Transfer-Encoding: chunked", CHUNKED, 200),
         ("Transfer-Encoding: chunked", b"zz\r\n" + BODY, 400),
-        ("Content-Encoding: gzip\r\nContent-Length: 16", b"\x1f\x8b" + b"\0" * 14, 400),
+        ("Content-Encoding: gzip\r\nContent-Length: 16", b"\x1f\x8b" + b"\0" * 14, 415),
+        ("Content-Encoding: br\r\nContent-Length: 16", BODY, 415),
+        ("Content-Encoding: identity\r\nContent-Length: 16", BODY, 200),
         ("Expect: 100-continue\r\nContent-Length: 99999999", b"", 413),
     ],
 )  # fmt: skip

@@ -25,10 +25,16 @@ def run(*arguments: str, script: str = "benchmarks/benchmark.py") -> str:
     return done.stdout
 
 
-def test_a_server_is_measured_and_drawn(server, tmp_path):
-    drawn = tmp_path / "plot.svg"
-    out = run("--url", server, "--clients", "1", "4", "--repeats", "2", "--plot", str(drawn))
+def test_a_server_is_measured(server):
+    out = run("--url", server, "--clients", "1", "4", "--repeats", "2")
     assert re.search(r"^\| given \| 4 \| [1-9][\d.]* \| 0\.\d{3} s \|", out, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_what_was_measured_is_drawn(server, tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = tmp_path / "plot.svg"
+    run("--url", server, "--clients", "1", "4", "--repeats", "2", "--plot", str(drawn))
     assert "<svg" in drawn.read_text(encoding="utf-8")
 
 
@@ -47,12 +53,17 @@ def test_what_the_host_adds_to_a_card_is_measured():
     assert min(steps) >= 20
 
 
-def test_what_is_for_cards_runs_without_one():
-    """With stand-ins for a card's own parts: so much is sure, that the scripts are sound."""
+@pytest.mark.slow
+def test_tests_for_cards_pass_on_stand_ins():
+    """So much is sure without a card, that the tests themselves are sound."""
     command = [sys.executable, "-m", "pytest", "tests/gpu"]
     environment = os.environ | {"CHAT_TEST_DEVICE": "cpu"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_card_py_runs_without_a_card():
     command = [sys.executable, "benchmarks/gpu/card.py", "--device", "cpu", "--clients", "1", "3"]
     command += ["--only", "steps", "mla"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

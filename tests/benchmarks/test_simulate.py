@@ -1,11 +1,14 @@
 """benchmarks/simulate.py computes what docs/scaling.md shows."""
 
 import re
-import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
+import simulate
 from conftest import ROOT
+
+Simulated = Callable[..., list[list[float]]]
 
 
 def table(text: str) -> list[list[float]]:
@@ -14,14 +17,19 @@ def table(text: str) -> list[list[float]]:
     return [[float(n.replace(",", "")) for n in re.findall(r"[\d.,]+", line)] for line in lines]
 
 
-def simulated(*arguments: str) -> list[list[float]]:
-    command = [sys.executable, "benchmarks/simulate.py", *arguments]
-    return table(
-        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    )
+@pytest.fixture
+def simulated(monkeypatch, capsys) -> Simulated:
+    """Runs the program with these flags; returns its table."""
+
+    def run(*flags: str) -> list[list[float]]:
+        monkeypatch.setattr(sys, "argv", ["simulate.py", *flags])
+        simulate.main()
+        return table(capsys.readouterr().out)
+
+    return run
 
 
-def test_the_table_in_the_text_is_the_programs():
+def test_table_of_scaling_md_is_what_the_program_prints(simulated):
     shown = table((ROOT / "docs/scaling.md").read_text(encoding="utf-8"))
     assert len(shown) == 3
     # Another numpy may draw other numbers.
@@ -29,9 +37,10 @@ def test_the_table_in_the_text_is_the_programs():
         assert row == pytest.approx(other, rel=0.1)
 
 
-def test_few_users_see_an_idle_replica_and_keep_it_as_busy_as_they_must():
+def test_few_users_see_a_nearly_idle_replica(simulated, monkeypatch):
     """20 users of 100 tokens at 50 a second, who think for 38 seconds: each is served 2 of 40."""
-    given = ["--rates", "1:50", "64:3200", "--read", "0", "--think", "38", "--answer", "100"]
+    monkeypatch.setattr(simulate, "SECONDS", 300)
+    given = ["--rates", "1:50", "8:400", "--read", "0", "--think", "38", "--answer", "100"]
     ((users, replicas, share, first, speed, busy),) = simulated(*given, "--users", "20")
     assert (users, replicas, share) == (20, 1, 20)
     assert first == pytest.approx(0.04, abs=0.01)  # a step that runs, and one's own
@@ -39,8 +48,11 @@ def test_few_users_see_an_idle_replica_and_keep_it_as_busy_as_they_must():
     assert busy == pytest.approx(1, abs=0.5)
 
 
-def test_more_is_needed_where_more_is_asked():
-    def replicas(*arguments: str) -> float:
-        return simulated("--users", "1000", *arguments)[0][1]
+def test_more_replicas_are_needed_where_more_is_asked(simulated, monkeypatch):
+    # Less exact than the program, which is asked here for no more than an order.
+    monkeypatch.setattr(simulate, "SECONDS", 300)
+
+    def replicas(*flags: str) -> float:
+        return simulated("--users", "1000", *flags)[0][1]
 
     assert replicas("--think", "60") < replicas() < replicas("--speed", "10")

@@ -13,7 +13,9 @@ from benchmark import Server
 from conftest import ROOT, ScriptedRunner, chat_model, ready, serve, wait_for
 
 import api
-from engine.engine import Engine, deliver
+from engine.answer import Event, deliver
+from engine.cache import SpanCache
+from engine.engine import Engine
 from engine.errors import QueueFull
 from engine.sequence import Delta, Sequence, Span
 
@@ -88,7 +90,7 @@ def soaked(report, runner, tokenizer) -> int:
     runner.rows, runner.ids = 2048, torch.zeros(2048, dtype=torch.long)
 
     def noted(engine, seqs):
-        loops.add(seqs[0].loop)
+        loops.add(seqs[0].outbox.loop)
         put(engine, seqs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -109,14 +111,14 @@ def test_a_soak_leaves_nothing_behind(report, runner, tokenizer):
 
 
 def test_rows_that_are_not_given_back_are_noticed(report, runner, tokenizer, monkeypatch):
-    release = Engine._release
+    release = SpanCache.release
 
-    def forgetful(engine: Engine, seq: Sequence) -> None:
+    def forgetful(cache: SpanCache, seq: Sequence) -> None:
         # Of some requests only: what comes before the crowd has none.
-        seq.room -= seq.sampling.seed is not None
-        release(engine, seq)
+        seq.room -= seq.params.seed is not None
+        release(cache, seq)
 
-    monkeypatch.setattr(Engine, "_release", forgetful)
+    monkeypatch.setattr(SpanCache, "release", forgetful)
     monkeypatch.setattr(soak, "EMPTYING", 2)
     soaked(report, runner, tokenizer)
     assert any("whole cache" in words for words in report.broken)
@@ -142,10 +144,12 @@ def test_nobody_hears_anothers_secret(report, tokenizer):
 
 
 def test_a_span_that_is_reused_unread_is_noticed(report, tokenizer, monkeypatch):
-    def unread(span: Span, tokens: list[int], beyond: int = 0) -> int:
+    def unread(span: Span, tokens: list[int], known: int) -> int:
         return min(span.num_cached, len(tokens) - 1)
 
-    monkeypatch.setattr(Span, "common_prefix", unread)
+    # As if all prompts were alike, whatever their tokens are.
+    monkeypatch.setattr("engine.cache.hash", lambda tokens: len(tokens), raising=False)
+    monkeypatch.setattr("engine.cache.common_prefix", unread)
     heard = leaked(report, tokenizer)
     assert heard.others
     assert heard.different
@@ -160,13 +164,14 @@ def test_a_delta_in_the_wrong_outbox_is_noticed(report, tokenizer, monkeypatch):
         count += 1
         # Not the last ones, for whose lack a stream would never end.
         texts = [
-            n for n, (_, d) in enumerate(items) if isinstance(d, Delta) and not d.finish_reason
+            n for n, (_, e) in enumerate(items) if isinstance(e, Event) and not e.finish_reason
         ]
         if count % 3 == 0 and len(texts) > 1:
             one, other = texts[:2]
             (a, x), (b, y) = items[one], items[other]
             items = [*items]
-            items[one], items[other] = (a, y), (b, x)
+            items[one] = a, y._replace(answer=a)
+            items[other] = b, x._replace(answer=b)
         right(items)
 
     monkeypatch.setattr("engine.engine.deliver", astray)
@@ -196,7 +201,7 @@ def slow(tokenizer):
     """A model with two places that takes its time."""
     runner = ScriptedRunner(tokenizer, "x" * 1000)
     runner.pause = 0.01
-    with served(runner, tokenizer, max_batch=2, chunk=16) as url:
+    with served(runner, tokenizer, max_batch=2, prefill_chunk=16) as url:
         yield ready(url)
 
 
@@ -237,7 +242,7 @@ def test_slow_senders_do_not_keep_others_waiting(report, server):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", ["rush", "soak --minutes 10", "leaks --minutes 5", "faults"])
+@pytest.mark.parametrize("arguments", ["rush", "soak --minutes 3", "leaks --minutes 1", "faults"])
 def test_every_promise_is_kept_for_long(arguments):
     command = [sys.executable, "benchmarks/soak.py", *arguments.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

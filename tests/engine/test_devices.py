@@ -7,14 +7,15 @@ import numpy
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_module
-from test_engine import FAMILIES, FIXTURES, as_on_a_card, flash_attention
+from alone import FAMILIES, FIXTURES
+from stand_ins import as_on_a_card, flash_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from engine.checkpoint import load_model
 from engine.loading import start_runner
-from engine.runner import Runner
-from engine.sampler import apply_guide, pick_tokens
+from engine.runner import Runner, create_runner
+from engine.sampler import apply_guide, sample_tokens
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence, Span
 
@@ -136,8 +137,8 @@ def computed(runner: Runner, work: list[tuple[Span, int]]) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_is_computed_on_the_card_and_nobody_waits(card, name):
-    plain = Runner(loaded(name), "1MiB")
-    plain.in_place = False
+    plain = create_runner(loaded(name), "1MiB")
+    plain.way = "copied"
     expected = computed(plain, some_work())
     runner = start_runner(moved(loaded(name)), "1MiB", max_batch=8)
     assert runner.device == CARD
@@ -145,9 +146,9 @@ def test_a_step_is_computed_on_the_card_and_nobody_waits(card, name):
     captured, runner.graphs = runner.graphs, []
     assert {step.size for step in captured} == {1, 2, 4, 8}
     card.waits.clear()
-    for runner.in_place in (True, False):
+    for runner.way in ("in place", "copied", "sliced"):
         torch.testing.assert_close(computed(runner, some_work()), expected)
-    runner.in_place = True
+    runner.way = "in place"
     singles = [(span, new) for span, new in some_work() if new == 1]
     expected = computed(runner, singles)
     runner.graphs = captured
@@ -163,22 +164,16 @@ def some_sequences() -> list[Sequence]:
         SamplingParams(top_k=5, repetition_penalty=1.1, seed=2),
         SamplingParams(top_k=0, top_p=0.5, min_p=0.1, presence_penalty=1.0, seed=3),
     ]
-    return [
-        Sequence([1, 2, 3], 8 * n, 8, 2, sampling=how, detokenizer=None, loop=None)
-        for n, how in enumerate(hows)
-    ]
+    return [Sequence([1, 2, 3], 8 * n, 8, 2, params=how) for n, how in enumerate(hows)]
 
 
 def test_a_card_is_waited_for_once_for_all_tokens(card):
     torch.manual_seed(0)
     logits, pool_ids = torch.randn(4, 300) * 5, torch.arange(32)
-    expected = pick_tokens(some_sequences(), logits.clone(), pool_ids)
+    expected = sample_tokens(some_sequences(), logits.clone(), pool_ids)
     assert card.waits == []
-    told = []
     there = on_card(logits.clone()), on_card(pool_ids)
-    tokens = pick_tokens(some_sequences(), *there, lambda: told.append(list(card.waits)))
-    assert tokens == expected
-    assert told == [[]]
+    assert sample_tokens(some_sequences(), *there) == expected
     assert card.waits == ["tolist"]
 
 

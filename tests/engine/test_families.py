@@ -508,6 +508,7 @@ def test_a_checkpoint_outside_the_families_uses_its_own_template(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
     with pytest.raises(StartError, match="--chat-template"):
         load(folder)
     file = tmp_path / "mine.jinja"

@@ -2,16 +2,22 @@
 
 import re
 import shutil
+import signal
 import socket
-import subprocess
-import sys
+import threading
+from contextlib import suppress
+from typing import NamedTuple
 
+import httpx
 import pytest
 import torch
-from conftest import ROOT, byte_tokenizer, tiny_llama, wait_for
+from benchmark import free_port
+from conftest import byte_tokenizer, tiny_llama, wait_for
+from server_process import server_process
 
 import api
 import model_download
+from engine import ChatModel
 from engine.checkpoint import check_gpus
 from engine.errors import StartError
 from engine.loading import load
@@ -101,38 +107,33 @@ def test_a_card_that_torch_cannot_use_is_an_error_with_the_remedy(monkeypatch):
     check_gpus("auto")
 
 
-def run_api(*arguments: str, folder=ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "api.py", "--host", "127.0.0.1", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+class Done(NamedTuple):
+    code: int
+    said: str
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+def run_api(*flags: str) -> Done:
+    """`python api.py` to its end."""
+    with server_process(api.load_served, "--host", "127.0.0.1", *flags) as process:
+        return Done(process.wait(60), process.said())
 
 
 @pytest.mark.parametrize("check", [[], ["--check"]])
 def test_a_start_that_fails_ends_with_one_sentence_and_a_code(check):
-    done = run_api("--model", "nowhere", "--port", free_port(), *check)
-    assert done.returncode == 1
-    assert "api.py: there is no model 'nowhere'" in done.stderr
-    assert "Traceback" not in done.stderr
+    done = run_api("--model", "nowhere", "--port", str(free_port()), *check)
+    assert done.code == 1
+    assert "api.py: there is no model 'nowhere'" in done.said
+    assert "Traceback" not in done.said
 
 
 def test_a_checkpoint_that_cannot_be_read_ends_the_start(checkpoint, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint, broken)
     (broken / "model.safetensors").write_bytes(b"\xff" * 100)
-    done = run_api("--model", str(broken), "--port", free_port())
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("api.py: ")]
+    done = run_api("--model", str(broken), "--port", str(free_port()))
+    assert done.code == 1
+    assert "Traceback" not in done.said
+    said = [line for line in done.said.splitlines() if line.startswith("api.py: ")]
     assert len(said) == 1
     assert f"the model could not be loaded from {broken / 'model.safetensors'}" in said[0]
     assert "run the download again" in said[0]
@@ -143,35 +144,29 @@ def test_a_port_in_use_is_said_in_one_sentence(checkpoint):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         done = run_api("--model", str(checkpoint), "--port", str(taken.getsockname()[1]))
-    assert done.returncode == 1
+    assert done.code == 1
     assert re.fullmatch(
         r"api\.py: cannot listen on '127\.0\.0\.1', port \d+: Address already in use; .*\n",
-        done.stderr,
+        done.said,
     )
 
 
-def test_ctrl_c_while_loading_ends_at_once(tmp_path):
+def load_for_long(settings: api.Settings) -> ChatModel:
+    threading.Event().wait(60)
+    raise AssertionError("nobody ended it")
+
+
+def test_ctrl_c_while_loading_ends_at_once():
     """The loader is a daemon: nobody waits for weights that nobody wants."""
-    import signal
-
-    slow = tmp_path / "slow.py"
-    slow.write_text(
-        "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import api, uvicorn\n"
-        "app = api.build_app(api.Settings(), lambda settings: time.sleep(60))\n"
-        "uvicorn.run(app, port=int(sys.argv[1]))\n"
-    )
     port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, slow, str(ROOT), port], stderr=subprocess.PIPE, text=True
-    )
-    import httpx
 
     def explained() -> bool:
-        try:
+        with suppress(httpx.TransportError):
             return httpx.get(f"http://127.0.0.1:{port}/health").json()["status"] == "loading"
-        except httpx.TransportError:
-            return False
+        return False
 
-    wait_for(explained)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    with server_process(load_for_long, "--port", str(port), "--no-chat-page") as process:
+        wait_for(explained)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+        assert "Traceback" not in process.said()

@@ -12,18 +12,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import greedy
+from alone import FAMILIES, FIXTURES
+from conftest import GREEDY, greedy
+from stand_ins import as_on_a_card
 from test_devices import some_sequences
-from test_engine import FAMILIES, FIXTURES, GREEDY, as_on_a_card
 from tokenizers import Tokenizer, models
 
-from engine.attention import Step
 from engine.checkpoint import context_length, load_model
 from engine.engine import Engine
 from engine.loading import start_runner
-from engine.runner import Runner
-from engine.sampler import pick
+from engine.runner import Runner, create_runner
+from engine.sampler import sample_tokens
 from engine.sequence import Span
+from engine.step import Step
 
 DEVICE = torch.device(os.environ.get("CHAT_TEST_DEVICE", "cuda:0"))
 ON_CARD = DEVICE.type == "cuda"
@@ -49,11 +50,9 @@ def spans(lengths: list[tuple[int, int]], gap: int = 3) -> list[tuple[Span, int]
 
 def attended(step: Step, query, keys, values, device) -> torch.Tensor:
     """Attention as a layer has it: query [tokens, heads, width], and the pool's rows."""
-    there = step.on(device)
-    if not step.in_place:
-        keys, values = keys[there.read], values[there.read]
+    groups = step.on(device).groups
     return torch.cat(
-        [g.attend(query[g.tokens], keys[g.rows], values[g.rows], None) for g in there.groups]
+        [g.attend(query[g.tokens], g.select(keys), g.select(values), None) for g in groups]
     )
 
 
@@ -81,15 +80,16 @@ def test_attention_in_place_is_attention_over_copied_rows(heads, kv_heads, width
     keys, values = some(rows, kv_heads, width), some(rows, kv_heads, width)
     by_span = {span.start: some(new, heads, width) for span, new in work}
     outs = []
-    for in_place in (True, False):
-        step = Step(work, in_place)
+    for way in ("in place", "copied", "sliced"):
+        step = Step(work, way)
         # Each way packs the spans in an order of its own.
-        order = sorted(work, key=lambda item: step._neighbourhood(*item))
+        order = sorted(work, key=lambda item: step._group_key(*item))
         query = torch.cat([by_span[span.start] for span, _ in order])
         parts = attended(step, query, keys, values, DEVICE).split([new for _, new in order])
         outs.append({span.start: out for (span, _), out in zip(order, parts, strict=True)})
     for start, out in outs[0].items():
-        torch.testing.assert_close(out, outs[1][start], atol=2e-2, rtol=2e-2)
+        for other in outs[1:]:
+            torch.testing.assert_close(out, other[start], atol=2e-2, rtol=2e-2)
 
 
 def runner_of(name: str, dtype: str) -> Runner:
@@ -104,14 +104,14 @@ def test_each_family_batches_on_the_card(name):
     room = context_length(model.config) - 12
     prompts = [list(range(20, 20 + n)) for n in (3, 17, min(40, room))]
     alone = [greedy(model, prompt, 12) for prompt in prompts]
-    runner = Runner(model, "64MiB")
+    runner = create_runner(model, "64MiB")
     assert together(runner, prompts) == alone
 
 
 def together(runner: Runner, prompts: list[list[int]]) -> list[list[int]]:
     """What the engine says to all prompts at once, as ids."""
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    engine = Engine(runner, words, set(), chunk=16)
+    engine = Engine(runner, words, set(), prefill_chunk=16)
 
     async def one(prompt: list[int]) -> list[int]:
         sampling = replace(GREEDY, max_new_tokens=12, logprobs=0)
@@ -134,7 +134,7 @@ def test_each_family_starts_in_half_precision(name, dtype):
     runner = runner_of(name, dtype)
     assert runner.difference < 0.05
     if name != "deepseek_v2":
-        assert runner.in_place, runner.fallback_reason
+        assert runner.way == "in place", runner.fallback_reason
         assert {r.size for r in runner.graphs} == {1, 2, 4, 8}
 
 
@@ -167,9 +167,9 @@ def test_a_model_on_two_devices_says_what_it_says_on_one():
     )
     split, _ = load_model(FIXTURES / "llama", dtype="float32", device_map=json.dumps(places))
     prompts = [list(range(20, 20 + n)) for n in (3, 17, 40)]
-    runner = Runner(split, "64MiB")
+    runner = create_runner(split, "64MiB")
     assert runner.split == (str(DEVICE) != other)
-    assert together(runner, prompts) == together(Runner(whole, "64MiB"), prompts)
+    assert together(runner, prompts) == together(create_runner(whole, "64MiB"), prompts)
     # What lies on the CPU beside a card is brought to the card to compute.
     held = {str(DEVICE)} if ON_CARD and other == "cpu" else {str(DEVICE), other}
     assert {str(layer.keys.device) for layer in runner.pool.layers} == held
@@ -180,12 +180,12 @@ def test_a_card_is_waited_for_once_a_pick():
     seqs = some_sequences()
     logits = torch.randn(4, 128_256, device=DEVICE) * 5
     ids = torch.arange(32, device=DEVICE)
-    pick(seqs, logits.clone(), ids)
+    sample_tokens(seqs, logits.clone(), ids)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            pick(seqs, logits, ids)
+            sample_tokens(seqs, logits, ids)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in caught if "called a synchronizing" in str(w.message)]
