@@ -29,6 +29,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from engine.errors import StartError
 from engine.families import format_of
+from engine.model_config import load_config
 from engine.tokenizer import ChatTokenizer, load_tokenizer
 
 log = logging.getLogger("chat")
@@ -190,9 +191,7 @@ def load_model(
     StartError, ValueError, or whatever the libraries raise where its files do not make a model.
     """
     register_families()
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if ratio := getattr(config, "rope_ratio", None):  # Index's model for long texts
-        config.rope_parameters["rope_theta"] *= ratio
+    config = load_config(Path(folder))
     if device_map == "auto":
         device_map = best_placement(config, dtype)
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -228,18 +227,6 @@ def device_summary(model: Any) -> str:
         left = f", {free / 2**30:.1f} GiB left" if free else ""
         said.append(f"{device} ({count} {'part' if count == 1 else 'parts'}{left})")
     return ", ".join(said)
-
-
-def context_length(config: Any) -> int:
-    """Most tokens of prompt and answer together.
-
-    Dynamic and longrope RoPE depend on the longest sequence in the batch beyond the original
-    length; up to it, their frequencies are constant.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        return int(rope.get("original_max_position_embeddings", config.max_position_embeddings))
-    return int(getattr(config, "max_position_embeddings", 2048))
 
 
 def chat_tokenizer(

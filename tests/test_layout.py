@@ -27,6 +27,7 @@ ORDER = [
     "engine.cuda_graph",
     "engine.runner",
     "engine.tokenizer",
+    "engine.model_config",
     "engine.checkpoint",
     "engine.engine",
     "engine.model",

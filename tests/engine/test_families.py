@@ -16,17 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import api
-from engine.checkpoint import (
-    NormalizeRows,
-    UngroupQKV,
-    best_placement,
-    context_length,
-    device_summary,
-    load_model,
-)
+from engine.checkpoint import NormalizeRows, UngroupQKV, best_placement, device_summary, load_model
 from engine.errors import ContextTooLong, StartError
 from engine.families import FAMILIES, checkpoint_defaults, family_of, format_of, renders_like
 from engine.loading import load, start_runner
+from engine.model_config import context_length
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import ChatTokenizer, load_tokenizer
 
