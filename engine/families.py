@@ -35,6 +35,9 @@ class Family:
     strip: bool = False
     defaults: SamplingParams = DEFAULTS
     ignores_generation_config: bool = False  # as the tutorial's program did
+    # Whether the chat model's files may be without a chat template. Where they always had one,
+    # a checkpoint without is the base model.
+    without_template: bool = False
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         contents = [m["content"].strip() if self.strip else m["content"] for m in messages]
@@ -69,6 +72,7 @@ FAMILIES = (
         turns={"system": "<unk>{}", "user": "reserved_0{}", "assistant": "reserved_1{}"},
         ask="reserved_1",
         ends=("</s>",),
+        without_template=True,
         defaults=TUTORIAL,
         ignores_generation_config=True,
     ),
@@ -97,6 +101,7 @@ FAMILIES = (
         },
         ask="Assistant: ",
         ends=("<|endoftext|>",),
+        without_template=True,
         defaults=SamplingParams(2048, 0.5, 30, 0.85, repetition_penalty=1.1),
     ),
     Family(
@@ -107,8 +112,17 @@ FAMILIES = (
         begin="<s>",
         ask="<|im_start|>assistant\n",
         ends=("</s>", "<|im_end|>"),
+        without_template=True,
     ),
 )
+
+# A conversation by which formats are compared, with spaces that some of them strip.
+PROBE: list[Message] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": " hi "},
+    {"role": "assistant", "content": " hello "},
+    {"role": "user", "content": "你好"},
+]
 
 
 def family_of(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Family | None:
@@ -122,12 +136,37 @@ def family_of(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Family | N
     return None
 
 
+def format_of(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Family | None:
+    """The family in whose format a checkpoint is prompted; None where its own chat template is.
+
+    Fine-tunes keep the vocabulary and the model_type, so a template that renders otherwise than the
+    family's format is right. The templates that came with the five families' own models, in every
+    revision that we know, render the same.
+    """
+    family = family_of(model_type, tokenizer)
+    if family is None or (tokenizer.chat_template is None and family.without_template):
+        return family
+    return family if renders_like(family, tokenizer) else None
+
+
+def renders_like(family: Family, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a tokenizer's chat template makes of a conversation what the family's format does."""
+    if tokenizer.chat_template is None:
+        return False
+    try:
+        rendered = tokenizer.apply_chat_template(PROBE, tokenize=False, add_generation_prompt=True)
+    except Exception:  # jinja's errors, and whatever a template raises
+        return False
+    return rendered == family.render(PROBE, add_generation_prompt=True).replace(PIECE_BREAK, "")
+
+
 def checkpoint_defaults(config: GenerationConfig, family: Family | None = None) -> SamplingParams:
     """The sampling of a checkpoint's generation_config.json, and the family's for the rest."""
     base = family.defaults if family else SamplingParams()
     if family and family.ignores_generation_config:
         return base
-    found = {knob.name: getattr(config, knob.name, None) for knob in fields(SamplingParams)}
+    names = [parameter.name for parameter in fields(SamplingParams)]
+    found = {name: getattr(config, name, None) for name in names}
     if config.do_sample is False:
         found["temperature"] = 0.0
     found["top_k"] = found["top_k"] and max(0, found["top_k"])  # some write -1 for off

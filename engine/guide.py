@@ -1,10 +1,14 @@
 """Answers held to a grammar (guided decoding), by llguidance."""
 
+import json
+import threading
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from tokenizers import Tokenizer
 
 from engine.errors import InvalidInput
 
@@ -44,3 +48,44 @@ class Guide:
         if self.matcher.is_error():
             reason = self.matcher.get_error().partition("\n")[0]
             raise InvalidInput(f"the JSON schema: {reason}", "schema")
+
+
+class GuideCompiler:
+    """Compiles JSON schemas into guides for one model's tokens; thread-safe."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, special_ids: Collection[int], end_ids: Collection[int]
+    ):
+        self.tokenizer = tokenizer
+        self.ends = sorted(end_ids)
+        self.markers = sorted(set(special_ids) - set(end_ids))
+        self._trie: LLTokenizer | None = None
+        self._lock = threading.Lock()
+
+    def compile(self, schema: dict[str, Any]) -> Guide:
+        """A guide for answers that match a JSON schema. Raises InvalidInput if it is invalid."""
+        spelled = json.dumps(schema)
+        if len(spelled) > MAX_SCHEMA_CHARS:
+            most = f"{MAX_SCHEMA_CHARS:,} characters"
+            raise InvalidInput(f"the JSON schema is longer than {most}", "schema")
+        try:
+            # With flexible whitespace, a small model may indent for ever.
+            grammar = LLMatcher.grammar_from_json_schema(
+                spelled, overrides={"whitespace_flexible": False}
+            )
+        except ValueError as error:
+            raise InvalidInput(f"the JSON schema: {error}", "schema") from error
+        matcher = LLMatcher(self._vocabulary(), grammar, log_level=0, limits=GUIDE_LIMITS)
+        guide = Guide(matcher, self.ends, self.markers)
+        guide.check()
+        # Some errors only show in use; and the first mask takes the longest.
+        guide.copy().allowed()
+        return guide
+
+    def _vocabulary(self) -> LLTokenizer:
+        """The tokens as a trie, which takes a second or two: it is built on first use."""
+        with self._lock:
+            if self._trie is None:
+                spec = self.tokenizer.to_str()
+                self._trie = LLTokenizer(spec, eos_token=self.ends, slices=[])
+            return self._trie

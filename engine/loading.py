@@ -9,7 +9,6 @@ from engine.checkpoint import (
     chat_tokenizer,
     check_gpus,
     check_versions,
-    context_length,
     device_summary,
     explained,
     load_model,
@@ -19,6 +18,7 @@ from engine.errors import StartError
 from engine.families import checkpoint_defaults
 from engine.linear import computes_exactly, settle_form
 from engine.model import ChatModel
+from engine.model_config import context_length
 from engine.runner import Runner, create_runner, input_device
 from engine.sequence import Span
 from engine.tokenizer import ChatTokenizer

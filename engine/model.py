@@ -4,6 +4,7 @@ import time
 from bisect import bisect_left
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ContextTooLong, InvalidInput
@@ -13,7 +14,7 @@ from engine.sequence import Delta
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.guide import Guide
+    from engine.guide import Guide, GuideCompiler
     from engine.tokenizer import ChatTokenizer
 
 
@@ -89,7 +90,14 @@ class ChatModel:
 
     def guided(self, prompt: Prompt, schema: dict[str, Any]) -> Prompt:
         """The same, to be answered with JSON of a schema. Raises InvalidInput if it is invalid."""
-        return replace(prompt, guide=self.tokenizer.guide(schema, self.engine.end_ids))
+        return replace(prompt, guide=self._guides.compile(schema))
+
+    @cached_property
+    def _guides(self) -> "GuideCompiler":
+        from engine.guide import GuideCompiler
+
+        special = self.tokenizer.special.values()
+        return GuideCompiler(self.tokenizer.backend, special, self.engine.end_ids)
 
     def prepare(
         self,

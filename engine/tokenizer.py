@@ -1,28 +1,36 @@
 """Messages become token ids, by the family's format or the checkpoint's own chat template.
 
-Nothing that a user writes can become a special token.
+Nothing that a user writes in a chat can become a special token.
 """
 
 import json
 import re
-import threading
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import lru_cache, partial
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llguidance import LLMatcher, LLTokenizer
-from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
-from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from engine.errors import InvalidInput, StartError
 from engine.families import PIECE_BREAK, Family, Message
-from engine.guide import GUIDE_LIMITS, MAX_SCHEMA_CHARS, Guide
+from engine.special_tokens import SpecialTokens, token_ids
 
-# ESCAPE, an index and ESCAPE_END replace a special token that a message spells out, so that it is
-# encoded as ordinary text; noncharacters like PIECE_BREAK.
-ESCAPE, ESCAPE_END = "\ufdd0", "\ufdd1"
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+# Between which of them a model thinks aloud, where its chat template knows them.
+THINKING_MARKERS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+
+# Before the text, between it and the suffix, and after both, for models that can fill in what is
+# missing between: DeepSeek-Coder; Qwen2.5-Coder and CodeGemma; StarCoder and Granite; Code Llama.
+INFILL_MARKERS = (
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
+)
 
 
 def upgrade_metaspace(node: dict[str, Any]) -> dict[str, Any]:
@@ -32,146 +40,214 @@ def upgrade_metaspace(node: dict[str, Any]) -> dict[str, Any]:
     return node
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast | None":
     """The tokenizer of a folder, from tokenizer.json or tokenizer.model; None if it has neither.
 
     Raises StartError if transformers encodes a text unlike sentencepiece.
     """
+    from transformers import PreTrainedTokenizerFast
+
     if (folder / "tokenizer.json").is_file():
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         backend = Tokenizer.from_str(json.dumps(json.loads(text, object_hook=upgrade_metaspace)))
-        return PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_object=backend)
-    if not (folder / "tokenizer.model").is_file():
-        return None
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    original = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_object=backend)
+        # transformers leaves this to tokenizer.json, but DeepSeek's says nothing of BOS.
+        if tokenizer_config(folder).get("add_bos_token") and tokenizer.bos_token:
+            tokenizer.add_bos_token = True
+        return tokenizer
+    if (folder / "tokenizer.model").is_file():
+        return load_sentencepiece(folder)
+    return None
+
+
+def load_sentencepiece(folder: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer of a folder that has a tokenizer.model alone.
+
+    Without a class it comes out right for models whose text begins without a space, InternLM2's
+    among them; for others it takes the class that tokenizer_config.json names.
+    """
+    import transformers
+
+    plain = transformers.PreTrainedTokenizerFast
+    classes = [plain]
+    named = getattr(transformers, str(tokenizer_config(folder).get("tokenizer_class")), None)
+    if isinstance(named, type) and issubclass(named, plain):
+        classes.append(named)
+    for kind in classes:
+        tokenizer = kind.from_pretrained(folder)
+        differs = first_difference(tokenizer, folder / "tokenizer.model")
+        if differs is None:
+            return tokenizer
+    raise StartError(
+        f"{folder}/tokenizer.model encodes {differs!r} unlike sentencepiece when transformers reads"
+        " it; take a repository of the model that has a tokenizer.json"
+    )
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """What tokenizer_config.json says; nothing where there is none."""
+    file = folder / "tokenizer_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def first_difference(tokenizer: Any, file: Path) -> str | None:
+    """The first of some texts that a tokenizer encodes unlike sentencepiece does by the file."""
+    from sentencepiece import SentencePieceProcessor
+
+    original = SentencePieceProcessor(model_file=str(file))
     for probe in ("Hello, world", "你好，世界", " two  spaces", "x = 1\n\ty", "🙂 1234"):
         if original.encode(probe) != tokenizer.encode(probe, add_special_tokens=False):
-            raise StartError(f"{folder}/tokenizer.model encodes {probe!r} unlike sentencepiece")
-    return tokenizer
-
-
-def alternation(words: Iterable[str]) -> str:
-    """A pattern that matches any of the words, the longest first."""
-    return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
-
-
-def token_ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
-    """A text's ids, by encode_batch_fast: `encode` would block all threads during a long text."""
-    return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            return probe
+    return None
 
 
 class ChatTokenizer:
     """Turns messages into token ids; raises InvalidInput where a chat template refuses them.
 
-    Thread-safe: unlike transformers' own wrapper, it never modifies its tokenizers.
+    Thread-safe: unlike transformers' own wrapper, it never modifies its tokenizers. `special` are
+    the special tokens' ids by their text; `template` is the chat template, empty where the
+    family's format is used; `thinking_markers` are the words between which the model thinks aloud,
+    or None.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, family: Family | None = None):
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", family: Family | None = None):
         if family is None and tokenizer.chat_template is None:
             raise StartError(
-                "the checkpoint has no chat template; choose a chat model, or pass its template"
-                " with --chat-template FILE"
+                "the checkpoint has no chat template, as base models have none; take the chat model"
+                " (often called Instruct or Chat), or pass its template with --chat-template FILE"
             )
         self.tokenizer, self.family = tokenizer, family
-        self._trie: LLTokenizer | None = None
-        self._lock = threading.Lock()
-        spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Training may have left these behind; transformers resets them at every call.
-        spec["truncation"] = spec["padding"] = None
+        template = "" if family else tokenizer.get_chat_template()
+        self.template = template.removeprefix("\ufeff")  # an editor's byte order mark
+        self.thinking_markers = next((p for p in THINKING_MARKERS if p[1] in self.template), None)
         markers = (*family.markers, *family.ends) if family else ()
-        for token in spec["added_tokens"]:
-            # DeepSeek's fill-in-the-middle tokens are not flagged as special, but are.
-            token["special"] |= bool(re.fullmatch(r"<[|｜]\S+[|｜]>", token["content"]))
-        self.backend = Tokenizer.from_str(json.dumps(spec))
-        # The same, but it encodes a special token in a text as ordinary text.
-        self.plain = Tokenizer.from_str(json.dumps(spec))
-        self.plain.encode_special_tokens = True
+        infill = [word for words in INFILL_MARKERS for word in words]
+        self._special = SpecialTokens(
+            tokenizer.backend_tokenizer, (*markers, *infill), self.thinking_markers or ()
+        )
+        self.special = self._special.ids
+        self.backend, self.plain = self._special.backend, self._special.plain
+        self._begin = self._begin_ids()
         self._before = token_ids(self.plain, "a")
-        added = [token["content"] for token in spec["added_tokens"] if token["special"]]
-        find = self.backend.token_to_id
-        self.special = {w: i for w in (*added, *markers) if (i := find(w)) is not None}
-        self.words = [ESCAPE, ESCAPE_END, PIECE_BREAK, *self.special]
-        self._word = re.compile(alternation(self.words))
-        self._part = re.compile(f"({alternation(self.special)})|{PIECE_BREAK}")
-        # A special token that is matched after normalisation can be spelled in other characters.
-        hidden = any(token["special"] and token["normalized"] for token in spec["added_tokens"])
-        self._whole = family is None and not (hidden and spec["normalizer"])
         # Of an answer with logprobs the same tokens are spelled over and over.
         self.spell = lru_cache(2**16)(self._spell)
 
-    def encode(self, messages: list[Message]) -> list[int]:
-        """The prompt's token ids, with the generation prompt."""
-        shielded = [m | {"content": self._escape(m["content"])} for m in messages]
-        text = self._render(shielded, ask=True)
-        if self._whole and ESCAPE not in text:
-            return token_ids(self.backend, text)
-        # Split at the format's own special tokens; what lies between is encoded as plain text.
-        return [i for run in self._part.split(text) if run for i in self._encode_run(run)]
+    def encode(
+        self,
+        messages: list[Message],
+        template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        continue_final: bool = False,
+    ) -> list[int]:
+        """The prompt's token ids, with the generation prompt.
+
+        `template_kwargs` are variables for the chat template, such as Qwen's `enable_thinking`.
+        With `continue_final` the last message, the assistant's, is left open for the answer to
+        go on from it. Raises InvalidInput where the model's format does not allow for them.
+        """
+        given = self._special.quote(self._checked(template_kwargs or {}))
+        quoted = self._special.quote(messages)
+        if continue_final:
+            text = self._render_open(quoted, given)
+        else:
+            text = self._render(quoted, add_generation_prompt=True, **given)
+        pieces = text.split(PIECE_BREAK)
+        return [i for piece in pieces if piece for i in self._special.encode(piece)]
 
     def encode_text(self, text: str) -> list[int]:
-        """The ids of bare text, after BOS if the model has one."""
-        if self.family is None:
-            return token_ids(self.plain, text, True)
-        begin = [self.special[self.family.begin]] if self.family.begin else []
-        return begin + token_ids(self.plain, text)
+        """The ids of a raw prompt, in which special tokens count.
 
-    def _spell(self, token: int) -> str:
-        """A token as the text that it adds to an answer, a leading space included."""
-        decode = partial(self.backend.decode, skip_special_tokens=False)
-        return decode([*self._before, token]).removeprefix(decode(self._before))
+        BOS goes in front if the model has one and the text does not begin with it.
+        """
+        ids = token_ids(self.backend, text)
+        return ids if ids[: len(self._begin)] == self._begin else self._begin + ids
 
-    def guide(self, schema: dict[str, Any], end_ids: frozenset[int]) -> Guide:
-        """A guide for answers that match a JSON schema. Raises InvalidInput if it is invalid."""
-        with self._lock:
-            if self._trie is None:  # takes a second or two, so it is built on first use
-                spec = self.backend.to_str()
-                self._trie = LLTokenizer(spec, eos_token=sorted(end_ids), slices=[])
-        spelled = json.dumps(schema)
-        if len(spelled) > MAX_SCHEMA_CHARS:
-            most = f"{MAX_SCHEMA_CHARS:,} characters"
-            raise InvalidInput(f"the JSON schema is longer than {most}", "schema")
-        try:
-            # With flexible whitespace, a small model may indent for ever.
-            grammar = LLMatcher.grammar_from_json_schema(
-                spelled, overrides={"whitespace_flexible": False}
+    def encode_infill(self, prefix: str, suffix: str) -> list[int]:
+        """The ids that ask for what is missing between two texts; special tokens in them are text.
+
+        An answer ends with any special token: the models differ in which they say. Raises
+        InvalidInput if the model has no tokens for it.
+        """
+        trained = (words for words in INFILL_MARKERS if self.special.keys() >= set(words))
+        markers = next(trained, None)
+        if markers is None:
+            raise InvalidInput(
+                "this model cannot fill in the middle of a text; leave suffix out", "suffix"
             )
-        except ValueError as error:
-            raise InvalidInput(f"the JSON schema: {error}", "schema") from error
-        matcher = LLMatcher(self._trie, grammar, log_level=0, limits=GUIDE_LIMITS)
-        guide = Guide(matcher, sorted(end_ids), sorted({*self.special.values()} - end_ids))
-        guide.check()
-        # Some errors only show in use; and the first mask takes the longest.
-        guide.copy().allowed()
-        return guide
+        begin, between, end = map(self._special.name, markers)
+        return self._begin + token_ids(self.plain, f"{begin}{prefix}{between}{suffix}{end}")
 
-    def end_ids(self, config: GenerationConfig) -> set[int]:
+    def thinks(self, ids: list[int]) -> bool:
+        """Whether a prompt ends with the marker that opens a thought: the answer begins in it."""
+        if self.thinking_markers is None:
+            return False
+        end = self.backend.decode(ids[-8:], skip_special_tokens=False)
+        return end.rstrip().endswith(self.thinking_markers[0])
+
+    def end_ids(self, config: "GenerationConfig") -> set[int]:
         """Every id that ends an answer: the checkpoint's eos, and the template's end of turn."""
         listed = config.eos_token_id
         ends = {*(listed if isinstance(listed, list) else [listed])}
         if self.family:
             ends |= {self.special[word] for word in self.family.ends}
         else:
-            turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ESCAPE}]
-            after = self._render(turn).partition(ESCAPE)[2].lstrip()
-            closing = self._word.match(after)
+            answer = self._special.placeholder
+            turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+            after = self._render(turn).partition(answer)[2].lstrip()
+            closing = self._special.pattern.match(after)
             ends |= {self.tokenizer.eos_token_id, self.special.get(closing[0]) if closing else None}
         return {i for i in ends if i is not None}
 
-    def _render(self, messages: list[Message], ask: bool = False) -> str:
+    def _spell(self, token: int) -> str:
+        """A token as the text that it adds to an answer, a leading space included."""
+        decode = partial(self.backend.decode, skip_special_tokens=False)
+        return decode([*self._before, token]).removeprefix(decode(self._before))
+
+    def _begin_ids(self) -> list[int]:
+        """What stands before every text: BOS, or nothing."""
         if self.family:
-            return self.family.render(messages, ask)
-        render = partial(self.tokenizer.apply_chat_template, tokenize=False)
+            return [self.special[self.family.begin]] if self.family.begin else []
+        bare, whole = token_ids(self.backend, "a"), token_ids(self.backend, "a", True)
+        starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return whole[: next(starts, 0)]
+
+    def _checked(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The variables for the chat template, if it reads them all and none is the server's."""
+        own = {"messages", *signature(self.tokenizer.apply_chat_template).parameters}
+        own |= self.tokenizer.special_tokens_map.keys()
+        for name in given:
+            known = re.search(rf"\b{re.escape(name)}\b", self.template)
+            if name in own or not known:
+                reason = "the server sets it" if name in own else "the model's format has none"
+                raise InvalidInput(
+                    f"the chat template cannot be given {name!r} ({reason}); leave it out",
+                    "template_kwargs",
+                )
+        return given
+
+    def _render(self, messages: list[Message], **given: Any) -> str:
+        if self.family:
+            return self.family.render(messages, **given)
         try:
-            return render(messages, add_generation_prompt=ask)
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, **given
+            )
         except Exception as error:  # jinja's errors, and whatever a template raises
-            raise InvalidInput(f"the model's chat template refuses these turns: {error}") from error
+            raise InvalidInput(
+                f"the model's chat template refuses these turns: {error}", "messages"
+            ) from error
 
-    def _escape(self, content: str) -> str:
-        return self._word.sub(lambda m: f"{ESCAPE}{self.words.index(m[0])}{ESCAPE_END}", content)
-
-    def _encode_run(self, run: str) -> list[int]:
-        if run in self.special:
-            return [self.special[run]]
-        spelled = re.sub(f"{ESCAPE}(\\d+){ESCAPE_END}", lambda m: self.words[int(m[1])], run)
-        return token_ids(self.plain, spelled)
+    def _render_open(self, messages: list[Message], given: Mapping[str, Any]) -> str:
+        """The prompt up to where the last message ends."""
+        *earlier, last = messages
+        if last["role"] != "assistant":
+            raise InvalidInput("only a last message of the assistant can be continued", "messages")
+        end = self._special.placeholder
+        text = self._render([*earlier, last | {"content": last["content"] + end}], **given)
+        before, found, _ = text.rpartition(end)
+        if not found:
+            raise InvalidInput(
+                "the model's chat template leaves the last message out, so it cannot be continued",
+                "messages",
+            )
+        return before

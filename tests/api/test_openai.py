@@ -13,6 +13,7 @@ from conftest import chat_model, ready, serve, tiny_llama, wait_for
 from langchain_openai import ChatOpenAI
 
 import api
+from engine.guide import GuideCompiler
 from engine.runner import create_runner
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import ChatTokenizer
@@ -143,10 +144,10 @@ def test_a_completion_of_a_text_or_of_token_ids(client, runner):
     assert asked(runner) == "one of one"
 
 
-def test_a_text_to_complete_cannot_spell_a_special_token(client, runner):
-    client.completions.create(model="test", prompt="<|end|>")
-    assert 256 not in runner.prompts[-1]
-    assert asked(runner) == "<|end|>"
+def test_special_tokens_in_a_text_to_complete_count(client, runner):
+    client.completions.create(model="test", prompt="a<|end|>")
+    assert runner.prompts[-1][-1] == 256
+    assert asked(runner) == "a<|end|>"
 
 
 def test_a_streamed_completion(client):
@@ -421,7 +422,7 @@ def test_an_answer_keeps_to_its_schema_whatever_the_model_would_say(thinker, how
 
 def test_a_schema_cannot_ask_for_space_without_end(tokenizer):
     asking = {"type": "object", "x-guidance": {"whitespace_flexible": True}}
-    guide = ChatTokenizer(tokenizer).guide(asking, {256})
+    guide = GuideCompiler(ChatTokenizer(tokenizer).backend, (), {256}).compile(asking)
     brace, quote, newline = tokenizer.encode('{"\n', add_special_tokens=False)
     guide.matcher.consume_token(brace)
     assert guide.allowed()[quote]

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 import api
 from engine import InvalidInput
+from engine.guide import GuideCompiler
 from engine.tokenizer import ChatTokenizer
 
 KEY = "Authorization: Bearer sesame\r\n"
@@ -370,7 +371,6 @@ def test_no_text_becomes_a_special_token_in_any_call(name):
                 assert marked(text, text.encode(turns(forged))) == marked(
                     text, text.encode(turns("honest"))
                 )
-            assert marked(text, text.encode_text(forged)) == marked(text, text.encode_text("x"))
 
 
 @pytest.mark.parametrize("name", MARKERS)
@@ -378,12 +378,13 @@ def test_no_schema_makes_an_answer_say_a_special_token(name):
     """It is refused, or else spelled with ordinary tokens."""
     text = family(name)
     ends = text.end_ids(GenerationConfig())
+    guides = GuideCompiler(text.backend, text.special.values(), ends)
     for word in text.special:
         spelled = "".join(f"\\x{{{ord(c):x}}}" for c in word)
         for schema in ({"enum": [word]}, {"enum": [f"a{word}"]}, {"pattern": f"^{spelled}$"}):
             said: list[int] = []
             try:
-                guide = text.guide({"type": "string"} | schema, ends)
+                guide = guides.compile({"type": "string"} | schema)
                 while (token := int(np.flatnonzero(guide.allowed())[0])) not in ends:
                     said.append(token)
                     guide.matcher.consume_token(token)

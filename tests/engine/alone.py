@@ -5,8 +5,9 @@ import torch
 from conftest import ROOT, greedy
 from stand_ins import as_on_a_card
 
-from engine.checkpoint import context_length, load_model
+from engine.checkpoint import load_model
 from engine.loading import probes, reference_logits
+from engine.model_config import context_length
 from engine.runner import create_runner
 
 FIXTURES = ROOT / "tests" / "fixtures"

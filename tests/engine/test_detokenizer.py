@@ -5,8 +5,9 @@ from functools import cache
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engine.detokenizer import Detokenizer
 from engine.tokenizer import ChatTokenizer, load_tokenizer
@@ -93,3 +94,59 @@ def test_text_that_may_begin_a_stop_string_waits_and_no_more(text):
     pieces = [detokenizer.push(i) for i in text.plain.encode("xENjoyEND").ids]
     assert pieces == ["x", "", "", "ENj", "o", "y", "", "", ""]
     assert detokenizer.stopped
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_like() -> Tokenizer:
+    """As Llama 2's and Mistral's: a space goes in front of a text, and is left out again."""
+    words = ["<unk>", *[f"<0x{byte:02X}>" for byte in range(256)], *"▁abcdefgh你"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+def test_answer_that_continues_a_text_keeps_its_first_space(sentencepiece_like):
+    context = sentencepiece_like.encode("abc").ids
+    answer = sentencepiece_like.encode("def").ids
+    assert "".join(pushed(Detokenizer(sentencepiece_like, (), context), answer)) == " def"
+    assert "".join(pushed(Detokenizer(sentencepiece_like), answer)) == "def"
+
+
+@given(content=st.text("abc 你é🙂"), at=st.integers(0, 40))
+def test_answer_and_the_text_that_it_continues_join_to_the_whole(sentencepiece_like, content, at):
+    """Wherever between two characters the prompt ends."""
+    ids = sentencepiece_like.encode(content).ids
+    prompt, answer = ids[:at], ids[at:]
+    before = sentencepiece_like.decode(prompt)
+    assume("\ufffd" not in before)
+    after = "".join(pushed(Detokenizer(sentencepiece_like, (), prompt), answer))
+    assert before + after == sentencepiece_like.decode(ids)
+
+
+def test_answer_that_completes_a_character_of_its_prompt_says_it(sentencepiece_like):
+    first, *rest = sentencepiece_like.encode("a🙂b").ids[2:]
+    assert "".join(pushed(Detokenizer(sentencepiece_like, (), [first]), rest)) == "🙂b"
+
+
+def test_word_after_bytes_that_are_no_text_keeps_its_space(sentencepiece_like):
+    words = sentencepiece_like.encode("ab").ids
+    broken = [sentencepiece_like.token_to_id(byte) for byte in ("<0xFF>", "<0x9F>", "<0xFF>")]
+    said = "".join(pushed(Detokenizer(sentencepiece_like), [*words, *broken, *words]))
+    assert said.startswith("ab")
+    assert said.endswith(" ab")
+
+
+def test_stop_string_that_begins_in_the_prompt_does_not_end_the_answer(sentencepiece_like):
+    context, answer = sentencepiece_like.encode("ab").ids, sentencepiece_like.encode("b").ids[1:]
+    detokenizer = Detokenizer(sentencepiece_like, ("bb",), context)
+    assert "".join(pushed(detokenizer, answer)) == "b"
+    assert not detokenizer.stopped

@@ -9,23 +9,18 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import sentencepiece
 import torch
-from conftest import ROOT, byte_tokenizer, greedy, ready, serve
+from conftest import ROOT, TEMPLATE, byte_tokenizer, greedy, ready, serve
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import api
-from engine.checkpoint import (
-    NormalizeRows,
-    UngroupQKV,
-    best_placement,
-    context_length,
-    device_summary,
-    load_model,
-)
+from engine.checkpoint import NormalizeRows, UngroupQKV, best_placement, device_summary, load_model
 from engine.errors import ContextTooLong, StartError
-from engine.families import FAMILIES, checkpoint_defaults, family_of
+from engine.families import FAMILIES, checkpoint_defaults, family_of, format_of, renders_like
 from engine.loading import load, start_runner
+from engine.model_config import context_length
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import ChatTokenizer, load_tokenizer
 
@@ -328,6 +323,22 @@ MARKERS = {
 }
 
 
+TEMPLATES = {
+    "deepseek_v2": (
+        "<｜begin▁of▁sentence｜>{% for m in messages %}"
+        "{% if m.role == 'user' %}User: {{ m.content }}\n\n"
+        "{% elif m.role == 'assistant' %}Assistant: {{ m.content }}<｜end▁of▁sentence｜>"
+        "{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}"
+    ),
+    "llama": (
+        "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+        "\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+        "<|start_header_id|>assistant<|end_header_id|>{{ '\n\n' }}"
+    ),
+}  # as the hubs have them, in our words
+
+
 def small(kind: str) -> ChatTokenizer:
     tokenizer = byte_tokenizer(MARKERS[kind])
     tokenizer.chat_template = None
@@ -369,15 +380,55 @@ def test_a_namesake_of_a_family_is_not_taken_for_it():
     assert family_of("llama", byte_tokenizer(MARKERS["llama"])).name == "llama-3"
 
 
+def templated(kind: str, template: str | None) -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer(MARKERS[kind])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_template_that_renders_the_familys_format_leaves_the_family(kind):
+    assert format_of(kind, templated(kind, TEMPLATES[kind])).model_type == kind
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_template_that_renders_otherwise_wins(kind):
+    """As that of a fine-tune with role names of its own does."""
+    for template in (
+        TEMPLATES[kind].replace("m.content", "m.content | upper"),
+        TEMPLATE,
+        "{{ raise_exception('no system turns') }}",
+    ):
+        tokenizer = templated(kind, template)
+        assert format_of(kind, tokenizer) is None
+        assert ChatTokenizer(tokenizer).template == template
+
+
+@pytest.mark.parametrize("kind", MARKERS)
+def test_base_model_without_a_template_is_refused_unless_chat_models_lack_it_too(kind):
+    tokenizer = templated(kind, None)
+    family = format_of(kind, tokenizer)
+    assert (family is None) == (kind in TEMPLATES)
+    if family is None:
+        with pytest.raises(StartError, match=r"base models.*--chat-template"):
+            ChatTokenizer(tokenizer)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "internlm2", "llama3"])
+def test_real_templates_render_the_familys_format(name):
+    text = real(name)
+    assert renders_like(text.family, text.tokenizer)
+
+
 # ---- Tokenizers
 
 
 def test_a_tokenizer_model_that_is_read_otherwise_stops_the_start(monkeypatch):
-    class Other(api.SentencePieceProcessor):
+    class Other(sentencepiece.SentencePieceProcessor):
         def encode(self, text: str) -> list[int]:
             return [7, *super().encode(text)]
 
-    monkeypatch.setattr(api, "SentencePieceProcessor", Other)
+    monkeypatch.setattr(sentencepiece, "SentencePieceProcessor", Other)
     with pytest.raises(StartError, match=r"tokenizer.model encodes .* unlike sentencepiece"):
         load_tokenizer(FIXTURES / "tokenizers" / "index_like")
 
@@ -402,7 +453,9 @@ def dressed(kind: str, tmp_path: Path) -> Path:
             shutil.copy(file, folder)
     else:
         byte_tokenizer(MARKERS[kind]).save_pretrained(folder)
-        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        (folder / "chat_template.jinja").unlink()
+        if kind in TEMPLATES:
+            (folder / "chat_template.jinja").write_text(TEMPLATES[kind], encoding="utf-8")
     size = len(load_tokenizer(folder))
     weights = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
@@ -449,6 +502,7 @@ def test_a_checkpoint_outside_the_families_uses_its_own_template(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
     with pytest.raises(StartError, match="--chat-template"):
         load(folder)
     file = tmp_path / "mine.jinja"

@@ -9,8 +9,8 @@ import torch
 from conftest import tiny_llama
 from transformers import LlamaConfig
 
-from engine.checkpoint import context_length
 from engine.errors import StartError
+from engine.model_config import context_length
 from engine.runner import cache_budget, create_runner, padded_size, why_not_in_place
 from engine.sequence import Span
 from engine.step import LayerRows, Step

