@@ -18,9 +18,9 @@ from chat_page.renderer import Refused, Renderer
 
 FILES = {
     "/chat/": ("index.html", "text/html"),
-    "/chat/style.css": ("style.css", "text/css"),
-    "/chat/chat.js": ("chat.js", "text/javascript"),
     "/chat/icon.svg": ("icon.svg", "image/svg+xml"),
+    "/chat/style.css": ("style.css", "text/css"),
+    **{f"/chat/{name}": (name, "text/javascript") for name in ("blocks.js", "chat.js", "texts.js")},
 }
 # What a browser fetches before it can send a key.
 PUBLIC_PATHS = frozenset({"/chat", *FILES})

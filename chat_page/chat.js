@@ -1,94 +1,16 @@
 // The chat page: a client of /v1/chat/completions. Conversations stay in this browser.
 
-// ---- Texts ------------------------------------------------------------------
+import { Cutter, splitThought } from "./blocks.js";
+import { examples, language, say, speak } from "./texts.js";
 
-const TEXTS = {
-    conversations: ["Conversations", "对话列表"],
-    newChat: ["New chat", "新对话"],
-    search: ["Search", "搜索"],
-    settings: ["Settings", "设置"],
-    close: ["Close", "关闭"],
-    reset: ["Reset to the model's defaults", "恢复模型默认值"],
-    greeting: ["What would you like to know?", "想聊点什么？"],
-    examples: [
-        ["Why is the sky blue? Answer in two sentences.",
-            "Write a Python function that reverses a string.",
-            "Suggest three names for a grey cat."],
-        ["天空为什么是蓝色的？请用两句话回答。",
-            "用 Python 写一个反转字符串的函数。",
-            "给一只灰色的猫起三个名字。"],
-    ],
-    message: ["Write a message", "输入消息"],
-    hint: ["Enter sends, Shift+Enter starts a new line", "Enter 发送，Shift+Enter 换行"],
-    send: ["Send", "发送"],
-    stop: ["Stop", "停止"],
-    toEnd: ["Go to the end", "回到底部"],
-    copy: ["Copy", "复制"],
-    copied: ["Copied", "已复制"],
-    edit: ["Edit", "编辑"],
-    cancel: ["Cancel", "取消"],
-    regenerate: ["Regenerate", "重新生成"],
-    continue: ["Continue", "继续"],
-    retry: ["Retry", "重试"],
-    rename: ["Rename", "重命名"],
-    remove: ["Delete", "删除"],
-    confirmRemove: ["Delete “{title}”?", "删除“{title}”？"],
-    exportMarkdown: ["Export as Markdown", "导出为 Markdown"],
-    exportJson: ["Export as JSON", "导出为 JSON"],
-    more: ["Actions for “{title}”", "“{title}”的操作"],
-    you: ["You", "你"],
-    thinking: ["Thinking", "思考过程"],
-    answering: ["Answering", "正在回答"],
-    answered: ["The answer is complete", "回答完毕"],
-    speed: ["{tokens} tokens · {speed} tokens/s", "{tokens} 个 token · 每秒 {speed} 个"],
-    length: ["The answer reached its greatest length.", "回答已达到长度上限。"],
-    stopped: ["Stopped.", "已停止。"],
-    broken: ["The connection broke; this is what came.", "连接中断，以上是已收到的内容。"],
-    code: ["Code", "代码"],
-    table: ["Table", "表格"],
-    skipped: ["The model no longer sees the {n} turns above.", "模型已看不到以上 {n} 轮对话。"],
-    loading: ["The model is loading.", "模型正在加载。"],
-    offline: ["There is no connection to the server.", "无法连接服务器。"],
-    unanswered: ["This question has no answer yet.", "这个问题还没有回答。"],
-    busy: ["The server is busy; trying again in {n} s.", "服务器繁忙，{n} 秒后重试。"],
-    key: ["This server needs an API key.", "此服务器需要 API 密钥。"],
-    keyLabel: ["API key", "API 密钥"],
-    keyRefused: ["The server does not know this key.", "密钥不正确。"],
-    remember: ["Remember it in this browser", "在此浏览器中记住"],
-    use: ["Use", "使用"],
-    tooLong: ["The conversation no longer fits into the model's context.", "对话已超出模型的上下文长度。"],
-    questionTooLong: [
-        "The question does not fit into the model's context; shorten it.",
-        "问题超出了模型的上下文长度，请缩短后重试。"],
-    skip: ["Leave out the oldest turns ({n}) and retry", "去掉最早的 {n} 轮对话后重试"],
-    full: [
-        "This browser's storage is full: the conversation is not saved. Export or delete some.",
-        "浏览器存储已满，当前对话未保存。请导出或删除一些对话。"],
-    system: ["System prompt", "系统提示词"],
-    max_new_tokens: ["Max new tokens", "最大生成 token 数"],
-    temperature: ["Temperature (0: greedy)", "温度（0 为贪心）"],
-    top_p: ["Top-p", "Top-p"],
-    top_k: ["Top-k (0: off)", "Top-k（0 为关闭）"],
-    min_p: ["Min-p (0: off)", "Min-p（0 为关闭）"],
-    repetition_penalty: ["Repetition penalty (1: off)", "重复惩罚（1 为关闭）"],
-    presence_penalty: ["Presence penalty", "存在惩罚"],
-    frequency_penalty: ["Frequency penalty", "频率惩罚"],
-    seed: ["Seed", "随机种子"],
-    random: ["random", "随机"],
-    whatIsLeft: ["what the context leaves", "上下文余量"],
-};
 // The sampling fields of the settings: the smallest value, the largest, and a step.
 const SAMPLING = {
     max_new_tokens: [1, "", 1], temperature: [0, 2, 0.1], top_p: [0, 1, 0.05], top_k: [0, "", 1],
     min_p: [0, 1, 0.05], repetition_penalty: [0.1, 10, 0.05], presence_penalty: [-2, 2, 0.1],
     frequency_penalty: [-2, 2, 0.1], seed: [0, "", 1],
 };
-const LANGUAGES = ["en", "zh"];
 
-function say(name, values = {}) {
-    const text = TEXTS[name][LANGUAGES.indexOf(language)];
-    return text.replace(/\{(\w+)\}/g, (_, value) => values[value]);
-}
+// ---- The document -----------------------------------------------------------
 
 function setTexts(within) {
     for (const node of within.querySelectorAll("[data-text]")) {
@@ -102,8 +24,6 @@ function setTexts(within) {
     }
 }
 
-// ---- The document -----------------------------------------------------------
-
 const part = (id) => document.getElementById(id);
 
 function element(tag, properties = {}, ...children) {
@@ -112,8 +32,8 @@ function element(tag, properties = {}, ...children) {
     return node;
 }
 
-function button(name, action, className = "quiet") {
-    return element("button", { type: "button", className, onclick: action }, say(name));
+function button(name, action, className = "quiet", values = {}) {
+    return element("button", { type: "button", className, onclick: action }, say(name, values));
 }
 
 // navigator.clipboard is missing where the page comes over plain HTTP from another machine.
@@ -140,12 +60,23 @@ function download(name, type, text) {
 // ---- Storage ----------------------------------------------------------------
 // One item for each conversation, so that tabs do not overwrite each other's.
 
+// Reading these throws where the browser forbids a page to store anything.
+function storageOf(name) {
+    try {
+        return window[name];
+    } catch {
+        return null;
+    }
+}
+
+const local = storageOf("localStorage");
+const session = storageOf("sessionStorage");
 const PREFIX = `chat-api:${location.pathname}:`;
 const CONVERSATION = `${PREFIX}conversation:`;
 
 function load(key, fallback = null) {
     try {
-        return JSON.parse(localStorage.getItem(key)) ?? fallback;
+        return JSON.parse(local.getItem(key)) ?? fallback;
     } catch {
         return fallback;
     }
@@ -153,7 +84,7 @@ function load(key, fallback = null) {
 
 function store(key, value) {
     try {
-        localStorage.setItem(key, JSON.stringify(value));
+        local.setItem(key, JSON.stringify(value));
         return true;
     } catch {
         return false;
@@ -163,7 +94,7 @@ function store(key, value) {
 const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 10);
 
 function savedConversations() {
-    const keys = Object.keys(localStorage).filter((key) => key.startsWith(CONVERSATION));
+    const keys = Object.keys(local ?? {}).filter((key) => key.startsWith(CONVERSATION));
     return keys.map((key) => load(key)).filter(Boolean).sort((a, b) => b.updated - a.updated);
 }
 
@@ -186,9 +117,8 @@ function save(conversation) {
 
 // ---- State ------------------------------------------------------------------
 
-let language = load(`${PREFIX}language`, navigator.language.startsWith("zh") ? "zh" : "en");
 let settings = load(`${PREFIX}settings`, {});
-let key = sessionStorage.getItem(`${PREFIX}key`) ?? load(`${PREFIX}key`, "");
+let key = session?.getItem(`${PREFIX}key`) ?? load(`${PREFIX}key`, "");
 let config = null; // of the server, once its model is loaded
 let serverTrouble = null;
 let nodes = new WeakMap(); // message -> its element
@@ -217,7 +147,8 @@ async function request(path, body, signal) {
     const method = body ? "POST" : "GET";
     let response;
     try {
-        response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body) });
+        const json = body && JSON.stringify(body);
+        response = await fetch(path, { method, headers, signal, body: json });
     } catch (error) {
         throw signal?.aborted ? error : new Trouble("offline");
     }
@@ -226,7 +157,8 @@ async function request(path, body, signal) {
     const kinds = { 401: "key", 429: "busy", 502: "offline", 503: "loading", 504: "offline" };
     let kind = kinds[response.status] ?? "failed";
     if (code === "context_length_exceeded") kind = "tooLong";
-    if (code === "timed_out" || (code === "not_serving" && !/loading/.test(message))) kind = "failed";
+    if (code === "timed_out") kind = "failed";
+    if (code === "not_serving" && !/loading/.test(message)) kind = "failed";
     const seconds = Number(response.headers.get("Retry-After")) || 5;
     throw new Trouble(kind, message ?? `HTTP ${response.status}`, seconds);
 }
@@ -238,7 +170,7 @@ async function connect() {
         const health = await fetch("../health");
         if (health.status === 503) {
             const { status } = await health.json();
-            throw new Trouble(status === "loading" ? "loading" : "failed", status);
+            throw new Trouble(status);
         }
         config = await (await request("config")).json();
         serverTrouble = null;
@@ -247,7 +179,8 @@ async function connect() {
         if (error.kind !== "key") connect.timer = setTimeout(connect, 1500);
     }
     showConfig();
-    if (config && !serverTrouble && current.trouble?.kind === "loading") return retry();
+    if (!serverTrouble && current.trouble?.kind === "loading") return retry();
+    if (!serverTrouble && current.trouble?.kind === "offline") delete current.trouble;
     showTrouble();
 }
 
@@ -268,21 +201,13 @@ async function* eventsOf(response) {
 
 // ---- Questions and answers --------------------------------------------------
 
-// A model's thinking, which it may begin without a tag where its template has written it.
-function splitThought(content) {
-    const end = content.indexOf("</think>");
-    const begun = content.trimStart().startsWith("<think>");
-    if (end < 0 && !begun) return { thought: "", text: content };
-    const thought = content.slice(0, end < 0 ? undefined : end).replace("<think>", "").trim();
-    return { thought, text: end < 0 ? "" : content.slice(end + 8).trimStart() };
-}
-
 // The conversation as the model sees it: without thoughts, and questions that got no answer.
 function messagesOf(conversation, count = conversation.messages.length) {
     const messages = conversation.messages.slice(conversation.skipped, count);
-    const isAnswered = (i) => messages[i]?.role === "assistant" && splitThought(messages[i].content).text;
+    const isAnswer = (message) => message?.role === "assistant" && splitThought(message.content).text;
     const sent = messages.filter((message, i) => {
-        return message.role === "user" ? i === messages.length - 1 || isAnswered(i + 1) : isAnswered(i);
+        const isLast = i === messages.length - 1;
+        return message.role === "user" ? isLast || isAnswer(messages[i + 1]) : isAnswer(message);
     });
     const system = settings.system?.trim() ? [{ role: "system", content: settings.system }] : [];
     return [...system, ...sent.map(({ role, content }) => ({
@@ -308,7 +233,8 @@ async function answer(conversation, { begun = null, previous = null } = {}) {
     const messages = messagesOf(conversation, before);
     const message = begun ?? { role: "assistant", content: "" };
     if (!begun) conversation.messages.push(message);
-    const length = message.content.length;
+    const { finish, content: { length } } = message;
+    nodes.delete(begun); // what follows may belong to its last paragraph
     const controller = new AbortController();
     running.set(conversation, controller);
     delete conversation.trouble;
@@ -326,20 +252,22 @@ async function answer(conversation, { begun = null, previous = null } = {}) {
         if (!controller.signal.aborted) conversation.trouble = asTrouble(error);
     }
     running.delete(conversation);
-    if (message.content.length === length && message.finish !== "stop") {
-        if (!begun) conversation.messages.splice(-1, 1, ...(previous ? [previous] : []));
-    } else if (conversation.trouble?.kind === "broken") {
-        delete conversation.trouble; // the answer says it
-    }
-    if (["offline", "loading"].includes(conversation.trouble?.kind)) connect();
+    const { trouble } = conversation;
+    const isNothing = message.content.length === length && message.finish !== "stop";
+    if (isNothing && begun) message.finish = finish;
+    else if (isNothing) conversation.messages.splice(-1, 1, ...(previous ? [previous] : []));
+    else if (trouble?.kind === "broken") delete conversation.trouble; // the answer says it
+    if (trouble) trouble.retry = () => (previous ? regenerate() : answer(conversation, { begun }));
+    if (["offline", "loading", "broken"].includes(trouble?.kind)) connect();
     save(conversation);
     part("status").textContent = message.finish === "stop" ? say("answered") : "";
     paint(message, true);
     show();
 }
 
+// What else is thrown says that the stream broke.
 function asTrouble(error) {
-    return error instanceof Trouble ? error : new Trouble("broken", String(error));
+    return error instanceof Trouble ? error : new Trouble("broken");
 }
 
 async function receive(conversation, message, response) {
@@ -360,7 +288,7 @@ async function receive(conversation, message, response) {
             const tokens = event.usage.completion_tokens;
             message.tokens = (message.tokens ?? 0) + tokens;
             message.prompt_tokens = event.usage.prompt_tokens;
-            if (tokens > 1) message.speed = (tokens - 1) / ((now - first) / 1000);
+            if (first && tokens > 1) message.speed = (tokens - 1) / ((now - first) / 1000);
         }
         if (now - saved > 3000) {
             saved = now;
@@ -371,7 +299,7 @@ async function receive(conversation, message, response) {
 
 function ask(text) {
     if (!text.trim() || running.has(current)) return;
-    current.title ||= text.trim().slice(0, 60);
+    current.title ||= text.trim().replace(/\s+/g, " ").slice(0, 60);
     current.messages.push({ role: "user", content: text });
     opened.set(current.id, current);
     save(current);
@@ -380,10 +308,9 @@ function ask(text) {
 }
 
 function retry() {
+    const again = current.trouble?.retry ?? (() => answer(current));
     delete current.trouble;
-    const last = current.messages.at(-1);
-    if (last?.role === "user") return answer(current);
-    show();
+    again();
 }
 
 function regenerate() {
@@ -396,11 +323,12 @@ function stop() {
 
 // How many of the oldest messages to leave out: about as many as the newest need room for.
 function messagesToSkip(conversation) {
+    const context = config?.context_length ?? 4096;
     const sizes = conversation.messages.map((message) => message.content.length);
     const counted = conversation.messages.findLast((message) => message.prompt_tokens);
     const all = sizes.slice(conversation.skipped).reduce((sum, size) => sum + size, 0);
-    const known = counted ? counted.prompt_tokens + counted.tokens : config.context_length;
-    const room = (all * config.context_length * 0.6) / Math.max(known, config.context_length);
+    const known = counted ? counted.prompt_tokens + counted.tokens : context;
+    const room = (all * context * 0.6) / Math.max(known, context);
     let skipped = conversation.skipped;
     let left = all;
     while (skipped < sizes.length - 1 && (left > room || skipped === conversation.skipped)) {
@@ -416,37 +344,7 @@ function messagesToSkip(conversation) {
 
 const countTurns = (messages) => messages.filter(({ role }) => role === "user").length;
 
-// ---- Blocks of an answer ----------------------------------------------------
-
-const MAX_PIECE = 12000; // characters, of at most three bytes each, in one call of the renderer
-
-// Finds where a text may be cut, as it grows: before blocks that stand on their own.
-class Cutter {
-    position = 0; // of the first line that was not read
-    cuts = [];
-    #closing = null; // the line that ends the code or formula we are in
-    #free = false; // whether the line before ended a block
-
-    read(text) {
-        for (let end; (end = text.indexOf("\n", this.position)) >= 0; this.position = end + 1) {
-            this.#readLine(text.slice(this.position, end));
-        }
-    }
-
-    #readLine(line) {
-        if (this.#closing) {
-            this.#free = this.#closing.test(line) && /^\S/.test(line);
-            if (this.#closing.test(line)) this.#closing = null;
-            return;
-        }
-        if (this.#free && /^\S/.test(line)) this.cuts.push(this.position);
-        this.#free = !line.trim();
-        const fence = line.match(/^\s*(?:(?:[-*+]|\d+[.)])\s+)?(`{3,}|~{3,})[^`]*$/)?.[1];
-        if (fence) this.#closing = new RegExp(`^\\s*${fence[0]}{${fence.length},}\\s*$`);
-        else if (/^\s*\$\$(?!.*\$\$)/.test(line)) this.#closing = /\$\$/;
-        else if (/^\s*\\\[(?!.*\\\])/.test(line)) this.#closing = /\\\]/;
-    }
-}
+// ---- Rendering --------------------------------------------------------------
 
 let renderings = Promise.resolve();
 
@@ -503,7 +401,7 @@ function answerNode(message) {
     const body = element("div", { className: "body" }, tail);
     const who = element("h2", { className: "unseen" }, config?.model ?? "chat-api");
     const node = element("article", { className: "answer" }, who, details, body, element("footer"));
-    Object.assign(node, { thought, details, tail, cutter: new Cutter(), done: 0 });
+    Object.assign(node, { thought, details, body, tail, cutter: new Cutter(), done: 0 });
     return node;
 }
 
@@ -511,7 +409,7 @@ function answerNode(message) {
 function paint(message, finished = false) {
     const node = nodeOf(message);
     if (finished) return paintNow(message, node, true);
-    node.frame ??= requestAnimationFrame(() => paintNow(message, node, !running.size));
+    node.frame ??= requestAnimationFrame(() => paintNow(message, node, false));
 }
 
 function paintNow(message, node, finished) {
@@ -519,20 +417,11 @@ function paintNow(message, node, finished) {
     node.frame = null;
     const { thought, text } = splitThought(message.content);
     keepPlace(() => {
-        node.details.hidden = !thought;
-        const written = node.thought.firstChild ?? node.thought.appendChild(new Text());
-        written.appendData(thought.slice(written.length));
+        paintThought(node, thought);
         node.cutter.read(text);
-        const ends = finished ? [...node.cutter.cuts, text.length] : node.cutter.cuts;
-        const last = ends.at(-1) ?? 0;
-        // Larger pieces where there is much at once, as in a conversation that is opened.
-        for (const [i, end] of ends.entries()) {
-            const tooLong = (ends[i + 1] ?? Infinity) - node.done > MAX_PIECE;
-            if (end > node.done && (end === last || tooLong)) {
-                for (; node.done < end; node.done = Math.min(end, node.done + MAX_PIECE)) {
-                    addPiece(text.slice(node.done, Math.min(end, node.done + MAX_PIECE)), node.tail);
-                }
-            }
+        for (const end of node.cutter.take(finished ? text.length : 0)) {
+            addPiece(text.slice(node.done, end), node.tail);
+            node.done = end;
         }
         node.tail.textContent = text.slice(node.done).replace(/^\n+/, "");
         node.classList.toggle("waiting", !finished && !message.content);
@@ -540,15 +429,32 @@ function paintNow(message, node, finished) {
     });
 }
 
-function footer(message, isLast) {
-    const copyIt = button("copy", () => copy(splitThought(message.content).text || message.content, copyIt));
-    if (message.role === "user") return [copyIt, button("edit", () => edit(message))];
+function paintThought(node, thought) {
+    const written = node.thought.firstChild ?? node.thought.appendChild(new Text());
+    // What was shown as the answer turns out to have been the thought.
+    if (thought && !written.length && node.done) {
+        node.body.replaceChildren(node.tail);
+        Object.assign(node, { cutter: new Cutter(), done: 0 });
+    }
+    node.details.hidden = !thought;
+    if (written.length > thought.length) written.data = thought; // it showed half of a tag
+    written.appendData(thought.slice(written.length));
+}
+
+function footer(message, isLast, isRunning) {
+    const text = splitThought(message.content).text || message.content;
+    const copyIt = button("copy", () => copy(text, copyIt));
+    if (message.role === "user") {
+        return isRunning ? [copyIt] : [copyIt, button("edit", () => edit(message))];
+    }
     const shown = [];
     const cut = ["length", "stopped", "broken"].includes(message.finish);
     if (cut) shown.push(element("span", { className: "cut" }, say(message.finish)));
-    if (cut && isLast) shown.push(button("continue", () => answer(current, { begun: message }), "quiet kept"));
+    if (cut && isLast && !isRunning) {
+        shown.push(button("continue", () => answer(current, { begun: message })));
+    }
     shown.push(copyIt);
-    if (isLast) shown.push(button("regenerate", regenerate));
+    if (isLast && !isRunning) shown.push(button("regenerate", regenerate));
     if (message.speed) {
         const values = { tokens: message.tokens, speed: message.speed.toFixed(1) };
         shown.push(element("small", {}, say("speed", values)));
@@ -598,7 +504,8 @@ function show() {
         const isGrowing = isRunning && isLast;
         const node = nodeOf(message);
         if (message.role === "assistant") paintNow(message, node, !isGrowing);
-        node.querySelector("footer")?.replaceChildren(...(isGrowing ? [] : footer(message, isLast && !isRunning)));
+        const actions = isGrowing ? [] : footer(message, isLast, isRunning);
+        node.querySelector("footer")?.replaceChildren(...actions);
         node.classList.toggle("last", isLast);
     }
     part("empty").hidden = current.messages.length > 0;
@@ -624,7 +531,7 @@ function showTrouble() {
 }
 
 function troubleNodes(trouble) {
-    const isAsked = current.messages.at(-1)?.role === "user";
+    const isAsked = current.trouble || current.messages.at(-1)?.role === "user";
     const again = isAsked ? [button("retry", retry, "main")] : [];
     const words = (name, values) => element("p", {}, say(name, values));
     if (trouble.kind === "key") return [keyForm()];
@@ -634,15 +541,14 @@ function troubleNodes(trouble) {
         if (skipped <= current.skipped) return [words("questionTooLong"), ...again];
         const n = countTurns(current.messages.slice(current.skipped, skipped));
         const skip = () => { current.skipped = skipped; retry(); };
-        const leaveOut = element("button", { type: "button", className: "main", onclick: skip }, say("skip", { n }));
-        return [words("tooLong"), leaveOut];
+        return [words("tooLong"), button("skip", skip, "main", { n })];
     }
     if (trouble.kind === "failed") return [element("p", {}, trouble.message), ...again];
     return [words(trouble.kind), ...(trouble.kind === "loading" ? [] : again)];
 }
 
 function countDown(trouble) {
-    const line = element("p", {}, say("busy", { n: trouble.seconds }));
+    const line = element("p", { ariaLive: "off" }, say("busy", { n: trouble.seconds }));
     showTrouble.timer = setInterval(() => {
         trouble.seconds -= 1;
         line.textContent = say("busy", { n: Math.max(0, trouble.seconds) });
@@ -662,9 +568,9 @@ function keyForm() {
     form.onsubmit = (event) => {
         event.preventDefault();
         key = field.value.trim();
-        sessionStorage.setItem(`${PREFIX}key`, key);
+        session?.setItem(`${PREFIX}key`, key);
         if (remember.checked) store(`${PREFIX}key`, key);
-        else localStorage.removeItem(`${PREFIX}key`);
+        else local?.removeItem(`${PREFIX}key`);
         part("trouble").replaceChildren();
         if (current.trouble?.kind === "key") retry();
         connect();
@@ -677,20 +583,23 @@ function keyForm() {
 function listConversations() {
     const wanted = part("search").value.trim().toLowerCase();
     const matches = ({ title, messages }) => {
-        return [title, ...messages.map(({ content }) => content)].some((text) => text.toLowerCase().includes(wanted));
+        const texts = [title, ...messages.map(({ content }) => content)];
+        return texts.some((text) => text.toLowerCase().includes(wanted));
     };
     part("list").replaceChildren(...savedConversations().filter(matches).map(listItem));
 }
 
 function listItem(conversation) {
     const { id, title } = conversation;
-    const open = element("button", { className: "title", title, onclick: () => openConversation(id) }, title);
-    if (id === current.id) open.setAttribute("aria-current", "true");
-    const summary = element("summary", { ariaLabel: say("more", { title }), title: say("more", { title }) }, "⋯");
+    const open = element("button", { className: "title", title }, title);
+    open.onclick = () => openConversation(id);
+    if (id === current.id) open.ariaCurrent = "true";
+    const summary = element("summary", { ariaLabel: say("more", { title }) }, "⋯");
+    const asJson = () => JSON.stringify(load(CONVERSATION + id), null, 2);
     const menu = element("details", { className: "menu" }, summary, element("div", {},
         button("rename", () => rename(conversation, item)),
-        button("exportMarkdown", () => download(`${title}.md`, "text/markdown", asMarkdown(conversation))),
-        button("exportJson", () => download(`${title}.json`, "application/json", JSON.stringify(conversation, null, 2))),
+        button("exportMarkdown", () => download(`${title}.md`, "text/markdown", asMarkdown(id))),
+        button("exportJson", () => download(`${title}.json`, "application/json", asJson())),
         button("remove", () => remove(conversation))));
     const item = element("li", {}, open, menu);
     menu.onclick = (event) => {
@@ -733,12 +642,13 @@ function remove({ id, title }) {
     if (!confirm(say("confirmRemove", { title }))) return;
     running.get(opened.get(id))?.abort();
     opened.delete(id);
-    localStorage.removeItem(CONVERSATION + id);
+    local?.removeItem(CONVERSATION + id);
     if (id === current.id) openConversation("");
     listConversations();
 }
 
-function asMarkdown({ title, messages }) {
+function asMarkdown(id) {
+    const { title, messages } = load(CONVERSATION + id);
     const turns = messages.map(({ role, content }) => `## ${role}\n\n${content}\n`);
     return [`# ${title}\n`, ...turns].join("\n");
 }
@@ -749,7 +659,7 @@ function showConfig() {
     part("model").textContent = config?.model ?? "chat-api";
     for (const field of part("fields").querySelectorAll("input")) {
         const value = config?.defaults[field.name];
-        const words = { seed: say("random"), max_new_tokens: say("whatIsLeft") };
+        const words = { seed: say("random"), max_new_tokens: say("unlimited") };
         field.placeholder = config ? words[field.name] ?? value : "";
     }
 }
@@ -778,13 +688,12 @@ function toggleSettings(isShown) {
 }
 
 function setLanguage(chosen) {
-    language = chosen;
+    speak(chosen);
     document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
     part("language").textContent = language === "zh" ? "English" : "中文";
     part("language").lang = language === "zh" ? "en" : "zh-CN";
     setTexts(document);
-    const examples = TEXTS.examples[LANGUAGES.indexOf(language)];
-    part("examples").replaceChildren(...examples.map((text) => {
+    part("examples").replaceChildren(...examples().map((text) => {
         return element("button", { type: "button", onclick: () => ask(text) }, text);
     }));
     nodes = new WeakMap();
@@ -854,9 +763,13 @@ part("to-end").addEventListener("click", scrollToEnd);
 scroller.addEventListener("scroll", () => { part("to-end").hidden = isAtEnd(); });
 part("new").addEventListener("click", () => openConversation(""));
 part("search").addEventListener("input", listConversations);
-part("language").addEventListener("click", () => setLanguage(language === "zh" ? "en" : "zh"));
-part("language").addEventListener("click", () => store(`${PREFIX}language`, language));
-part("show-sidebar").addEventListener("click", () => toggleSidebar(!document.body.classList.contains("with-sidebar")));
+part("language").addEventListener("click", () => {
+    setLanguage(language === "zh" ? "en" : "zh");
+    store(`${PREFIX}language`, language);
+});
+part("show-sidebar").addEventListener("click", () => {
+    toggleSidebar(!document.body.classList.contains("with-sidebar"));
+});
 part("scrim").addEventListener("click", () => toggleSidebar(false));
 part("show-settings").addEventListener("click", () => toggleSettings(part("settings").hidden));
 part("hide-settings").addEventListener("click", () => toggleSettings(false));
@@ -889,7 +802,7 @@ addEventListener("pagehide", () => {
 
 current = savedConversations()[0] ?? current;
 opened.set(current.id, current);
-setLanguage(language);
+setLanguage(load(`${PREFIX}language`, navigator.language.startsWith("zh") ? "zh" : "en"));
 toggleSidebar(!isSmall());
 scrollToEnd();
 connect();

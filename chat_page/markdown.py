@@ -5,6 +5,7 @@ python -m chat_page.markdown    renders each line of stdin, a JSON string, as on
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,9 @@ from pygments.util import ClassNotFound
 
 # A longer formula is shown as its source: its conversion takes the square of its length.
 MAX_FORMULA = 2000
+# Browsers set no space around the name of a function, as in n log n; one with an index gets none.
+FUNCTION_NAME = re.compile(r"(?<!<msub>)(?<!<msup>)(?<!<munder>)(<mi>[a-z]{2,}</mi>)")
+SPACED = r'<mrow><mspace width="0.17em"/>\1<mspace width="0.17em"/></mrow>'
 CODE = HtmlFormatter(nowrap=True)
 TEXT_TAGS = {
     "a", "blockquote", "br", "code", "del", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li",
@@ -75,7 +79,7 @@ def formula(source: str, display: str) -> str:
     """MathML, or the source where it is not LaTeX that the converter knows."""
     if len(source) <= MAX_FORMULA:
         try:
-            return convert(source, display=display)
+            return FUNCTION_NAME.sub(SPACED, convert(source, display=display))
         # The converter has no base class for its errors, and fails with others besides.
         except Exception:
             pass
