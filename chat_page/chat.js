@@ -204,15 +204,15 @@ async function* eventsOf(response) {
 // The conversation as the model sees it: without thoughts, and questions that got no answer.
 function messagesOf(conversation, count = conversation.messages.length) {
     const messages = conversation.messages.slice(conversation.skipped, count);
-    const isAnswer = (message) => message?.role === "assistant" && splitThought(message.content).text;
-    const sent = messages.filter((message, i) => {
-        const isLast = i === messages.length - 1;
-        return message.role === "user" ? isLast || isAnswer(messages[i + 1]) : isAnswer(message);
+    const sent = settings.system?.trim() ? [{ role: "system", content: settings.system }] : [];
+    messages.forEach(({ role, content }, i) => {
+        if (role !== "user") return;
+        const next = messages[i + 1];
+        const answered = next?.role === "assistant" ? splitThought(next.content).text : "";
+        if (answered) sent.push({ role, content }, { role: next.role, content: answered });
+        else if (!next) sent.push({ role, content });
     });
-    const system = settings.system?.trim() ? [{ role: "system", content: settings.system }] : [];
-    return [...system, ...sent.map(({ role, content }) => ({
-        role, content: role === "user" ? content : splitThought(content).text,
-    }))];
+    return sent;
 }
 
 // A server that can go on with an answer says so; any other is asked to.
@@ -424,8 +424,7 @@ function paintNow(message, node, finished) {
             node.done = end;
         }
         node.tail.textContent = text.slice(node.done).replace(/^\n+/, "");
-        node.classList.toggle("waiting", !finished && !message.content);
-        if (finished) node.details.open = false;
+        node.classList.toggle("waiting", !finished && !text);
     });
 }
 
@@ -465,7 +464,7 @@ function footer(message, isLast, isRunning) {
 function edit(message) {
     if (running.has(current)) return;
     const node = nodeOf(message);
-    const box = element("textarea", { value: message.content, ariaLabel: say("edit") });
+    const box = element("textarea", { value: message.content, rows: 1, ariaLabel: say("edit") });
     const finish = () => {
         nodes.delete(message);
         show();
@@ -526,8 +525,7 @@ function showTrouble() {
     const place = part("trouble");
     place.className = trouble?.kind ?? "";
     if (place.querySelector("form") && trouble?.kind === "key") return; // somebody writes in it
-    place.replaceChildren(...(trouble ? troubleNodes(trouble) : []));
-    if (trouble) keepPlace(() => {});
+    keepPlace(() => place.replaceChildren(...(trouble ? troubleNodes(trouble) : [])));
 }
 
 function troubleNodes(trouble) {
@@ -605,10 +603,13 @@ function listItem(conversation) {
     menu.onclick = (event) => {
         if (event.target.tagName === "BUTTON") menu.open = false;
     };
-    menu.onfocusout = (event) => {
-        if (!menu.contains(event.relatedTarget)) menu.open = false;
-    };
     return item;
+}
+
+function closeMenus(except = null) {
+    for (const menu of document.querySelectorAll(".menu[open]")) {
+        if (!menu.contains(except)) menu.open = false;
+    }
 }
 
 function openConversation(id) {
@@ -780,9 +781,13 @@ part("reset").addEventListener("click", () => {
 });
 addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.isComposing) return;
+    closeMenus();
     if (!part("settings").hidden) toggleSettings(false);
     else stop();
 });
+for (const leaving of ["pointerdown", "focusin"]) {
+    addEventListener(leaving, (event) => closeMenus(event.target));
+}
 addEventListener("storage", ({ key: changed, newValue }) => {
     if (!changed?.startsWith(CONVERSATION)) return;
     const id = changed.slice(CONVERSATION.length);

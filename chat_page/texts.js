@@ -9,12 +9,16 @@ const TEXTS = {
     reset: ["Reset to the model's defaults", "恢复模型默认值"],
     greeting: ["What would you like to know?", "想聊点什么？"],
     examples: [
-        ["Why is the sky blue? Answer in two sentences.",
+        [
+            "Why is the sky blue? Answer in two sentences.",
             "Write a Python function that reverses a string.",
-            "Suggest three names for a grey cat."],
-        ["天空为什么是蓝色的？请用两句话回答。",
+            "Suggest three names for a grey cat.",
+        ],
+        [
+            "天空为什么是蓝色的？请用两句话回答。",
             "用 Python 写一个反转字符串的函数。",
-            "给一只灰色的猫起三个名字。"],
+            "给一只灰色的猫起三个名字。",
+        ],
     ],
     message: ["Write a message", "输入消息"],
     hint: ["Enter sends, Shift+Enter starts a new line", "Enter 发送，Shift+Enter 换行"],
@@ -71,11 +75,13 @@ const TEXTS = {
     ],
     questionTooLong: [
         "The question does not fit into the model's context; shorten it.",
-        "问题超出了模型的上下文长度，请缩短后重试。"],
+        "问题超出了模型的上下文长度，请缩短后重试。",
+    ],
     skip: ["Leave out the oldest turns ({n}) and retry", "去掉最早的 {n} 轮对话后重试"],
     full: [
         "This browser's storage is full: the conversation is not saved. Export or delete some.",
-        "浏览器存储已满，当前对话未保存。请导出或删除一些对话。"],
+        "浏览器存储已满，当前对话未保存。请导出或删除一些对话。",
+    ],
     system: ["System prompt", "系统提示词"],
     max_new_tokens: ["Max new tokens", "最大生成 token 数"],
     temperature: ["Temperature (0: greedy)", "温度（0 为贪心）"],
