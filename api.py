@@ -45,7 +45,7 @@ from collections.abc import (
     MutableMapping,
 )
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import accumulate
 from math import inf
@@ -85,6 +85,7 @@ try:
     from starlette.types import ASGIApp, Receive, Scope, Send
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+    import chat_page
     import engine
     from engine import (
         ChatModel,
@@ -1200,7 +1201,7 @@ class RequestIDMiddleware:
 
 
 class APIKeyMiddleware:
-    """Requires an API key, except for /health and the chat page, which has its own login."""
+    """Requires an API key, except for /health and the chat page's files, which hold no secret."""
 
     def __init__(
         self, app: ASGIApp, keys: tuple[str, ...], page: bool, refuse: Callable[..., ASGIApp]
@@ -1218,10 +1219,9 @@ class APIKeyMiddleware:
 
     def _is_exempt(self, scope: Scope) -> bool:
         path = path_of(scope)
-        at_page = f"{path}/".startswith("/chat/") or (
-            path == "/" and scope["method"] in ("GET", "HEAD")
-        )
-        return path == "/health" or (self.page and at_page)
+        at_page = path == "/" or path in chat_page.PUBLIC_PATHS
+        read = scope["method"] in ("GET", "HEAD")
+        return path == "/health" or (self.page and at_page and read)
 
     def _has_key(self, scope: Scope) -> bool:
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -1577,17 +1577,14 @@ def build_app(
             expose_headers=["X-Request-ID", "Retry-After"],
         )
     add_error_handlers(app, service)
-    from chat_page import mount_chat_page
-
-    has_page = settings.chat_page and mount_chat_page(
-        app, service.model, service.metrics, settings.keys
-    )
+    if settings.chat_page:
+        chat_page.mount(app, lambda: page_config(service.model()) | {"version": app.version})
 
     # HEAD is for monitors, and not for the docs.
     @app.head("/", include_in_schema=False)
     @app.get("/", status_code=307, response_class=RedirectResponse)
     async def front() -> Response:
-        return RedirectResponse("chat/" if has_page else "docs")
+        return RedirectResponse("chat/" if settings.chat_page else "docs")
 
     down: Any = {503: {"model": State, "description": "Loading, draining or dead"}}
 
@@ -1632,6 +1629,12 @@ def model_card(model: ChatModel) -> dict[str, Any]:
     """The model as OpenAI lists it, with vLLM's max_model_len."""
     card = {"id": model.name, "object": "model", "created": model.loaded, "owned_by": "chat-api"}
     return card | {"max_model_len": model.context_length}
+
+
+def page_config(model: ChatModel) -> dict[str, Any]:
+    """What the chat page shows of the model."""
+    defaults = asdict(model.defaults)
+    return {"model": model.name, "context_length": model.context_length, "defaults": defaults}
 
 
 # ---- Main -------------------------------------------------------------------
