@@ -135,7 +135,7 @@ def milliseconds_of(
     """The shortest of a few calls."""
     x = torch.ones(tokens, width, dtype=dtype)
     product(x)
-    taken = []
+    taken: list[float] = []
     while len(taken) < 3 or (len(taken) < 20 and sum(taken) < 0.01):
         started = time.perf_counter()
         product(x)
