@@ -45,15 +45,15 @@ from collections.abc import (
     MutableMapping,
 )
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import accumulate
-from math import inf
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
 
 try:
+    import h11
     import prometheus_client
     import uvicorn
     from fastapi import FastAPI, Request
@@ -83,8 +83,9 @@ try:
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect
     from starlette.types import ASGIApp, Receive, Scope, Send
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
+    import chat_page
     import engine
     from engine import (
         ChatModel,
@@ -1200,7 +1201,7 @@ class RequestIDMiddleware:
 
 
 class APIKeyMiddleware:
-    """Requires an API key, except for /health and the chat page, which has its own login."""
+    """Requires an API key, except for /health and the chat page's files, which hold no secret."""
 
     def __init__(
         self, app: ASGIApp, keys: tuple[str, ...], page: bool, refuse: Callable[..., ASGIApp]
@@ -1218,10 +1219,9 @@ class APIKeyMiddleware:
 
     def _is_exempt(self, scope: Scope) -> bool:
         path = path_of(scope)
-        at_page = f"{path}/".startswith("/chat/") or (
-            path == "/" and scope["method"] in ("GET", "HEAD")
-        )
-        return path == "/health" or (self.page and at_page)
+        at_page = path == "/" or path in chat_page.PUBLIC_PATHS
+        read = scope["method"] in ("GET", "HEAD")
+        return path == "/health" or (self.page and at_page and read)
 
     def _has_key(self, scope: Scope) -> bool:
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
@@ -1577,17 +1577,14 @@ def build_app(
             expose_headers=["X-Request-ID", "Retry-After"],
         )
     add_error_handlers(app, service)
-    from chat_page import mount_chat_page
-
-    has_page = settings.chat_page and mount_chat_page(
-        app, service.model, service.metrics, settings.keys
-    )
+    if settings.chat_page:
+        chat_page.mount(app, lambda: page_config(service.model()) | {"version": app.version})
 
     # HEAD is for monitors, and not for the docs.
     @app.head("/", include_in_schema=False)
     @app.get("/", status_code=307, response_class=RedirectResponse)
     async def front() -> Response:
-        return RedirectResponse("chat/" if has_page else "docs")
+        return RedirectResponse("chat/" if settings.chat_page else "docs")
 
     down: Any = {503: {"model": State, "description": "Loading, draining or dead"}}
 
@@ -1634,6 +1631,12 @@ def model_card(model: ChatModel) -> dict[str, Any]:
     return card | {"max_model_len": model.context_length}
 
 
+def page_config(model: ChatModel) -> dict[str, Any]:
+    """What the chat page shows of the model."""
+    defaults = asdict(model.defaults)
+    return {"model": model.name, "context_length": model.context_length, "defaults": defaults}
+
+
 # ---- Main -------------------------------------------------------------------
 
 # Limits on what precedes the body.
@@ -1643,55 +1646,102 @@ HEADER_TIMEOUT = 30.0
 KEEP_ALIVE = 75
 
 
-class Connection(HttpToolsProtocol):
-    """uvicorn's protocol with limits on the size and time of headers.
+class RequestParser(h11.Connection):
+    """h11's, but a request that states its body's length in two ways is refused.
 
-    It also ignores `Upgrade: h2c`, which Java's client sends with each request and at which the
-    parser would stop reading the body.
+    A proxy before us could take the other one, and what lies between for a second request.
     """
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if {b"content-length", b"transfer-encoding"} <= names:
+                raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding")
+        return event
+
+
+class Connection(H11Protocol):
+    """uvicorn's protocol, with bounds on the time that a client may take to ask.
+
+    A timer runs while no request is being answered, and closes the connection at its end.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # h11 bounds with it whatever comes in lines: headers, trailers, and sizes of chunks.
+        self.conn = RequestParser(h11.SERVER, MAX_HEADER_BYTES)
+        self.has_begun = False  # some of the next request's bytes have come
+
+    @property
+    def is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def num_pending(self) -> int:
+        """Bytes that are not parsed yet."""
+        return len(self.conn.trailing_data[0])
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.header_bytes: float = 0
-        self.header_timer = self.loop.call_later(HEADER_TIMEOUT, transport.close)
-
-    def _restart_timer(self, seconds: float) -> None:
-        self.header_timer.cancel()
-        self.header_timer = self.loop.call_later(seconds, self.transport.close)
+        self.timer = self.loop.call_later(HEADER_TIMEOUT, transport.close)
 
     def data_received(self, data: bytes) -> None:
-        if not self.header_bytes:  # the first bytes of a request
-            head, blank, rest = data.partition(b"\r\n\r\n")
-            # A name of the same length, so that the byte counts stay right.
-            data = re.sub(rb"(?i)(?<=\r\n)upgrade(?=: *h2c)", b"ignored", head) + blank + rest
-        self.header_bytes += len(data)
-        super().data_received(data)
-        # Checked after parsing, when it is known how much was body.
-        if self.header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-            self.send_400_response("The headers are too long.")
-
-    def on_message_begin(self) -> None:
-        self._restart_timer(HEADER_TIMEOUT)
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self.header_timer.cancel()
-        self.header_bytes = -inf  # the body has a limit of its own
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        self.header_bytes = 0
-        super().on_message_complete()
+        if self.conn.their_state is h11.IDLE and not self.num_pending:
+            # HTTP allows blank lines before a request, and h11 does not.
+            data = data.lstrip(b"\r\n")
+        if data:
+            super().data_received(data)
+        self._set_timer()
+        self._go_on_reading()
 
     def on_response_complete(self) -> None:
+        self.has_begun = False
         # uvicorn's own timer is cancelled by any byte, even one that begins no request.
+        self._restart_timer(KEEP_ALIVE)
         super().on_response_complete()
-        if self.timeout_keep_alive_task:  # no other request is pending
-            self._restart_timer(KEEP_ALIVE)
+        self._set_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.header_timer.cancel()
+        self.timer.cancel()
         super().connection_lost(exc)
+
+    def _should_upgrade(self) -> bool:
+        return False  # without uvicorn's warning: Java's client offers HTTP/2 each time
+
+    def send_400_response(self, msg: str) -> None:
+        # uvicorn would send it into an answer that has begun, and an answer after it.
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+        if self.is_answering:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
+    def _set_timer(self) -> None:
+        """Stop the timer while a request is answered; restart it when one begins."""
+        if self.is_answering:
+            self.timer.cancel()
+        elif self.conn.their_state is h11.IDLE and self.num_pending and not self.has_begun:
+            self.has_begun = True
+            self._restart_timer(HEADER_TIMEOUT)
+
+    def _restart_timer(self, seconds: float) -> None:
+        self.timer.cancel()
+        self.timer = self.loop.call_later(seconds, self.transport.close)
+
+    def _go_on_reading(self) -> None:
+        """Read while a request is answered, so that a client that hangs up is noticed.
+
+        uvicorn would stop at the first bytes of a pipelined request.
+        """
+        if not self.is_answering or self.conn.their_state is not h11.DONE:
+            return
+        if self.num_pending > MAX_HEADER_BYTES:
+            self.transport.close()
+        elif self.num_pending:
+            self.flow.resume_reading()
 
 
 class Server(uvicorn.Server):
@@ -1748,6 +1798,7 @@ def main() -> None:
         log_config=None,  # uvicorn logs through the root logger
         log_level="warning",
         http=Connection,
+        ws="none",
         timeout_keep_alive=KEEP_ALIVE,
         # Requests have been drained by then; this is for connections that stay open.
         timeout_graceful_shutdown=5,

@@ -16,6 +16,7 @@ from engine.checkpoint import (
 from engine.engine import Engine
 from engine.errors import StartError
 from engine.families import checkpoint_defaults
+from engine.linear import computes_exactly, settle_form
 from engine.model import ChatModel
 from engine.model_config import context_length
 from engine.runner import Runner, create_runner, input_device
@@ -55,7 +56,7 @@ def self_check(runner: Runner, alone: list[torch.Tensor]) -> float:
             "the model's logits are NaN; try another --dtype, or download the model again"
         )
     # In half precision two right answers differ by a few percent; a wrong one is far off.
-    if not worst < (1e-3 if runner.model.dtype == torch.float32 else 0.1):
+    if not worst < (1e-3 if computes_exactly(runner.model) else 0.1):
         raise StartError(f"this model does not batch: its logits come out {worst:.0%} off")
     return worst
 
@@ -88,16 +89,17 @@ def attention_summary(runner: Runner) -> str:
     return f"FlashAttention in place, {graphs}"
 
 
+def description_of(model: Any) -> str:
+    return f"{type(model).__name__}, {model.num_parameters():,} parameters"
+
+
 def summary_of(
-    name: str, text: ChatTokenizer, runner: Runner, context: int, ends: set[int]
+    text: ChatTokenizer, runner: Runner, context: int, ends: frozenset[int]
 ) -> dict[str, str]:
     """What the start log tells of a model."""
-    model = runner.model
-    kind, size = type(model).__name__, f"{model.num_parameters():,} parameters"
     return {
-        "model": f"{name}, {kind} in {str(model.dtype).removeprefix('torch.')}, {size}",
         "prompt": text.family.name if text.family else "its own chat template",
-        "devices": device_summary(model),
+        "devices": device_summary(runner.model),
         "context": f"{context:,} tokens; the cache holds {runner.rows:,}",
         "end ids": f"{sorted(ends)}",
         "attention": attention_summary(runner),
@@ -120,12 +122,10 @@ def load(
 ) -> ChatModel:
     """Load and check the checkpoint in a folder, and start its engine; takes seconds to minutes.
 
-    `dtype` is the weights' data type, or auto, as in the checkpoint; `device_map` is auto, a device
-    or a JSON map of module to device; `chat_template` is a Jinja template to use instead of the
-    model's own format; `cache_memory` is the KV cache's on each device: auto, a size such as 4GiB,
-    or a fraction of the free memory; at most `max_batch` requests are computed at once,
-    `max_waiting` queued, and `prefill_chunk` prompt tokens computed in a step; `reuse` is prefix
-    caching; `timeout` is the most seconds for a request.
+    `dtype` is auto (the checkpoint's) or a torch dtype's name; `device_map` auto, a device, or a
+    JSON map of module to device; `chat_template` Jinja, instead of the model's own; `cache_memory`
+    auto, a size such as 4GiB, or a fraction of the free memory, on each device; `prefill_chunk`
+    the most prompt tokens in a step; `reuse` prefix caching; `timeout` seconds for a request.
 
     Raises StartError with the remedy.
     """
@@ -136,9 +136,8 @@ def load(
         model, tokenizer = load_model(folder, dtype=dtype, device_map=device_map)
         text = chat_tokenizer(model, tokenizer, chat_template)
         ends = text.end_ids(model.generation_config)
+    facts = {"model": description_of(model), "weights": settle_form(model, dtype)}
     runner = start_runner(model, cache_memory, max_batch)
-    context = min(context_length(model.config), runner.rows)
-    name = folder.absolute().name
     engine = Engine(
         runner,
         text.plain,
@@ -149,6 +148,14 @@ def load(
         prefill_chunk=prefill_chunk,
         timeout=timeout,
     )
+    return chat_model(folder.absolute().name, text, engine, facts)
+
+
+def chat_model(name: str, text: ChatTokenizer, engine: Engine, facts: dict[str, str]) -> ChatModel:
+    """A loaded model under a name, with what its configuration says of its lengths."""
+    runner = engine.runner
+    model = runner.model
+    context = min(context_length(model.config), runner.rows)
     return ChatModel(
         name=name,
         tokenizer=text,
@@ -157,5 +164,5 @@ def load(
         context_length=context,
         prompt_length=min(context, getattr(model.config, "max_tokenizer_truncation", context)),
         vocabulary=len(model.get_input_embeddings().weight),
-        facts=summary_of(name, text, runner, context, ends),
+        facts=facts | summary_of(text, runner, context, engine.end_ids),
     )

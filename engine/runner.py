@@ -12,6 +12,7 @@ from accelerate.utils import convert_file_size_to_int
 from engine.attention import flash_attention, use_packed_attention
 from engine.cuda_graph import DecodeGraph
 from engine.errors import StartError
+from engine.linear import computes_exactly
 from engine.sequence import Span, Work
 from engine.step import LayerRows, Pool, Step, Way
 
@@ -116,7 +117,7 @@ class Runner:
         self.device = input_device(model)
         self.split = len(set(getattr(model, "hf_device_map", {}).values())) > 1
         # For every new shape in half precision oneDNN allocates memory that it never frees.
-        self.pads = self.device.type == "cpu" and model.dtype != torch.float32
+        self.pads = self.device.type == "cpu" and not computes_exactly(model)
         self.num_layers = model.config.get_text_config().num_hidden_layers
         self.pool = Pool(self.num_layers, rows)
         # The token id in each row, for penalties; and the span that pads a step.

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,10 +14,13 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 import torch
+from benchmark import free_port
 from conftest import ROOT, wait_for
 from hub import Hub, serve_hub
+from server_process import server_process
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import api
 import model_download
 
 # ---- The demo ---------------------------------------------------------------
@@ -434,21 +436,15 @@ def test_a_hub_that_does_not_have_the_model_is_refused(name, source):
         model_download.fetch(name, source)
 
 
-def test_the_server_answers_with_what_was_fetched(download, folder, tmp_path):
+def test_the_server_answers_with_what_was_fetched(download, folder):
     download(check=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = f"--device-map cpu --host 127.0.0.1 --port {port} --cache-memory 64MiB".split()
-    command = [sys.executable, str(ROOT / "api.py"), "--model", str(folder), *options]
-    server = subprocess.Popen(command, cwd=tmp_path)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: server.poll() is not None or is_ready(url), 60)
+    port = str(free_port())
+    flags = ("--model", str(folder), "--host", "127.0.0.1", "--port", port, "--no-chat-page")
+    url = f"http://127.0.0.1:{port}"
+    with server_process(api.load_served, *flags, "--cache-memory", "64MiB") as server:
+        wait_for(lambda: is_ready(url) or not server.process.is_alive())
+        assert server.process.is_alive(), server.said()
         answer = httpx.post(url, json={"prompt": "hello", "max_length": 4}, timeout=30)
-    finally:
-        server.terminate()
-        server.wait(30)
     assert answer.status_code == 200
     assert answer.json()["usage"]["completion_tokens"] > 0
 

@@ -13,10 +13,20 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve, tiny_llama, wait_for
+from conftest import (
+    ScriptedRunner,
+    byte_tokenizer,
+    chat_model,
+    ready,
+    serve,
+    tiny_llama,
+    wait_for,
+    whole_of,
+)
 from safetensors.torch import load_file, save_file
 
 import api
+from engine.answer import Answer, AnswerText
 from engine.checkpoint import explained
 from engine.engine import Engine
 from engine.errors import StartError, StepFailed
@@ -24,7 +34,7 @@ from engine.families import Message
 from engine.loading import load as load_now
 from engine.model import ChatModel
 from engine.sampling_params import SamplingParams
-from engine.sequence import Delta, Sequence, Token
+from engine.sequence import Delta
 from engine.tokenizer import ChatTokenizer
 
 # ---- At the start
@@ -200,10 +210,6 @@ class Frail(ScriptedRunner):
         return super().forward(work)
 
 
-def whole_of(engine: Engine) -> int:
-    return engine._num_free() + sum(span.room for span in engine.running)
-
-
 @pytest.mark.parametrize("after", [0, 2], ids=["prefill", "decode"])
 @pytest.mark.parametrize("fault", [RuntimeError("a fault"), torch.OutOfMemoryError("full")])
 def test_a_fault_costs_its_own_request_in_either_phase(tokenizer, after, fault):
@@ -236,7 +242,7 @@ def test_rows_come_back_after_memory_ran_out(tokenizer):
         for _ in range(3):
             with pytest.raises(StepFailed):
                 asyncio.run(ask())
-        wait_for(lambda: not model.engine.running)
+        wait_for(lambda: not model.num_running)
         assert whole_of(model.engine) == runner.rows
         assert model.engine.failure is None
     finally:
@@ -305,17 +311,17 @@ def test_a_tokenizer_that_fails_fails_one_request(server, monkeypatch):
 
 
 def test_a_detokenizer_that_fails_fails_one_request(server, monkeypatch):
-    tell = Sequence.emit
+    begin = AnswerText.__init__
 
     def fail(token: int) -> str:
         raise RuntimeError("a secret")
 
-    def broken(self, token: Token) -> Delta:
-        if self.num_completion == 3 and self.num_prompt > 30:
+    def broken(self, answer: Answer, *given: object) -> None:
+        begin(self, answer, *given)
+        if answer.num_prompt > 30:
             self.detokenizer.push = fail
-        return tell(self, token)
 
-    monkeypatch.setattr(Sequence, "emit", broken)
+    monkeypatch.setattr(AnswerText, "__init__", broken)
     one_fails(server, "long" * 10)
 
 

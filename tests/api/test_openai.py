@@ -14,7 +14,7 @@ from langchain_openai import ChatOpenAI
 
 import api
 from engine.guide import GuideCompiler
-from engine.runner import Runner
+from engine.runner import create_runner
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import ChatTokenizer
 
@@ -255,7 +255,7 @@ def test_an_error_in_a_stream_is_an_event_in_openais_shape(server, runner):
 @pytest.fixture(scope="module")
 def thinker(tokenizer):
     """A live server on a tiny model with random weights, and the same model again."""
-    with serve(lambda settings: chat_model(Runner(tiny_llama(), "4MiB"), tokenizer)) as url:
+    with serve(lambda settings: chat_model(create_runner(tiny_llama(), "4MiB"), tokenizer)) as url:
         ready(url)
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             yield client, tiny_llama()

@@ -10,7 +10,7 @@ from contextlib import suppress
 import httpx
 import numpy as np
 import pytest
-from conftest import ScriptedRunner, chat_model, ready, serve
+from conftest import ScriptedRunner, chat_model, ready, serve, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 from test_families import FIXTURES, MARKERS, small, text_of
 from transformers import GenerationConfig
@@ -234,6 +234,54 @@ def test_an_offer_of_http_2_is_ignored_and_the_body_is_read(server, chunked, apa
             assert b'"hello"' in answer
 
 
+@pytest.mark.parametrize("upgrade", ["h2c", "\th2c", "TLS/1.2", "websocket2", "h2c, TLS/1.0"])
+def test_an_upgrade_of_any_kind_in_pieces_and_pipelined_is_ignored(server, upgrade):
+    head = f"POST / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: {upgrade}\r\n"
+    one = f"{head}Content-Length: {len(BODY)}\r\n\r\n".encode() + BODY
+    with peer(server) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        cut = one.index(b"rade:")
+        connection.sendall(one[:cut])
+        time.sleep(0.05)
+        connection.sendall(one[cut:] + one)
+        answers = b""
+        while answers.count(b'"response"') < 2:
+            answers += connection.recv(65536)
+    assert re.findall(rb"HTTP/1\.1 (\d+) ", answers) == [b"200", b"200"]
+
+
+# ---- Requests that come before the last one is answered
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "at once"])
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_a_hang_up_behind_a_pipelined_request_ends_the_first(server, runner, stream, apart, caplog):
+    runner.say, runner.pause = "x" * 400, 0.02
+    body = b'{"prompt": "hi", "stream": %s}' % stream.encode()
+    first = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    second = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with peer(server) as connection:
+        connection.sendall(first if apart else first + second)
+        wait_for(lambda: httpx.get(f"{server}/health").json()["running"] == 1)
+        if apart:
+            connection.sendall(second)
+    wait_for(lambda: httpx.get(f"{server}/health").json()["running"] == 0, 3)
+    assert len(runner.steps) < 300
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_pipelined_bytes_have_an_end(server, runner):
+    runner.hold()
+    with peer(server) as connection:
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY)
+        wait_for(lambda: httpx.get(f"{server}/health").json()["running"] == 1)
+        with suppress(ConnectionError):
+            for _ in range(1000):
+                connection.sendall(b"x" * 65536)
+            pytest.fail("all was taken")
+    runner.free()
+
+
 # ---- What costs too much
 
 
@@ -322,6 +370,38 @@ def test_headers_have_an_end(server, size):
         with suppress(ConnectionError):
             assert told(connection).startswith(b"HTTP/1.1 400 ")
     assert httpx.get(f"{server}/health").status_code == 200
+
+
+ENDLESS = {
+    "many trailers": (b"0\r\n", b"a:b\r\n" * 10_000),
+    "a long trailer": (b"0\r\nx: ", b"y" * 65536),
+    "a long trailer's name": (b"0\r\n", b"y" * 65536),
+    "a chunk's extension": (b"1;x=", b"y" * 65536),
+    "a chunk's size": (b"", b"0" * 65536),
+}
+
+
+@pytest.mark.parametrize("path", [b"/", b"/metrics"])
+@pytest.mark.parametrize("what", ENDLESS)
+def test_what_stands_between_headers_and_body_has_an_end(server, what, path, caplog):
+    begin, more = ENDLESS[what]
+    with peer(server) as connection:
+        connection.sendall(HEAD.replace(b"/", path, 1) + b"Transfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(begin)
+        with suppress(ConnectionError):
+            for _ in range(1000):
+                connection.sendall(more)
+            pytest.fail("all was taken")
+    assert httpx.get(f"{server}/health").status_code == 200
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_stream_to_an_old_client_ends_with_its_connection(server):
+    body = b'{"prompt": "hi", "stream": true}'
+    head = b"POST / HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body)
+    answer = raw(server, head + body)
+    assert b"transfer-encoding" not in answer.lower()
+    assert answer.endswith(b"data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 50])

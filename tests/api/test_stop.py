@@ -1,7 +1,6 @@
 """A server that is told to stop loses nothing that it has begun."""
 
 import json
-import re
 import signal
 import socket
 import subprocess
@@ -70,8 +69,9 @@ def started(
     port = str(free_port())
     options = {"say": say, "load": load, "slow_encode": slow_encode}
     loader = partial(load_scripted, pause=pause, context=context, **options)
-    page = [] if "--chat-page" in flags else ["--no-chat-page"]
-    with server_process(loader, "--port", port, *page, *flags, before=wait_less) as process:
+    with server_process(
+        loader, "--port", port, "--no-chat-page", *flags, before=wait_less
+    ) as process:
         url = f"http://127.0.0.1:{port}"
         wait_for(lambda: status(url) in ("ready", "loading"))
         if not load:
@@ -183,24 +183,6 @@ def test_an_answer_that_is_still_being_read_is_not_cut():
         assert process.wait(20) == 0
     assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     assert len(answer) > 2**22, "less would lie in the sockets' buffers"
-
-
-def test_a_question_on_the_chat_page_that_is_still_tokenized_is_answered_too():
-    with started("--chat-page", slow_encode=True) as (process, url):
-        front = httpx.get(f"{url}/chat/").text
-        asks = json.loads(re.search(r"gradio_config = (.*?);</script>", front)[1])["dependencies"]
-        ask = next(ask for ask in asks if ask["api_name"] == "answer")
-        data = ["hi", [], "", *[None] * (len(ask["inputs"]) - 3)]
-        question = {"data": data, "fn_index": ask["id"], "session_hash": "abc"}
-        page = f"{url}/chat/gradio_api/queue"
-        assert httpx.post(f"{page}/join", json=question).status_code == 200
-        with httpx.stream("GET", f"{page}/data?session_hash=abc", timeout=60) as events:
-            lines = events.iter_lines()
-            assert any("process_starts" in line for line in lines)
-            time.sleep(0.5)
-            process.send_signal(signal.SIGTERM)
-            assert any("x" * 20 in line for line in lines)
-        assert process.wait(30) == 0
 
 
 def test_a_second_signal_ends_at_once():

@@ -1,0 +1,104 @@
+"""The chat page: its static files under /chat, and a route that renders Markdown for it.
+
+The page is a client of /v1/chat/completions like any other; the server keeps nothing for it.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, RedirectResponse, Response
+from pydantic import BaseModel, ValidationError
+
+from chat_page.renderer import Refused, Renderer
+
+FILES = {
+    "/chat/": ("index.html", "text/html"),
+    "/chat/icon.svg": ("icon.svg", "image/svg+xml"),
+    "/chat/style.css": ("style.css", "text/css"),
+    **{f"/chat/{name}": (name, "text/javascript") for name in ("blocks.js", "chat.js", "texts.js")},
+}
+# What a browser fetches before it can send a key.
+PUBLIC_PATHS = frozenset({"/chat", *FILES})
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
+    " img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    # The browser asks each time whether its copy is still the newest.
+    "Cache-Control": "no-cache",
+}
+MAX_TEXT_BYTES = 64 * 2**10
+BODY_TIMEOUT = 20.0
+
+
+class RenderRequest(BaseModel):
+    text: str
+
+
+async def read_text(request: Request) -> str:
+    """The body's text. Raises Refused if it is too large, too slow or malformed."""
+    body = b""
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_TEXT_BYTES:
+                    raise Refused(413, f"the body is larger than {MAX_TEXT_BYTES} bytes")
+        return RenderRequest.model_validate_json(body).text
+    except TimeoutError:
+        raise Refused(408, "the body took too long; send it at once") from None
+    except ValidationError:
+        raise Refused(400, 'the body must be JSON such as {"text": "*hello*"}') from None
+
+
+def static_file(name: str, media_type: str) -> Callable[[Request], Response]:
+    """The route of one file, which may lie in a zip archive."""
+    content = resources.files("chat_page").joinpath(name).read_bytes()
+    headers = {**HEADERS, "ETag": f'"{hashlib.sha256(content).hexdigest()[:16]}"'}
+
+    def serve(request: Request) -> Response:
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type=media_type, headers=headers)
+
+    return serve
+
+
+def mount(app: FastAPI, describe: Callable[[], dict[str, Any]]) -> None:
+    """Add the page's routes; `describe` gives the model's name, defaults and so on once loaded."""
+    renderer = Renderer()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(renderer.close)
+
+    router = APIRouter(lifespan=lifespan, include_in_schema=False)
+    for path, (name, media_type) in FILES.items():
+        router.add_api_route(path, static_file(name, media_type), methods=["GET", "HEAD"])
+
+    @router.api_route("/chat", methods=["GET", "HEAD"])
+    def add_slash() -> Response:
+        return RedirectResponse("chat/")
+
+    @router.get("/chat/config")
+    def config() -> dict[str, Any]:
+        return describe()
+
+    @router.post("/chat/render")
+    async def render(request: Request) -> Response:
+        try:
+            html = await renderer.render(await read_text(request))
+        except Refused as error:
+            kind = "server_error" if error.status >= 500 else "invalid_request_error"
+            detail = {"message": str(error), "type": kind, "param": None, "code": "not_rendered"}
+            return JSONResponse({"error": detail}, error.status)
+        return JSONResponse({"html": html})
+
+    app.include_router(router)

@@ -1,0 +1,170 @@
+"""Markdown, code and formulas as HTML that is safe to show.
+
+python -m chat_page.markdown    renders each line of stdin, a JSON string, as one of stdout
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from html import escape
+from typing import Any
+
+import nh3
+from latex2mathml.converter import convert
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+from mdit_py_plugins.texmath import texmath_plugin
+from pygments import highlight
+from pygments.formatters.html import HtmlFormatter
+from pygments.lexers import get_lexer_by_name
+from pygments.util import ClassNotFound
+
+# A longer formula is shown as its source: its conversion takes the square of its length.
+MAX_FORMULA = 2000
+# Browsers set no space around the name of a function, as in n log n; one with an index gets none.
+FUNCTION_NAME = re.compile(r"(?<!<msub>)(?<!<msup>)(?<!<munder>)(<mi>[a-z]{2,}</mi>)")
+SPACED = r'<mrow><mspace width="0.17em"/>\1<mspace width="0.17em"/></mrow>'
+CODE = HtmlFormatter(nowrap=True)
+TEXT_TAGS = {
+    "a", "blockquote", "br", "code", "del", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li",
+    "ol", "p", "pre", "s", "span", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
+}  # fmt: skip
+MATH_TAGS = {
+    "math", "menclose", "mfenced", "mfrac", "mi", "mmultiscripts", "mn", "mo", "mover", "mpadded",
+    "mphantom", "mprescripts", "mroot", "mrow", "ms", "mspace", "msqrt", "mstyle", "msub",
+    "msubsup", "msup", "mtable", "mtd", "mtext", "mtr", "munder", "munderover",
+}  # fmt: skip
+MATH_ATTRIBUTES = {
+    "accent", "columnalign", "columnlines", "columnspacing", "depth", "displaystyle", "fence",
+    "form", "height", "linethickness", "lspace", "mathsize", "mathvariant", "maxsize", "minsize",
+    "movablelimits", "notation", "rowlines", "rowspacing", "rspace", "separator", "stretchy",
+    "symmetric", "voffset", "width",
+}  # fmt: skip
+ATTRIBUTES: dict[str, set[str]] = {
+    "a": {"href", "title", "target"},
+    "ol": {"start"},
+    "pre": {"data-language"},
+    "span": {"class"},
+    "td": {"data-align"},
+    "th": {"data-align"},
+    **dict.fromkeys(MATH_TAGS, MATH_ATTRIBUTES),
+    "math": MATH_ATTRIBUTES | {"display"},
+}
+
+
+@lru_cache(64)
+def lexer_of(language: str) -> Any:
+    """Pygments' lexer for a name such as python; None if it has none."""
+    try:
+        return get_lexer_by_name(language, stripnl=False)
+    except ClassNotFound:
+        return None
+
+
+def code_block(self: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
+    """A fenced block, coloured if Pygments knows its language."""
+    language = tokens[index].info.strip().partition(" ")[0]
+    lexer = lexer_of(language.lower()) if language else None
+    source = tokens[index].content
+    body = highlight(source, lexer, CODE) if lexer else escape(source)
+    return f'<pre data-language="{escape(language[:40])}"><code>{body}</code></pre>\n'
+
+
+def formula(source: str, display: str) -> str:
+    """MathML, or the source where it is not LaTeX that the converter knows."""
+    if len(source) <= MAX_FORMULA:
+        try:
+            return FUNCTION_NAME.sub(SPACED, convert(source, display=display))
+        # The converter has no base class for its errors, and fails with others besides.
+        except Exception:
+            pass
+    return f"<code>{escape(source)}</code>"
+
+
+def inline_formula(self: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
+    return formula(tokens[index].content, "inline")
+
+
+def display_formula(self: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
+    return f"<p>{formula(tokens[index].content.strip(), 'block')}</p>\n"
+
+
+def display_formula_in_text(self: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
+    return formula(tokens[index].content, "block")
+
+
+def image(self: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
+    """A link: the page loads nothing from other hosts."""
+    address = str(tokens[index].attrs["src"])
+    return f'<a href="{escape(address)}">{escape(tokens[index].content or address)}</a>'
+
+
+def table_cell(self: Any, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+    """The style attribute that the page's policy forbids becomes one that its style sheet knows."""
+    style = str(tokens[index].attrs.pop("style", ""))
+    if style:
+        tokens[index].attrSet("data-align", style.removeprefix("text-align:"))
+    return str(self.renderToken(tokens, index, options, env))
+
+
+def parser() -> MarkdownIt:
+    # A line of an answer is a line on the page, as poems and lists without marks want it.
+    markdown = MarkdownIt("commonmark", {"html": False, "breaks": True})
+    markdown.enable(["table", "strikethrough"])
+    markdown.use(texmath_plugin, delimiters="brackets")
+    # "$5 and $6" are prices.
+    markdown.use(
+        dollarmath_plugin,
+        allow_labels=False,
+        allow_space=False,
+        allow_digits=False,
+        allow_blank_lines=False,
+        double_inline=True,
+    )
+    for name, rule in {
+        "fence": code_block,
+        "code_block": code_block,
+        "image": image,
+        "math_inline": inline_formula,
+        "math_block": display_formula,
+        "math_inline_double": display_formula_in_text,
+        "td_open": table_cell,
+        "th_open": table_cell,
+    }.items():
+        markdown.add_render_rule(name, rule)
+    return markdown
+
+
+PARSER = parser()
+
+
+def render(text: str) -> str:
+    """The text as HTML without anything that could run, load or submit."""
+    return nh3.clean(
+        PARSER.render(text),
+        tags=TEXT_TAGS | MATH_TAGS,
+        attributes=ATTRIBUTES,
+        url_schemes={"http", "https", "mailto"},
+        link_rel="noopener noreferrer nofollow",
+        set_tag_attribute_values={"a": {"target": "_blank"}},
+    )
+
+
+def main() -> None:
+    """Answer until stdin is closed, which also happens when the server dies."""
+    # Ctrl-C reaches the whole process group; the server closes stdin when it has finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform != "win32":
+        os.nice(10)  # the model needs the processor more
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(render(json.loads(line))) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+// The page's texts, in English and in Chinese.
+
+const TEXTS = {
+    conversations: ["Conversations", "对话列表"],
+    newChat: ["New chat", "新对话"],
+    search: ["Search", "搜索"],
+    settings: ["Settings", "设置"],
+    close: ["Close", "关闭"],
+    reset: ["Reset to the model's defaults", "恢复模型默认值"],
+    greeting: ["What would you like to know?", "想聊点什么？"],
+    examples: [
+        [
+            "Why is the sky blue? Answer in two sentences.",
+            "Write a Python function that reverses a string.",
+            "Suggest three names for a grey cat.",
+        ],
+        [
+            "天空为什么是蓝色的？请用两句话回答。",
+            "用 Python 写一个反转字符串的函数。",
+            "给一只灰色的猫起三个名字。",
+        ],
+    ],
+    message: ["Write a message", "输入消息"],
+    hint: ["Enter sends, Shift+Enter starts a new line", "Enter 发送，Shift+Enter 换行"],
+    send: ["Send", "发送"],
+    stop: ["Stop", "停止"],
+    toEnd: ["Go to the end", "回到底部"],
+    copy: ["Copy", "复制"],
+    copied: ["Copied", "已复制"],
+    edit: ["Edit", "编辑"],
+    cancel: ["Cancel", "取消"],
+    regenerate: ["Regenerate", "重新生成"],
+    continue: ["Continue", "继续"],
+    retry: ["Retry", "重试"],
+    rename: ["Rename", "重命名"],
+    remove: ["Delete", "删除"],
+    confirmRemove: ["Delete “{title}”?", "删除“{title}”？"],
+    exportMarkdown: ["Export as Markdown", "导出为 Markdown"],
+    exportJson: ["Export as JSON", "导出为 JSON"],
+    more: ["Actions for “{title}”", "“{title}”的操作"],
+    you: ["You", "你"],
+    thinking: ["Thinking", "思考过程"],
+    answering: ["Answering", "正在回答"],
+    answered: ["The answer is complete", "回答完毕"],
+    speed: ["{tokens} tokens · {speed} tokens/s", "{tokens} 个 token · 每秒 {speed} 个"],
+    length: [
+        "The answer reached its greatest length.",
+        "回答已达到长度上限。",
+    ],
+    stopped: ["Stopped.", "已停止。"],
+    broken: [
+        "The connection broke; this is what came.",
+        "连接中断，以上是已收到的内容。",
+    ],
+    code: ["Code", "代码"],
+    table: ["Table", "表格"],
+    skipped: [
+        "The model no longer sees the {n} turns above.",
+        "模型已看不到以上 {n} 轮对话。",
+    ],
+    loading: ["The model is loading.", "模型正在加载。"],
+    draining: ["The server is stopping.", "服务器正在停止。"],
+    dead: ["The server cannot answer; it has to be restarted.", "服务器无法回答，需要重启。"],
+    offline: ["There is no connection to the server.", "无法连接服务器。"],
+    unanswered: ["This question has no answer yet.", "这个问题还没有回答。"],
+    busy: ["The server is busy; trying again in {n} s.", "服务器繁忙，{n} 秒后重试。"],
+    key: ["This server needs an API key.", "此服务器需要 API 密钥。"],
+    keyLabel: ["API key", "API 密钥"],
+    keyRefused: ["The server does not know this key.", "密钥不正确。"],
+    remember: ["Remember it in this browser", "在此浏览器中记住"],
+    use: ["Use", "使用"],
+    tooLong: [
+        "The conversation no longer fits into the model's context.",
+        "对话已超出模型的上下文长度。",
+    ],
+    questionTooLong: [
+        "The question does not fit into the model's context; shorten it.",
+        "问题超出了模型的上下文长度，请缩短后重试。",
+    ],
+    skip: ["Leave out the oldest turns ({n}) and retry", "去掉最早的 {n} 轮对话后重试"],
+    full: [
+        "This browser's storage is full: the conversation is not saved. Export or delete some.",
+        "浏览器存储已满，当前对话未保存。请导出或删除一些对话。",
+    ],
+    system: ["System prompt", "系统提示词"],
+    max_new_tokens: ["Max new tokens", "最大生成 token 数"],
+    temperature: ["Temperature (0: greedy)", "温度（0 为贪心）"],
+    top_p: ["Top-p", "Top-p"],
+    top_k: ["Top-k (0: off)", "Top-k（0 为关闭）"],
+    min_p: ["Min-p (0: off)", "Min-p（0 为关闭）"],
+    repetition_penalty: ["Repetition penalty (1: off)", "重复惩罚（1 为关闭）"],
+    presence_penalty: ["Presence penalty", "存在惩罚"],
+    frequency_penalty: ["Frequency penalty", "频率惩罚"],
+    seed: ["Seed", "随机种子"],
+    random: ["random", "随机"],
+    unlimited: ["no limit", "不限"],
+};
+const LANGUAGES = ["en", "zh"];
+
+export let language = "en";
+
+export function speak(chosen) {
+    language = chosen;
+}
+
+// A text in the chosen language; `values` fill its {places}.
+export function say(name, values = {}) {
+    const text = TEXTS[name][LANGUAGES.indexOf(language)];
+    return text.replace(/\{(\w+)\}/g, (_, value) => values[value]);
+}
+
+export function examples() {
+    return TEXTS.examples[LANGUAGES.indexOf(language)];
+}
