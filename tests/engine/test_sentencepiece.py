@@ -12,9 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from engine.errors import StartError
 from engine.tokenizer import load_tokenizer
 
-TEXTS = st.lists(st.sampled_from(["a", "the", " ", "  ", "\n", "你好", "é", "x = 1", "."])).map(
-    "".join
-)
+PARTS = st.sampled_from(["a", "the", " ", "  ", "\n", "你好", "é", "x = 1", "."])
 
 
 def trained(folder: Path, tokenizer_class: str | None = None, **options: object) -> Path:
