@@ -163,6 +163,29 @@ def first_damaged(folder: Path) -> Path:
     return folder
 
 
+def read_device_map(device_map: str) -> str | dict[str, Any]:
+    """A device map as accelerate takes it.
+
+    Raises StartError if it is none, or if it names a card that is not there.
+    """
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return device_map
+    takes = "--device-map takes auto, cpu, cuda:0 and the like, or a JSON map of module to device"
+    try:
+        parsed = json.loads(device_map) if device_map.startswith("{") else device_map
+        places = parsed.values() if isinstance(parsed, dict) else [parsed]
+        devices = [torch.device(place) for place in places if place != "disk"]
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise StartError(f"{device_map!r} is no device map; {takes}") from error
+    for device in devices:
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            count = torch.cuda.device_count() or "no"
+            raise StartError(
+                f"--device-map names {device}, but torch sees {count} CUDA card here; {takes}"
+            )
+    return parsed
+
+
 def best_placement(config: Any, dtype: str) -> str:
     """A device map: the first of several cards that has room for the whole model and a KV cache.
 
@@ -191,14 +214,15 @@ def load_model(
     StartError, ValueError, or whatever the libraries raise where its files do not make a model.
     """
     register_families()
+    placement = read_device_map(device_map)
     config = load_config(Path(folder))
     if device_map == "auto":
-        device_map = best_placement(config, dtype)
+        placement = best_placement(config, dtype)
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
-        device_map=json.loads(device_map) if device_map.startswith("{") else device_map,
+        device_map=placement,
         offload_folder=tempfile.mkdtemp(prefix="chat-api-") if "disk" in device_map else None,
         # InternLM2's config asks for eager attention, which is slow.
         attn_implementation="sdpa",
@@ -240,6 +264,5 @@ def chat_tokenizer(
         )
     if chat_template is None:
         return ChatTokenizer(tokenizer, format_of(model.config.model_type, tokenizer))
-    # Of a file that was saved with a byte order mark.
-    tokenizer.chat_template = chat_template.removeprefix("\ufeff")
+    tokenizer.chat_template = chat_template
     return ChatTokenizer(tokenizer)

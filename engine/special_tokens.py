@@ -55,6 +55,7 @@ class SpecialTokens:
         self._secret = secrets.token_hex(8)
         self.placeholder = f"{self._secret}p_"
         self._quotable = [PIECE_BREAK, *self.ids]
+        self._quotes = {w: f"{self._secret}q{i}_" for i, w in enumerate(self._quotable)}
         self._names = {word: f"{self._secret}n{i}_" for i, word in enumerate(self.ids)}
         self.pattern = re.compile(alternation(self._quotable))
         self._marked = re.compile(
@@ -65,8 +66,7 @@ class SpecialTokens:
     def quote(self, value: Any) -> Any:
         """The same value with the special tokens in its strings quoted, at any depth."""
         if isinstance(value, str):
-            quoted = lambda found: f"{self._secret}q{self._quotable.index(found[0])}_"  # noqa: E731
-            return self.pattern.sub(quoted, value)
+            return self.pattern.sub(lambda found: self._quotes[found[0]], value)
         if isinstance(value, dict):
             return {self.quote(key): self.quote(item) for key, item in value.items()}
         if isinstance(value, list | tuple):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from inspect import signature
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ INFILL_MARKERS = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),
 )
+
+# Texts that a wrongly read tokenizer.model encodes otherwise.
+PROBES = ("Hello, world", "你好，世界", " two  spaces", "x = 1\n\ty", "🙂 1234")
 
 
 def upgrade_metaspace(node: dict[str, Any]) -> dict[str, Any]:
@@ -61,44 +65,53 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast | None":
 
 
 def load_sentencepiece(folder: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a folder that has a tokenizer.model alone.
+    """The tokenizer of a folder that has a tokenizer.model alone, checked against sentencepiece.
 
-    Without a class it comes out right for models whose text begins without a space, InternLM2's
-    among them; for others it takes the class that tokenizer_config.json names.
+    Read without a class it is right where a text begins without a space, as InternLM2's; else it is
+    read as the class that tokenizer_config.json names, or as Llama's.
     """
     import transformers
+    from sentencepiece import SentencePieceProcessor
 
     plain = transformers.PreTrainedTokenizerFast
-    classes = [plain]
     named = getattr(transformers, str(tokenizer_config(folder).get("tokenizer_class")), None)
+    classes = [plain, transformers.LlamaTokenizer]
     if isinstance(named, type) and issubclass(named, plain):
-        classes.append(named)
+        classes.insert(1, named)
+    original = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     for kind in classes:
-        tokenizer = kind.from_pretrained(folder)
-        differs = first_difference(tokenizer, folder / "tokenizer.model")
-        if differs is None:
+        backend = merge_by_score(kind.from_pretrained(folder).backend_tokenizer, original)
+        tokenizer = plain.from_pretrained(folder, tokenizer_object=backend)
+        # The classes put no second space in front of a text that begins with one.
+        probes = PROBES if kind is plain else [probe.lstrip() for probe in PROBES]
+        encode = partial(tokenizer.encode, add_special_tokens=False)
+        wrong = [probe for probe in probes if original.encode(probe) != encode(probe)]
+        if not wrong:
             return tokenizer
     raise StartError(
-        f"{folder}/tokenizer.model encodes {differs!r} unlike sentencepiece when transformers reads"
-        " it; take a repository of the model that has a tokenizer.json"
+        f"{folder}/tokenizer.model encodes {wrong[0]!r} unlike sentencepiece when it is read by"
+        " transformers; take a repository of the model that has a tokenizer.json"
     )
+
+
+def merge_by_score(backend: Tokenizer, original: Any) -> Tokenizer:
+    """The tokenizer with its merges in the order of sentencepiece's scores.
+
+    transformers orders them by id, which is another order where pieces were added to a vocabulary.
+    """
+    scores = {original.id_to_piece(i): original.get_score(i) for i in range(len(original))}
+    learnt = [score for score in scores.values() if score]  # of bytes and special tokens it is 0
+    spec = json.loads(backend.to_str()) if learnt != sorted(learnt, reverse=True) else {}
+    if "merges" not in spec.get("model", {}):
+        return backend
+    spec["model"]["merges"].sort(key=lambda pair: -scores.get("".join(pair), -inf))
+    return Tokenizer.from_str(json.dumps(spec))
 
 
 def tokenizer_config(folder: Path) -> dict[str, Any]:
     """What tokenizer_config.json says; nothing where there is none."""
     file = folder / "tokenizer_config.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def first_difference(tokenizer: Any, file: Path) -> str | None:
-    """The first of some texts that a tokenizer encodes unlike sentencepiece does by the file."""
-    from sentencepiece import SentencePieceProcessor
-
-    original = SentencePieceProcessor(model_file=str(file))
-    for probe in ("Hello, world", "你好，世界", " two  spaces", "x = 1\n\ty", "🙂 1234"):
-        if original.encode(probe) != tokenizer.encode(probe, add_special_tokens=False):
-            return probe
-    return None
 
 
 class ChatTokenizer:

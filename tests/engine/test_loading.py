@@ -163,3 +163,19 @@ def test_ctrl_c_while_loading_ends_the_process():
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
         assert "Traceback" not in process.said()
+
+
+@pytest.mark.parametrize(
+    ("device_map", "reason"),
+    [
+        ("cuda:9", "names cuda:9, but torch sees .* CUDA card"),
+        ('{"model": "cpu", "lm_head": "cuda:9"}', "names cuda:9"),
+        ('{"model": 9}', "names .*:9|is no device map"),
+        ("gpu", "'gpu' is no device map; --device-map takes"),
+        ("{model: cpu}", "is no device map"),
+    ],
+)
+def test_device_that_is_not_there_is_no_damaged_file(checkpoint, device_map, reason):
+    with pytest.raises(StartError, match=reason) as refused:
+        load(checkpoint, device_map=device_map)
+    assert "damaged" not in str(refused.value)
