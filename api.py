@@ -25,6 +25,12 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit("api.py: Python 3.11 or newer is needed; choose a newer image, or use conda.")
 
+import signal
+
+# Until the server takes the signal itself: one line, and no traceback out of some import.
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("\napi.py: stopped."))
+
 import asyncio
 import hmac
 import json
@@ -107,6 +113,8 @@ try:
 except ImportError as missing:
     sys.exit(f"api.py cannot start ({missing}); run `pip install -r requirements.txt`.")
 
+
+__version__ = "0.1.0"
 
 log = logging.getLogger("chat")
 
@@ -209,7 +217,10 @@ def split_list(text: str) -> tuple[str, ...]:
 
 
 class Settings(BaseSettings):
-    """Serve a chat model over HTTP. Each flag is also a variable: CHAT_PORT is --port."""
+    """Serve a chat model over HTTP. Each flag is also a variable: CHAT_PORT is --port.
+
+    --version shows the version.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="CHAT_",
@@ -279,6 +290,9 @@ class Settings(BaseSettings):
 
 def read_settings(arguments: list[str]) -> Settings:
     """Settings from flags, then variables, then defaults; exits with one sentence on a bad one."""
+    if "--version" in arguments:
+        sys.stdout.write(f"chat-api {__version__}\n")
+        sys.exit()
     try:
         return Settings(_cli_parse_args=arguments)
     except ValidationError as error:
@@ -290,18 +304,42 @@ def read_settings(arguments: list[str]) -> Settings:
         sys.exit(f"api.py: {error}.")
 
 
-def load_served(settings: Settings) -> ChatModel:
-    """Find and load the settings' model. Raises StartError with the remedy."""
+def find_folder(settings: Settings) -> Path:
+    """The folder of the settings' model; fetches the demo. Raises StartError with the remedy."""
     try:
-        folder = find_model(settings.model)
+        return find_model(settings.model)
     except DownloadError as error:
         raise StartError(str(error)) from error
-    template = settings.chat_template and settings.chat_template.read_text(encoding="utf-8")
+
+
+def read_template(settings: Settings) -> str | None:
+    """The chat template that is set, if any. Raises StartError if it cannot be read."""
+    path = settings.chat_template
+    if path is None:
+        return None
+    if not path.is_file():
+        raise StartError(f"--chat-template: there is no file {str(path)!r}")
+    try:
+        # Windows' editors begin a file with a byte order mark, which would be in every prompt.
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"--chat-template: {path} cannot be read as UTF-8: {error}") from error
+
+
+def check_files(settings: Settings) -> None:
+    """Raise StartError at once for what loading would find missing after seconds."""
+    if settings.model != "demo":  # which is fetched while the server answers already
+        find_folder(settings)
+    read_template(settings)
+
+
+def load_served(settings: Settings) -> ChatModel:
+    """Find and load the settings' model. Raises StartError with the remedy."""
     return engine.load(
-        folder,
+        find_folder(settings),
         dtype=settings.dtype,
         device_map=settings.device_map,
-        chat_template=template or None,
+        chat_template=read_template(settings),
         cache_memory=settings.cache_memory,
         max_batch=settings.max_batch,
         max_waiting=settings.max_waiting,
@@ -1561,7 +1599,8 @@ def build_app(
         start_log(settings.log_json)
     service = ChatService(settings, load)
     # FastAPI whose /docs loads nothing from other hosts, which a rented machine may not reach.
-    app = FastAPIOffline(redoc_url=None, title="chat-api", lifespan=service.lifespan)
+    about: Any = {"title": "chat-api", "version": __version__}
+    app = FastAPIOffline(redoc_url=None, lifespan=service.lifespan, **about)
     app.state.service = service
     if settings.keys:
         app.add_middleware(
@@ -1641,6 +1680,8 @@ MAX_HEADER_BYTES = 64 * 2**10
 HEADER_TIMEOUT = 30.0
 # Longer than the 60 seconds for which load balancers commonly reuse idle connections.
 KEEP_ALIVE = 75
+# For connections that stay open at the end, when all requests are through.
+CLOSE_TIMEOUT = 5
 
 
 class RequestParser(h11.Connection):
@@ -1779,12 +1820,13 @@ def main() -> None:
     """Serve until told to stop."""
     settings = read_settings(sys.argv[1:])
     start_log(settings.log_json)
-    if settings.check:
-        try:
+    try:
+        check_files(settings)
+        if settings.check:
             sys.stdout.write(check_model(load_served(settings)))
-        except StartError as error:
-            sys.exit(f"api.py: {error}.")
-        return
+            return
+    except StartError as error:
+        sys.exit(f"api.py: {error}.")
     sockets = [bind_socket(settings.host, settings.port)]
     app = build_app(settings)
     here = f"{local_address(settings.host)}:{settings.port}"
@@ -1797,8 +1839,7 @@ def main() -> None:
         http=Connection,
         ws="none",
         timeout_keep_alive=KEEP_ALIVE,
-        # Requests have been drained by then; this is for connections that stay open.
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=CLOSE_TIMEOUT,
     )
     Server(config, app.state.service).run(sockets)
     logging.shutdown()

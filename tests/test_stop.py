@@ -26,6 +26,9 @@ import sys, threading, time
 sys.path[:0] = ["tests"]
 import api
 from conftest import ScriptedRunner, byte_tokenizer, chat_model
+from engine.tokenizer import ChatTokenizer
+
+api.CLOSE_TIMEOUT = {close}
 
 def load(settings):
     time.sleep({load})
@@ -34,7 +37,7 @@ def load(settings):
     return chat_model(runner, byte_tokenizer(), {context}, max_batch=settings.max_batch)
 
 def slowly(self, *given, encode=ChatTokenizer.encode):
-    time.sleep(8)  # longer than uvicorn would wait
+    time.sleep(2 * {close})  # longer than uvicorn would wait
     return encode(self, *given)
 
 {before}
@@ -52,9 +55,11 @@ def started(
     before: str = "",
     pause: float = 0.1,
     context: int = 512,
+    close: int = 1,
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     port = str(free_port())
-    code = SLOW.format(say=say, load=load, before=before, pause=pause, context=context)
+    given = {"say": say, "load": load, "before": before, "pause": pause, "context": context}
+    code = SLOW.format(close=close, **given)
     command = [sys.executable, "-c", code, "--port", port, *flags]
     if "--chat-page" not in flags:
         command.append("--no-chat-page")
@@ -168,7 +173,7 @@ def test_an_answer_that_is_still_being_read_is_not_cut():
             answer = client.recv(1000)
             wait_for(lambda: httpx.get(f"{url}/health").json()["running"] == 0)
             process.send_signal(signal.SIGTERM)
-            time.sleep(7)
+            time.sleep(2)
             answer += b"".join(iter(lambda: client.recv(2**20), b""))
         assert process.wait(20) == 0
     assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
