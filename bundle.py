@@ -12,7 +12,15 @@ import zipapp
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("api.py", "chat_page.py", "chat_page", "engine", "model_download.py")
+PARTS = (
+    "api.py",
+    "chat_page.py",
+    "chat_page",
+    "connection.py",
+    "engine",
+    "model_download.py",
+    "schemas.py",
+)
 # As `python api.py` would start it.
 START = 'import runpy\n\nrunpy.run_module("api", run_name="__main__", alter_sys=True)\n'
 

@@ -17,18 +17,9 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api import (
-    ChatRequest,
-    Metrics,
-    RequestInfo,
-    is_valid_key,
-    log,
-    path_of,
-    reject_lone_surrogates,
-    validation_error,
-    with_headers,
-)
+from api import Metrics, RequestInfo, is_valid_key, kind_of, log, path_of, with_headers
 from engine import ChatModel, Message, SamplingParams
+from schemas import ChatRequest, reject_lone_surrogates, validation_error
 
 # ---- Chat page --------------------------------------------------------------
 # A chat in the browser, made with gradio, under /chat. It is a client like any other: a question
@@ -138,7 +129,8 @@ class ChatPage:
             return
         except Exception as error:
             refusal = error
-        self.metrics.record_error(call, refusal)
+        call.outcome = kind_of(refusal).code
+        self.metrics.record(call)
         yield {"role": "assistant", "content": "", "metadata": {"title": f"⚠️ {refusal}"}}
 
     def _request(
