@@ -627,6 +627,8 @@ class RequestInfo:
     # How it ended: served, or an error's code, or else its client left.
     outcome: str = "left"
     streaming: bool = False
+    # The request's own name for an argument of the engine's, once its body is read.
+    field_of: Callable[[str | None], str | None] = lambda argument: argument
 
 
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -763,16 +765,11 @@ BODY_TIMEOUT = 120.0
 ROUTES = ("/", "/v1/chat/completions", "/v1/completions")
 
 
-def error_body(error: Exception, openai: bool = False) -> dict[str, Any]:
-    """The body of an error, in our shape or in OpenAI's."""
+def error_body(error: Exception, param: str | None, openai: bool = False) -> dict[str, Any]:
+    """The body of an error about a field, in our shape or in OpenAI's."""
     kind = kind_of(error)
     message = "the server failed; its log says why" if kind is SERVER_FAILED else str(error)
-    detail = {
-        "message": message,
-        "type": kind.type,
-        "param": getattr(error, "argument", None),
-        "code": kind.code,
-    }
+    detail = {"message": message, "type": kind.type, "param": param, "code": kind.code}
     return {"error": detail} | ({} if openai else {"status": kind.status, "time": local_time()})
 
 
@@ -1036,11 +1033,8 @@ class ChatService:
         # Before tokenizing a request that would be refused.
         model.check_queue()
         self.metrics.record_prompt(info, body)
-        try:
-            prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
-        except InvalidInput as error:
-            error.argument = body.field_of(error.argument)
-            raise
+        info.field_of = body.field_of
+        prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
         reply = reply_of(model, body, prompt)
         info.choices = [Choice(index) for index in range(body.num_answers)]
         deltas = model.answer(prompt, body.num_answers)
@@ -1075,8 +1069,10 @@ class ChatService:
 
     def error_payload(self, scope: Scope, error: Exception) -> dict[str, Any]:
         """The body of an error in the client's dialect; its code is how the request ended."""
-        request_info(scope).outcome = kind_of(error).code
-        return error_body(error, openai=path_of(scope).startswith("/v1/"))
+        info = request_info(scope)
+        info.outcome = kind_of(error).code
+        param = info.field_of(getattr(error, "argument", None))
+        return error_body(error, param, openai=path_of(scope).startswith("/v1/"))
 
     def error_response(self, scope: Scope, error: Exception) -> JSONText:
         payload = self.error_payload(scope, error)

@@ -89,10 +89,6 @@ def attention_summary(runner: Runner) -> str:
     return f"FlashAttention in place, {graphs}"
 
 
-def description_of(model: Any) -> str:
-    return f"{type(model).__name__}, {model.num_parameters():,} parameters"
-
-
 def summary_of(
     text: ChatTokenizer, runner: Runner, context: int, ends: frozenset[int]
 ) -> dict[str, str]:
@@ -136,10 +132,9 @@ def load(
         model, tokenizer = load_model(folder, dtype=dtype, device_map=device_map)
         text = chat_tokenizer(model, tokenizer, chat_template)
         ends = text.end_ids(model.generation_config)
-    facts = {"model": description_of(model), "weights": settle_form(model, dtype)}
-    runner = start_runner(model, cache_memory, max_batch)
+    facts = settled_weights(model, folder.absolute().name, dtype)
     engine = Engine(
-        runner,
+        start_runner(model, cache_memory, max_batch),
         text.plain,
         ends,
         max_batch=max_batch,
@@ -149,6 +144,12 @@ def load(
         timeout=timeout,
     )
     return chat_model(folder.absolute().name, text, engine, facts)
+
+
+def settled_weights(model: Any, name: str, dtype: str) -> dict[str, str]:
+    """Settle the form of a model's weights, and say for the start log what they are."""
+    kind, size = type(model).__name__, f"{model.num_parameters():,} parameters"
+    return {"model": f"{name}, {kind}, {size}", "weights": settle_form(model, dtype)}
 
 
 def chat_model(name: str, text: ChatTokenizer, engine: Engine, facts: dict[str, str]) -> ChatModel:

@@ -227,7 +227,8 @@ def test_the_start_says_what_is_served_and_how_to_reach_it(demo_folder):
     with server_process(api.load_served, "--port", str(port), "--host", "0.0.0.0") as process:
         wait_for(lambda: " ready" in process.said())
         text = process.said()
-    assert "model: demo, LlamaForCausalLM in bfloat16" in text
+    assert "model: demo, LlamaForCausalLM, 134,515,008 parameters" in text
+    assert "weights: " in text
     assert re.search(r"context: 8,192 tokens; the cache holds [\d,]+", text)
     assert f"http://127.0.0.1:{port}/v1" in text
     assert f"ssh -CNg -L {port}:127.0.0.1:{port}" in text
@@ -250,7 +251,7 @@ def test_a_start_by_uvicorn_says_the_same(demo_folder):
             assert line, text
             text += line
         process.terminate()
-    assert "model: demo, LlamaForCausalLM in float32" in text
+    assert "weights: float32\n" in text
 
 
 @pytest.mark.parametrize(
