@@ -122,17 +122,16 @@ def load(
     JSON map of module to device; `chat_template` Jinja, instead of the model's own; `cache_memory`
     auto, a size such as 4GiB, or a fraction of the free memory, on each device; `prefill_chunk`
     the most prompt tokens in a step; `reuse` prefix caching; `timeout` seconds for a request.
-
     Raises StartError with the remedy.
     """
     check_versions()
     check_gpus(device_map)
-    folder = Path(folder)
     with explained(folder):
         model, tokenizer = load_model(folder, dtype=dtype, device_map=device_map)
         text = chat_tokenizer(model, tokenizer, chat_template)
         ends = text.end_ids(model.generation_config)
-    facts = settled_weights(model, folder.absolute().name, dtype)
+    name = Path(folder).absolute().name
+    facts = settled_weights(model, name, dtype)
     engine = Engine(
         start_runner(model, cache_memory, max_batch),
         text.plain,
@@ -143,7 +142,7 @@ def load(
         prefill_chunk=prefill_chunk,
         timeout=timeout,
     )
-    return chat_model(folder.absolute().name, text, engine, facts)
+    return chat_model(name, text, engine, facts)
 
 
 def settled_weights(model: Any, name: str, dtype: str) -> dict[str, str]:

@@ -67,7 +67,7 @@ def test_the_version_is_told(capsys):
         (["--help"], "--model"),
         (["--port", "banana"], "--port"),
         (["--model", "no-such-model"], "there is no model 'no-such-model'"),
-        (["--model", "/no/where", "--check"], "there is no model '/no/where'"),
+        (["--model", "/no/where", "--check"], "there is no folder /no/where"),
         (["--chat-template", "chatml", "--model", "demo"], "there is no file 'chatml'"),
     ],
 )
