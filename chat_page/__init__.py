@@ -82,14 +82,9 @@ def mount(app: FastAPI, describe: Callable[[], dict[str, Any]]) -> None:
     router = APIRouter(lifespan=lifespan, include_in_schema=False)
     for path, (name, media_type) in FILES.items():
         router.add_api_route(path, static_file(name, media_type), methods=["GET", "HEAD"])
-
-    @router.api_route("/chat", methods=["GET", "HEAD"])
-    def add_slash() -> Response:
-        return RedirectResponse("chat/")
-
-    @router.get("/chat/config")
-    def config() -> dict[str, Any]:
-        return describe()
+    # Relative, as a proxy may have taken off a prefix.
+    router.add_api_route("/chat", lambda: RedirectResponse("chat/"), methods=["GET", "HEAD"])
+    router.add_api_route("/chat/config", describe)
 
     @router.post("/chat/render")
     async def render(request: Request) -> Response:

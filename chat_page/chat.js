@@ -744,16 +744,17 @@ function send() {
     ask(text);
 }
 
-const isSmall = () => matchMedia("(max-width: 800px)").matches;
+// Where the list of conversations covers the conversation.
+const smallScreen = matchMedia("(max-width: 800px)");
 
 function toggleSidebar(isShown) {
     document.body.classList.toggle("with-sidebar", isShown);
     part("show-sidebar").ariaExpanded = String(isShown);
-    part("scrim").hidden = !(isShown && isSmall());
+    part("scrim").hidden = !(isShown && smallScreen.matches);
 }
 
 function closeOverSmallScreen() {
-    if (isSmall()) toggleSidebar(false);
+    if (smallScreen.matches) toggleSidebar(false);
 }
 
 part("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
@@ -771,6 +772,7 @@ part("language").addEventListener("click", () => {
 part("show-sidebar").addEventListener("click", () => {
     toggleSidebar(!document.body.classList.contains("with-sidebar"));
 });
+smallScreen.addEventListener("change", ({ matches }) => toggleSidebar(!matches));
 part("scrim").addEventListener("click", () => toggleSidebar(false));
 part("show-settings").addEventListener("click", () => toggleSettings(part("settings").hidden));
 part("hide-settings").addEventListener("click", () => toggleSettings(false));
@@ -783,6 +785,7 @@ addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.isComposing) return;
     closeMenus();
     if (!part("settings").hidden) toggleSettings(false);
+    else if (!part("scrim").hidden) toggleSidebar(false);
     else stop();
 });
 for (const leaving of ["pointerdown", "focusin"]) {
@@ -808,6 +811,6 @@ addEventListener("pagehide", () => {
 current = savedConversations()[0] ?? current;
 opened.set(current.id, current);
 setLanguage(load(`${PREFIX}language`, navigator.language.startsWith("zh") ? "zh" : "en"));
-toggleSidebar(!isSmall());
+toggleSidebar(!smallScreen.matches);
 scrollToEnd();
 connect();

@@ -67,8 +67,9 @@ class Renderer:
         self._end_worker()
 
     def _render(self, text: str) -> str:
-        if self.worker is None:
-            self.worker = start_worker()
+        if self.worker and self.worker.poll() is not None:
+            self._end_worker()  # it died while it had nothing to do
+        self.worker = self.worker or start_worker()
         timer = threading.Timer(RENDER_TIMEOUT, self.worker.kill)
         timer.start()
         try:

@@ -10,14 +10,14 @@ const TEXTS = {
     greeting: ["What would you like to know?", "想聊点什么？"],
     examples: [
         [
-            "Why is the sky blue? Answer in two sentences.",
+            "How does rain form? Answer in two sentences.",
             "Write a Python function that reverses a string.",
-            "Suggest three names for a grey cat.",
+            "Write a short poem about the sea.",
         ],
         [
-            "天空为什么是蓝色的？请用两句话回答。",
+            "雨是怎么形成的？请用两句话回答。",
             "用 Python 写一个反转字符串的函数。",
-            "给一只灰色的猫起三个名字。",
+            "写一首关于大海的短诗。",
         ],
     ],
     message: ["Write a message", "输入消息"],

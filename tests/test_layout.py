@@ -25,6 +25,7 @@ ORDER = [
     "engine.cache",
     "engine.scheduler",
     "engine.attention",
+    "engine.linear",
     "engine.step",
     "engine.cuda_graph",
     "engine.runner",
@@ -36,6 +37,8 @@ ORDER = [
     "engine.loading",
     "engine",
     "model_download",
+    "chat_page.markdown",
+    "chat_page.renderer",
     "chat_page",
     "api",
     "deploy.cluster",
@@ -163,7 +166,7 @@ def test_an_import_loads_no_torch(name):
 @pytest.mark.parametrize("name", SOURCES)
 def test_no_module_is_longer_than_its_ceiling(name):
     """If this pinches, a module is missing: name it."""
-    ceiling = ENGINE_CEILING if name in ENGINE else CEILINGS.get(name, 150)
+    ceiling = ENGINE_CEILING if name in ENGINE else CEILINGS.get(name.split(".")[0], 150)
     length = len(SOURCES[name].splitlines())
     assert length <= ceiling
 

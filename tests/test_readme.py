@@ -119,21 +119,21 @@ def literals(*files: str) -> str:
 # ---- The two languages
 
 
-def test_both_have_the_same_code():
+def test_both_readmes_have_the_same_code():
     english, chinese = (blocks(text) for text in TEXTS.values())
     assert len(english) > 10
     for ours, theirs in zip(english, chinese, strict=True):
         assert ours == theirs
 
 
-def test_both_have_the_same_sections_tables_and_names():
+def test_both_readmes_have_the_same_sections_tables_and_names():
     english, chinese = (sections(text) for text in TEXTS.values())
     assert len(english) > 10
     for ours, theirs in zip(english, chinese, strict=True):
         assert ours == theirs
 
 
-def test_the_figures_of_the_benchmark_are_the_same():
+def test_benchmark_figures_agree_in_all_documents():
     def figures(text: str) -> list[str]:
         return [line for line in text.splitlines() if re.search(r"\| \d+(\.\d+)? s \|", line)]
 
@@ -147,7 +147,7 @@ def test_the_figures_of_the_benchmark_are_the_same():
 
 
 @every
-def test_its_links_lead_somewhere(name):
+def test_links_have_targets(name):
     links = re.findall(r"\]\(([^)]+)\)", PAGES[name])
     assert links
     for link in links:
@@ -159,7 +159,7 @@ def test_its_links_lead_somewhere(name):
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
-def test_every_document_is_linked():
+def test_readmes_link_every_document():
     for text in TEXTS.values():
         assert set(re.findall(r"\]\((docs/\w[\w-]*\.md)\)", text)) == set(DOCS)
 
@@ -224,7 +224,7 @@ def test_every_variable_exists():
     assert cluster_settings() <= named["docs/scaling.md"]
 
 
-def test_the_table_of_settings_is_complete():
+def test_table_of_settings_is_the_programs():
     def spelled(value: object) -> str:
         if isinstance(value, bool):
             return "on" if value else "off"
@@ -240,19 +240,19 @@ def test_the_table_of_settings_is_complete():
 
 
 @each
-def test_the_setup_commands_are_there(text):
+def test_setup_commands_are_in_readme(text):
     assert "pip install -r requirements.txt && python api.py\n" in blocks(text, "bash")
     assert "pip install -r tests/requirements.txt && python -m pytest\n" in blocks(text, "bash")
 
 
 @table("status", "状态码")
-def test_the_table_of_statuses_is_what_may_be_sent(rows):
+def test_table_of_statuses_is_the_programs(rows):
     told = {int(code) for row in rows for code in row[0].split(", ")}
     assert told == {kind.status for kind in (*api.ERRORS.values(), api.SERVER_FAILED)}
 
 
 @table("field", "字段")
-def test_the_table_of_fields_is_what_the_call_takes(rows):
+def test_table_of_fields_is_the_programs(rows):
     told = {field for row in rows for field in SPAN.findall(row[0])}
     taken = {"max_length" if f == "max_new_tokens" else f for f in api.ChatRequest.model_fields}
     assert told == taken
@@ -261,7 +261,7 @@ def test_the_table_of_fields_is_what_the_call_takes(rows):
 
 
 @table("defaults of", "模型的默认值")
-def test_the_table_of_defaults_is_the_programs(rows, demo_folder):
+def test_table_of_defaults_is_the_programs(rows, demo_folder):
     families = {family.name: family.defaults for family in FAMILIES}
     real = {name: families[family] for name, family in FAMILY_OF.items()}
     real["demo"] = checkpoint_defaults(GenerationConfig.from_pretrained(demo_folder))
@@ -280,7 +280,7 @@ def test_the_table_of_defaults_is_the_programs(rows, demo_folder):
 
 
 @each
-def test_whose_own_defaults_go_first_is_right(text):
+def test_models_whose_own_defaults_go_first_are_listed(text):
     said = re.search(r"^(?:For|对) `(.+?)generation_config", text, re.MULTILINE | re.DOTALL)[0]
     theirs = GenerationConfig(do_sample=True, temperature=0.123)
     own = {f.name for f in FAMILIES if checkpoint_defaults(theirs, f).temperature == 0.123}
@@ -288,7 +288,7 @@ def test_whose_own_defaults_go_first_is_right(text):
 
 
 @table("name", "名称")
-def test_the_table_of_models_is_what_can_be_fetched(rows):
+def test_table_of_models_is_the_programs(rows):
     hubs = {"ModelScope": "modelscope", "Hugging Face": "huggingface"}
     told = {}
     for row in rows:
@@ -299,7 +299,7 @@ def test_the_table_of_models_is_what_can_be_fetched(rows):
 
 
 @each
-def test_what_it_says_is_refused_is_refused(text, server):
+def test_fields_told_as_refused_are_refused(text, server):
     start = re.search("`n`(, |、)`logprobs`", text).start()
     names = SPAN.findall(text[start : text.index("\n\n", start)])
     assert len(names) >= 5
@@ -309,7 +309,7 @@ def test_what_it_says_is_refused_is_refused(text, server):
 
 
 @each
-def test_what_it_says_is_refused_under_v1_is_refused(text, server):
+def test_fields_told_as_refused_under_v1_are_refused(text, server):
     items = re.split(r"^(?=- |$)", text, flags=re.MULTILINE)
     (item,) = (item for item in items if "`suffix`" in item)
     both, _, completions = item.partition("completions")
@@ -334,7 +334,7 @@ def test_every_metric_exists(server):
     assert {name for name in known if not name.endswith("_created")} <= told["docs/operating.md"]
 
 
-def test_the_table_of_the_log_is_a_real_line(server, caplog):
+def test_table_of_log_fields_is_a_real_log_line(server, caplog):
     caplog.set_level("INFO", "chat")
     requests.post(server, json={"prompt": "x"})
     wait_for(lambda: "completion_tokens" in caplog.text)
@@ -344,7 +344,7 @@ def test_the_table_of_the_log_is_a_real_line(server, caplog):
 
 
 @table("what you see", "现象")
-def test_what_goes_wrong_is_said_in_these_words(rows):
+def test_quoted_error_messages_exist(rows):
     engine = [f"engine/{path.name}" for path in (ROOT / "engine").glob("*.py")]
     said = literals("api.py", "model_download.py", "request.py", *engine)
     quoted = {word for row in rows for word in SPAN.findall(row[0])}
@@ -353,7 +353,7 @@ def test_what_goes_wrong_is_said_in_these_words(rows):
 
 
 @each
-def test_the_expected_error_is_the_real_one(text, server):
+def test_example_error_is_a_real_one(text, server):
     (told,) = (code for code in blocks(text, "json") if '"error"' in code)
     answer = requests.post(server, json={"prompt": "x", "temperature": 3})
     time = re.compile(r'"time":"[^"]+"')
@@ -375,7 +375,7 @@ def demo(demo_model):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is the log of a start without a card")
-def test_the_start_log_is_a_real_one(demo_model):
+def test_example_start_log_is_a_real_one(demo_model):
     for text in TEXTS.values():
         (log,) = (code for code in blocks(text) if " INFO ready\n" in code)
         lines = [line.split(" INFO ")[1] for line in log.splitlines()]
@@ -390,7 +390,7 @@ def test_the_start_log_is_a_real_one(demo_model):
         ] == []
 
 
-def test_the_first_call_is_answered_as_expected(demo):
+def test_example_call_is_answered_as_shown(demo):
     english = TEXTS["README.md"]
     (told,) = (code for code in blocks(english, "json") if '"response"' in code)
     (call,) = (code for code in blocks(english, "bash") if "'Content-Type" in code)
@@ -400,7 +400,7 @@ def test_the_first_call_is_answered_as_expected(demo):
     assert time.sub("", answer.text) == time.sub("", told.strip())
 
 
-def test_the_python_examples_run(demo, capsys):
+def test_python_examples_run(demo, capsys):
     names: dict[str, object] = {}
     for code in [*blocks(TEXTS["README.md"], "python"), *blocks(OPERATING, "python")]:
         code = code.replace("http://127.0.0.1:6006", demo)
@@ -417,7 +417,7 @@ def test_the_python_examples_run(demo, capsys):
 
 
 @pytest.mark.slow
-def test_the_langchain_setting_works(server):
+def test_langchain_example_works(server):
     ChatOpenAI = pytest.importorskip("langchain_openai").ChatOpenAI
 
     (setting,) = (s for s in SPAN.findall(OPERATING) if s.startswith("ChatOpenAI("))
@@ -425,7 +425,7 @@ def test_the_langchain_setting_works(server):
     assert eval(setting, {"ChatOpenAI": ChatOpenAI}).invoke("hi").content == "hello"
 
 
-def test_the_laptops_commands_have_the_key(runner, tokenizer):
+def test_laptop_commands_send_the_key(runner, tokenizer):
     (code,) = (code for code in blocks(TEXTS["README.md"], "bash") if "export CHAT_API_KEY" in code)
     (key,) = re.findall(r"export CHAT_API_KEY=(\S+)", code)
     assert f"CHAT_API_KEY={key} python api.py" in TEXTS["README.md"]

@@ -66,7 +66,7 @@ def answering(status: int, kind: str, content: bytes) -> Iterator[str]:
 # ---- As a function
 
 
-def test_a_completion_is_the_text_of_the_answer(server, runner):
+def test_get_completion_returns_the_text(server, runner):
     runner.say = "你好，世界"
     assert get_completion("hi", url=server) == "你好，世界"
     assert get_completion("and?", [["hi", "hello"]], url=server) == "你好，世界"
@@ -76,13 +76,13 @@ def test_a_completion_is_the_text_of_the_answer(server, runner):
     ]
 
 
-def test_a_refusal_is_raised_in_the_servers_words(server):
+def test_get_completion_raises_the_servers_message(server):
     with pytest.raises(requests.HTTPError, match=r"prompt is empty.*\(400\)") as refused:
         get_completion("", url=server)
     assert refused.value.response.status_code == 400
 
 
-def test_a_proxy_is_not_asked_for_this_machine(server, monkeypatch):
+def test_proxies_are_not_used_for_this_machine(server, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert get_completion("hi", url=server) == "hello"
@@ -91,12 +91,12 @@ def test_a_proxy_is_not_asked_for_this_machine(server, monkeypatch):
 # ---- As a command
 
 
-def test_a_question_is_answered(server):
+def test_command_prints_the_answer(server):
     done = run("hi", "--url", server)
     assert (done.returncode, done.stdout, done.stderr) == (0, "hello\n", "")
 
 
-def test_an_answer_is_printed_as_it_is_written(server, runner):
+def test_answer_is_printed_as_it_streams(server, runner):
     """Each letter is read before the model may take its next step."""
     runner.hold()
     runner.permits.release()
@@ -107,13 +107,13 @@ def test_an_answer_is_printed_as_it_is_written(server, runner):
         assert process.stdout.read() == b"\n"
 
 
-def test_a_cut_off_answer_says_so(server, runner):
+def test_cut_off_answer_is_marked(server, runner):
     runner.say = "x" * 600
     done = run("hi", "--url", server)
     assert done.stdout.endswith("x … (cut off)\n")
 
 
-def test_a_chat_remembers(server, runner):
+def test_chat_sends_its_history(server, runner):
     done = run("--url", server, said="hi\nand?\nexit\nnever asked\n")
     assert (done.returncode, done.stdout, done.stderr) == (0, "> hello\n> hello\n> ", "")
     assert asked(runner) == [
@@ -122,7 +122,7 @@ def test_a_chat_remembers(server, runner):
     ]
 
 
-def test_a_chat_ends_with_its_input_and_outlives_a_refusal(server, runner):
+def test_chat_goes_on_after_a_refusal_and_ends_with_its_input(server, runner):
     done = run("--url", server, said="hi\n\nand?")
     assert done.stdout == "> hello\n> > hello\n> \n"
     assert done.stderr == "request.py: prompt is empty; send the user's text (400)\n"
@@ -131,7 +131,7 @@ def test_a_chat_ends_with_its_input_and_outlives_a_refusal(server, runner):
     assert run("--url", server, said="\n").returncode == 1
 
 
-def test_a_long_chat_drops_its_oldest_turns(server, runner):
+def test_long_chat_drops_its_oldest_turns(server, runner):
     done = run("--url", server, said="".join(f"{i}{'q' * 60}\n" for i in range(9)))
     assert (done.returncode, done.stderr) == (0, "")
     assert "0q" not in asked(runner)[-1]
@@ -147,7 +147,7 @@ def test_a_long_chat_drops_its_oldest_turns(server, runner):
         {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
     ],
 )
-def test_chinese_goes_in_and_comes_out_whatever_the_locale(server, runner, locale):
+def test_chinese_works_in_any_locale(server, runner, locale):
     runner.say = "再见 ½"
     done = run("--url", server, said="你好 ½\n", **locale)
     assert (done.returncode, done.stdout, done.stderr) == (0, "> 再见 ½\n> \n", "")
@@ -165,7 +165,7 @@ def failed(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-def test_without_a_server_it_says_how_to_start_one():
+def test_unreachable_server_is_told_with_how_to_start_one():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -174,7 +174,7 @@ def test_without_a_server_it_says_how_to_start_one():
     assert "ssh -CNg -L 6006:127.0.0.1:6006" in message
 
 
-def test_a_key_is_asked_for_and_taken(runner, tokenizer):
+def test_key_is_taken_from_flag_or_variable(runner, tokenizer):
     with serve(lambda settings: chat_model(runner, tokenizer), api_key="sesame, 芝麻") as url:
         ready(url)
         assert "Authorization: Bearer" in failed(run("hi", "--url", url))
@@ -184,7 +184,7 @@ def test_a_key_is_asked_for_and_taken(runner, tokenizer):
         assert run("hi", "--url", url, CHAT_API_KEY="sesame,芝麻").stdout == "hello\n"
 
 
-def test_a_full_queue_says_when_to_come_back(runner, tokenizer):
+def test_full_queue_says_when_to_try_again(runner, tokenizer):
     runner.hold()
     with ExitStack() as stack:
         narrow = {"max_batch": 1, "max_waiting": 1}
@@ -200,7 +200,7 @@ def test_a_full_queue_says_when_to_come_back(runner, tokenizer):
     assert f"try again in {again} seconds (429)" in message
 
 
-def test_an_error_in_the_middle_of_an_answer_is_told(server, runner):
+def test_error_in_the_middle_of_an_answer_is_told(server, runner):
     runner.hold()
     runner.permits.release()
     with subprocess.Popen(
@@ -224,16 +224,16 @@ def test_an_error_in_the_middle_of_an_answer_is_told(server, runner):
         ((200, "text/event-stream", b'data: {"delta": ""}\n\n'), ["broke off"]),
     ],
 )
-def test_what_is_no_chat_server_is_told_apart(answer, words):
+def test_address_of_another_server_is_one_sentence(answer, words):
     with answering(*answer) as url:
         message = failed(run("hi", "--url", url))
     assert all(word in message for word in words)
 
 
-def test_an_address_without_its_scheme_is_a_sentence():
+def test_address_without_a_scheme_is_one_sentence():
     assert "127.0.0.1:6006" in failed(run("hi", "--url", "127.0.0.1:6006"))
 
 
-def test_it_fits_on_a_screen():
+def test_request_py_is_at_most_70_lines():
     lines = (ROOT / "request.py").read_text(encoding="utf-8").splitlines()
     assert sum(map(bool, lines)) <= 70

@@ -92,7 +92,7 @@ def test_sampling_fields_reach_the_engine(server, runner):
     assert (sampling.max_new_tokens, sampling.stop) == (5, ("z",))
 
 
-def test_a_cut_off_answer_says_so(server):
+def test_cut_off_answer_is_marked(server):
     answer = post(server, {"prompt": "x", "max_length": 3}).json()
     assert (answer["response"], answer["finish_reason"]) == ("hel", "length")
 

@@ -140,7 +140,7 @@ def load(folder: Path) -> ChatModel:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_broken_folder_is_told_in_one_sentence_and_nothing_in_it_runs(
+def test_broken_checkpoint_is_one_sentence_and_none_of_its_code_runs(
     sound, tmp_path, monkeypatch, how
 ):
     flag = tmp_path / "executed"
@@ -157,9 +157,7 @@ def test_a_broken_folder_is_told_in_one_sentence_and_nothing_in_it_runs(
     assert not flag.exists()
 
 
-def test_a_sound_folder_with_modules_of_a_known_kind_loads_without_them(
-    sound, tmp_path, monkeypatch
-):
+def test_checkpoint_with_custom_code_of_a_known_type_loads_without_it(sound, tmp_path, monkeypatch):
     flag = tmp_path / "executed"
     monkeypatch.setenv("CHAT_TEST_FLAG", str(flag))
     folder = copy_of(sound, tmp_path)
@@ -168,7 +166,7 @@ def test_a_sound_folder_with_modules_of_a_known_kind_loads_without_them(
     assert not flag.exists()
 
 
-def test_a_file_that_may_not_be_read_is_named(sound, tmp_path, monkeypatch):
+def test_file_without_read_permission_is_named(sound, tmp_path, monkeypatch):
     folder = copy_of(sound, tmp_path)
     read = Path.read_text
 
@@ -182,12 +180,12 @@ def test_a_file_that_may_not_be_read_is_named(sound, tmp_path, monkeypatch):
         load(folder)
 
 
-def test_memory_that_runs_out_at_the_start_is_no_broken_file(tmp_path):
+def test_out_of_memory_at_the_start_is_not_told_as_a_broken_file(tmp_path):
     with pytest.raises(torch.OutOfMemoryError), explained(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_a_host_that_is_none_and_a_port_that_is_taken(capsys):
+def test_unknown_host_is_one_sentence(capsys):
     with pytest.raises(SystemExit, match=r"'no\.such\.host\.invalid', port 1: .*--host"):
         api.bind_socket("no.such.host.invalid", 1)
     api.bind_socket("127.0.0.1", 0).close()
@@ -212,7 +210,7 @@ class Frail(ScriptedRunner):
 
 @pytest.mark.parametrize("after", [0, 2], ids=["prefill", "decode"])
 @pytest.mark.parametrize("fault", [RuntimeError("a fault"), torch.OutOfMemoryError("full")])
-def test_a_fault_costs_its_own_request_in_either_phase(tokenizer, after, fault):
+def test_fault_in_prefill_or_decode_fails_its_own_request_only(tokenizer, after, fault):
     runner = Frail(tokenizer, after, fault)
     with serve(lambda settings: chat_model(runner, tokenizer)) as url:
         ready(url)
@@ -231,7 +229,7 @@ def test_a_fault_costs_its_own_request_in_either_phase(tokenizer, after, fault):
         wait_for(lambda: httpx.get(f"{url}/health").json()["running"] == 0)
 
 
-def test_rows_come_back_after_memory_ran_out(tokenizer):
+def test_rows_are_freed_after_out_of_memory(tokenizer):
     runner = Frail(tokenizer, 2, torch.OutOfMemoryError("full"))
     model = chat_model(runner, tokenizer)
 
@@ -251,7 +249,7 @@ def test_rows_come_back_after_memory_ran_out(tokenizer):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("end", [SystemExit("the end"), KeyboardInterrupt(), MemoryError()])
-def test_nobody_hangs_when_the_engine_dies(tokenizer, end):
+def test_all_requests_get_503_when_the_engine_dies(tokenizer, end):
     """One answers, four wait, one streams, one comes later."""
     runner = ScriptedRunner(tokenizer)
     with serve(lambda settings: chat_model(runner, tokenizer, max_batch=1)) as url:
@@ -298,7 +296,7 @@ def one_fails(url: str, bad: str) -> None:
     assert httpx.get(f"{url}/health").status_code == 200
 
 
-def test_a_tokenizer_that_fails_fails_one_request(server, monkeypatch):
+def test_tokenizer_fault_fails_one_request(server, monkeypatch):
     encode = ChatTokenizer.encode
 
     def broken(self, messages: list[Message]) -> list[int]:
@@ -310,7 +308,7 @@ def test_a_tokenizer_that_fails_fails_one_request(server, monkeypatch):
     one_fails(server, "boom")
 
 
-def test_a_detokenizer_that_fails_fails_one_request(server, monkeypatch):
+def test_detokenizer_fault_fails_one_request(server, monkeypatch):
     begin = AnswerText.__init__
 
     def fail(token: int) -> str:
@@ -344,7 +342,7 @@ SCHEMAS = {
 
 
 @pytest.mark.parametrize("how", SCHEMAS)
-def test_a_schema_that_cannot_be_kept_is_a_400_and_holds_up_nobody(server, how):
+def test_impossible_schema_is_a_400_and_holds_up_nobody(server, how):
     """It was once a 200 with an answer that ended at once."""
     schema = {"type": "json_schema", "json_schema": {"schema": SCHEMAS[how]}}
     body = {"messages": [{"role": "user", "content": "x"}], "response_format": schema}

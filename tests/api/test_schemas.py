@@ -7,47 +7,48 @@ import pytest
 from pydantic import ValidationError
 
 import api
+import schemas
 from engine import InvalidInput
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta
 
 
 def test_the_old_names_mean_new_tokens():
-    for name in api.LENGTH_NAMES:
-        request = api.ChatRequest.model_validate({"prompt": "x", name: 7})
+    for name in schemas.LENGTH_NAMES:
+        request = schemas.ChatRequest.model_validate({"prompt": "x", name: 7})
         assert request.overrides() == {"max_new_tokens": 7}
 
 
 def test_a_null_beside_a_length_is_no_length():
     """Whichever name is looked for first."""
-    for null in api.LENGTH_NAMES:
-        for name in set(api.LENGTH_NAMES) - {null}:
-            request = api.ChatRequest.model_validate({"prompt": "x", null: None, name: 5})
+    for null in schemas.LENGTH_NAMES:
+        for name in set(schemas.LENGTH_NAMES) - {null}:
+            request = schemas.ChatRequest.model_validate({"prompt": "x", null: None, name: 5})
             assert request.overrides() == {"max_new_tokens": 5}
 
 
 def test_only_what_was_given_overrides():
-    assert api.ChatRequest(prompt="x").overrides() == {}
+    assert schemas.ChatRequest(prompt="x").overrides() == {}
     body = {"prompt": "x", "temperature": 0, "top_k": 0, "top_p": 0.0, "seed": None}
-    request = api.ChatRequest.model_validate(body)
+    request = schemas.ChatRequest.model_validate(body)
     assert request.overrides() == {"temperature": 0, "top_k": 0, "top_p": 0.0}
 
 
 @pytest.mark.parametrize(
     ("schema", "body"),
     [
-        (api.ChatRequest, {"prompt": "x", "history": [[]] * 1000}),
-        (api.ChatRequest, {"prompt": "x", "history": [[1] * 1000]}),
-        (api.ChatRequest, {"prompt": "x", "history": [[1, 1]] * 1000}),
-        (api.ChatRequest, {"prompt": "x", "stop": [1] * 1000}),
-        (api.ChatRequest, {"prompt": "x", "stop": ["x" * 257] * 16}),
-        (api.ChatRequest, {"prompt": "x", "stop": ["\ud800"] * 16}),
-        (api.CompletionRequest, {"prompt": [[1, "a"] * 1000]}),
-        (api.CompletionRequest, {"prompt": ["a"] * 1000}),
-        (api.ChatCompletionRequest, {"messages": [{"role": "user", "content": [1] * 1000}]}),
-        (api.ChatCompletionRequest, {"messages": [{"role": "user", "content": [{}] * 1000}]}),
-        (api.ChatRequest, {"prompt": "x", "history": [{}] * 1000}),
-        (api.ChatCompletionRequest, {"messages": [1] * 1000}),
+        (schemas.ChatRequest, {"prompt": "x", "history": [[]] * 1000}),
+        (schemas.ChatRequest, {"prompt": "x", "history": [[1] * 1000]}),
+        (schemas.ChatRequest, {"prompt": "x", "history": [[1, 1]] * 1000}),
+        (schemas.ChatRequest, {"prompt": "x", "stop": [1] * 1000}),
+        (schemas.ChatRequest, {"prompt": "x", "stop": ["x" * 257] * 16}),
+        (schemas.ChatRequest, {"prompt": "x", "stop": ["\ud800"] * 16}),
+        (schemas.CompletionRequest, {"prompt": [[1, "a"] * 1000]}),
+        (schemas.CompletionRequest, {"prompt": ["a"] * 1000}),
+        (schemas.ChatCompletionRequest, {"messages": [{"role": "user", "content": [1] * 1000}]}),
+        (schemas.ChatCompletionRequest, {"messages": [{"role": "user", "content": [{}] * 1000}]}),
+        (schemas.ChatRequest, {"prompt": "x", "history": [{}] * 1000}),
+        (schemas.ChatCompletionRequest, {"messages": [1] * 1000}),
     ],
 )
 def test_of_many_mistakes_the_first_is_looked_for(schema, body):
@@ -63,17 +64,17 @@ TURN = {"role": "user", "content": "a"}
 @pytest.mark.parametrize(
     ("schema", "field", "turn"),
     [
-        (api.ChatRequest, "history", ["a", "b"]),
-        (api.ChatRequest, "history", TURN),
-        (api.ChatCompletionRequest, "messages", TURN),
+        (schemas.ChatRequest, "history", ["a", "b"]),
+        (schemas.ChatRequest, "history", TURN),
+        (schemas.ChatCompletionRequest, "messages", TURN),
     ],
 )
 def test_of_turns_there_may_be_so_many(schema, field, turn):
     """Each costs far more in a template than its bytes in a body."""
-    schema.model_validate({"prompt": "x", field: [turn] * api.MAX_TURNS})
+    schema.model_validate({"prompt": "x", field: [turn] * schemas.MAX_TURNS})
     with pytest.raises(ValidationError) as refusal:
         schema.model_validate({"prompt": "x", field: [turn] * 300_000})
-    told = api.validation_error(refusal.value)
+    told = schemas.validation_error(refusal.value)
     assert str(told) == f"{field} must have at most 4096 items, not 300000"
     assert told.argument == field
 
@@ -83,13 +84,13 @@ def test_millions_of_ids_are_checked_soon():
     started = time.perf_counter()
     for ids in ([1] * 4_000_000, [*[1] * 4_000_000, -1]):
         with suppress(ValidationError):
-            api.CompletionRequest.model_validate({"prompt": ids})
+            schemas.CompletionRequest.model_validate({"prompt": ids})
     assert time.perf_counter() - started < 1
 
 
 def test_half_a_character_is_looked_for_soon():
     started = time.perf_counter()
-    assert api.ChatRequest(prompt="你" * 8_000_000)
+    assert schemas.ChatRequest(prompt="你" * 8_000_000)
     assert time.perf_counter() - started < 0.4
 
 
@@ -103,18 +104,18 @@ def test_a_sign_of_life_does_not_undo_an_ending():
 
 @pytest.mark.parametrize("stop", ["END", ["END"]])
 def test_a_stop_is_one_text_or_several(stop):
-    assert api.ChatRequest(prompt="x", stop=stop).overrides() == {"stop": ("END",)}
+    assert schemas.ChatRequest(prompt="x", stop=stop).overrides() == {"stop": ("END",)}
 
 
 @pytest.mark.parametrize("history", [None, []])
 def test_no_history_is_a_first_turn(history):
-    request = api.ChatRequest(prompt="x", history=history)
+    request = schemas.ChatRequest(prompt="x", history=history)
     assert request.messages() == [{"role": "user", "content": "x"}]
     assert request.with_answer("y") == [["x", "y"]]
 
 
 def test_pairs_come_back_as_pairs():
-    request = api.ChatRequest(prompt="c", history=[["a", "b"]])
+    request = schemas.ChatRequest(prompt="c", history=[["a", "b"]])
     assert request.messages() == [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
@@ -125,7 +126,7 @@ def test_pairs_come_back_as_pairs():
 
 def test_messages_come_back_as_messages():
     past = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    request = api.ChatRequest.model_validate({"prompt": "c", "history": past})
+    request = schemas.ChatRequest.model_validate({"prompt": "c", "history": past})
     assert request.messages() == [*past, {"role": "user", "content": "c"}]
     assert request.with_answer("d") == [
         *past,
@@ -135,24 +136,24 @@ def test_messages_come_back_as_messages():
 
 
 def test_a_system_text_comes_first():
-    request = api.ChatRequest(prompt="x", history=[["a", "b"]], system="be brief")
+    request = schemas.ChatRequest(prompt="x", history=[["a", "b"]], system="be brief")
     assert request.messages()[0] == {"role": "system", "content": "be brief"}
 
 
 def test_two_system_texts_are_refused():
     body = {"prompt": "x", "system": "s", "history": [{"role": "system", "content": "t"}]}
     with pytest.raises(InvalidInput, match="system"):
-        api.ChatRequest.model_validate(body)
+        schemas.ChatRequest.model_validate(body)
 
 
-@pytest.mark.parametrize("name", api.UNSUPPORTED)
+@pytest.mark.parametrize("name", schemas.UNSUPPORTED)
 def test_what_would_change_the_meaning_is_refused(name):
     with pytest.raises(InvalidInput, match=name):
-        api.ChatRequest.model_validate({"prompt": "x", name: 2})
-    api.ChatRequest.model_validate({"prompt": "x", name: None, "user": "ignored"})
+        schemas.ChatRequest.model_validate({"prompt": "x", name: 2})
+    schemas.ChatRequest.model_validate({"prompt": "x", name: None, "user": "ignored"})
 
 
-@pytest.mark.parametrize("schema", [api.ChatRequest, api.CompletionRequest])
+@pytest.mark.parametrize("schema", [schemas.ChatRequest, schemas.CompletionRequest])
 def test_what_changes_nothing_is_not_refused(schema):
     neutral = {"n": 1, "best_of": 1, "num_beams": 1, "response_format": {"type": "text"}}
     assert schema.model_validate({"prompt": "x"} | neutral).overrides() == {}
@@ -162,10 +163,10 @@ def test_every_knob_of_sampling_can_be_asked_for():
     """A parameter is declared twice, here and in SamplingParams, and the two agree."""
     parameters = set(SamplingParams.__dataclass_fields__)
     # How much is told of an answer is each call's own matter, as whether it streams is.
-    assert parameters - {"logprobs"} == set(api.SamplingFields.model_fields) - {"stream"}
+    assert parameters - {"logprobs"} == set(schemas.SamplingFields.model_fields) - {"stream"}
 
 
 @pytest.mark.parametrize("history", ["ab", ["ab"], [["a"]], [["a", "b", "c"]], [["a", 1]], {}])
 def test_a_history_of_another_shape_is_refused(history):
     with pytest.raises(ValidationError):
-        api.ChatRequest.model_validate({"prompt": "x", "history": history})
+        schemas.ChatRequest.model_validate({"prompt": "x", "history": history})

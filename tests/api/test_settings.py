@@ -54,6 +54,50 @@ def test_help_names_every_field():
         assert field.description
 
 
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as stop:
+        api.read_settings(["--version"])
+    assert not stop.value.code
+    assert capsys.readouterr().out == f"chat-api {api.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], "--model"),
+        (["--port", "banana"], "--port"),
+        (["--model", "no-such-model"], "there is no model 'no-such-model'"),
+        (["--model", "/no/where", "--check"], "there is no model '/no/where'"),
+        (["--chat-template", "chatml", "--model", "demo"], "there is no file 'chatml'"),
+    ],
+)
+def test_what_needs_no_model_is_told_without_importing_torch(arguments, words, tmp_path):
+    out = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "api.py"), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert words in out.stdout + out.stderr
+    imported = {line.rpartition("|")[2].strip() for line in out.stderr.splitlines()}
+    assert "fastapi" in imported
+    assert not {"torch", "transformers", "gradio"} & imported
+    assert "Traceback" not in out.stderr
+
+
+def test_a_template_file_loses_its_byte_order_mark(tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_bytes("{{ messages }}".encode("utf-8-sig"))
+    assert api.read_template(api.Settings(chat_template=file)) == "{{ messages }}"
+
+
+def test_a_template_file_that_is_no_text_is_named(tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_bytes("{{ 你好 }}".encode("gbk"))
+    with pytest.raises(StartError, match=r"--chat-template: .*chat\.jinja.* UTF-8"):
+        api.read_template(api.Settings(chat_template=file))
+
+
 def test_importing_api_loads_and_parses_nothing():
     """With arguments that it would refuse, and a variable that it would refuse."""
     code = "import sys; sys.argv += ['--nonsense']; import api; print(api.__name__)"

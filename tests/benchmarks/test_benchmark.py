@@ -11,7 +11,7 @@ from benchmark import Reply
 from conftest import ROOT
 
 
-def test_figures_are_those_of_the_replies():
+def test_figures_are_computed_from_replies():
     replies = [Reply([1.0, 1.5, 2.0], 3), Reply([2.0, 2.1, 2.2], 3)]
     assert benchmark.figures((4.0, replies)) == pytest.approx(
         {"tokens/s": 1.5, "first p50": 1, "first p99": 2, "later p50": 0.1, "later p99": 0.5}
@@ -25,27 +25,27 @@ def run(*arguments: str, script: str = "benchmarks/benchmark.py") -> str:
     return done.stdout
 
 
-def test_a_server_is_measured(server):
+def test_benchmark_measures_a_server(server):
     out = run("--url", server, "--clients", "1", "4", "--repeats", "2")
     assert re.search(r"^\| given \| 4 \| [1-9][\d.]* \| 0\.\d{3} s \|", out, re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_what_was_measured_is_drawn(server, tmp_path):
+def test_benchmark_draws_a_plot(server, tmp_path):
     pytest.importorskip("matplotlib")
     drawn = tmp_path / "plot.svg"
     run("--url", server, "--clients", "1", "4", "--repeats", "2", "--plot", str(drawn))
     assert "<svg" in drawn.read_text(encoding="utf-8")
 
 
-def test_a_rush_loses_nobody(server, runner):
+def test_benchmark_rush_counts_served_and_lost(server, runner):
     runner.pause = 0.01
     out = run("--url", server, "--rush", "40", "--tokens", "8")
     assert "40 served; 0 lost" in out
     assert "/health meanwhile" in out
 
 
-def test_what_the_host_adds_to_a_card_is_measured():
+def test_host_py_measures_steps_beside_a_pretended_card():
     arguments = ["--step", "20", "--clients", "1", "3", "--tokens", "20"]
     out = run(*arguments, script="benchmarks/host.py")
     steps = [float(step) for step in re.findall(r"^\| [13] \| [\d.]+ \| ([\d.]+) ms", out, re.M)]
@@ -54,7 +54,7 @@ def test_what_the_host_adds_to_a_card_is_measured():
 
 
 @pytest.mark.slow
-def test_tests_for_cards_pass_on_stand_ins():
+def test_cuda_tests_pass_on_stand_ins():
     """So much is sure without a card, that the tests themselves are sound."""
     command = [sys.executable, "-m", "pytest", "tests/gpu"]
     environment = os.environ | {"CHAT_TEST_DEVICE": "cpu"}

@@ -28,21 +28,21 @@ def pushed(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
 
 
 @given(content=st.text(st.characters(codec="utf-8", exclude_characters="\ufffd")))
-def test_pieces_join_to_the_text(text, content):
+def test_pieces_join_to_the_whole_text(text, content):
     ids = text.plain.encode(content, add_special_tokens=False).ids
     pieces = pushed(Detokenizer(text.plain), ids)
     assert "".join(pieces) == content
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_half_a_character_is_never_sent(text):
+def test_incomplete_character_is_not_sent(text):
     ids = text.plain.encode("你好", add_special_tokens=False).ids
     assert pushed(Detokenizer(text.plain), ids[:4]) == ["", "", "你", "", ""]
 
 
 @pytest.mark.parametrize("kind", ["index_like", "xverse_like"])
 @given(ids=st.lists(st.integers(3, 400), max_size=40))
-def test_no_ids_are_an_error(kind, ids):
+def test_any_ids_can_be_decoded(kind, ids):
     """These tokenizers have a token a byte, and a hot model says bytes that are no text."""
     tokenizer = spoken(kind)
     ids += tokenizer.encode("hello", add_special_tokens=False).ids
@@ -55,7 +55,7 @@ def spoken(kind: str):
     return load_tokenizer(folder).backend_tokenizer
 
 
-def test_words_that_are_tokens_but_not_special_are_text(tokenizer):
+def test_added_tokens_that_are_not_special_are_text(tokenizer):
     """A model that thinks aloud says so in such tokens, and its callers look for them."""
     thinking = copy.deepcopy(tokenizer)
     thinking.add_tokens(["<think>", "</think>"])
@@ -65,7 +65,7 @@ def test_words_that_are_tokens_but_not_special_are_text(tokenizer):
     assert "".join(pushed(Detokenizer(text.plain), ids)) == "<think>why</think>ok"
 
 
-def test_special_tokens_are_not_text(text):
+def test_special_tokens_are_left_out_of_the_text(text):
     ids = [*text.plain.encode("a").ids, 258, *text.plain.encode("b").ids]
     assert "".join(pushed(Detokenizer(text.plain), ids)) == "ab"
 
@@ -74,7 +74,7 @@ def test_special_tokens_are_not_text(text):
     content=st.text("ab\n你", max_size=30),
     stops=st.lists(st.text("ab\n你", min_size=1, max_size=4), min_size=1, max_size=3),
 )
-def test_a_stop_string_is_never_sent(text, content, stops):
+def test_stop_string_is_never_sent(text, content, stops):
     ids = text.plain.encode(content, add_special_tokens=False).ids
     detokenizer = Detokenizer(text.plain, tuple(stops))
     said = "".join(pushed(detokenizer, ids))
@@ -89,7 +89,7 @@ def test_a_stop_string_is_never_sent(text, content, stops):
         assert any(content[len(said) :].startswith(stop) for stop in stops)
 
 
-def test_text_that_may_begin_a_stop_string_waits_and_no_more(text):
+def test_text_waits_only_while_it_may_begin_a_stop_string(text):
     detokenizer = Detokenizer(text.plain, ("END",))
     pieces = [detokenizer.push(i) for i in text.plain.encode("xENjoyEND").ids]
     assert pieces == ["x", "", "", "ENj", "o", "y", "", "", ""]

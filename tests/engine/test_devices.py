@@ -175,7 +175,7 @@ def some_sequences() -> list[Sequence]:
     return [Sequence([1, 2, 3], 8 * n, 8, 2, params=how) for n, how in enumerate(hows)]
 
 
-def test_a_card_is_waited_for_once_for_all_tokens(card):
+def test_sampling_waits_for_the_card_once(card):
     torch.manual_seed(0)
     logits, pool_ids = torch.randn(4, 300) * 5, torch.arange(32)
     expected = sample_tokens(some_sequences(), logits.clone(), pool_ids)
@@ -185,7 +185,7 @@ def test_a_card_is_waited_for_once_for_all_tokens(card):
     assert card.waits == ["tolist"]
 
 
-def test_a_guide_rules_tokens_out_on_the_card(card):
+def test_guide_masks_logits_on_the_card(card):
     class Guide:
         def allowed(self):
             return numpy.arange(300) % 7 == 3
@@ -196,7 +196,7 @@ def test_a_guide_rules_tokens_out_on_the_card(card):
     assert off_card(logits).isfinite().nonzero()[:, 1].tolist() == list(range(3, 300, 7))
 
 
-def test_the_pretended_card_notices(card):
+def test_pretended_card_notices_mixed_devices_and_waits(card):
     """That is, it is a card enough for the tests above to fail."""
     there = on_card(torch.arange(4.0))
     with pytest.raises(AssertionError, match="mul of tensors on two devices"):

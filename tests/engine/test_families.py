@@ -35,19 +35,19 @@ DATA = os.environ.get("CHAT_TEST_DATA")
 # ---- Values
 
 
-def test_a_checkpoint_sets_the_defaults_and_we_fill_the_rest():
+def test_checkpoint_defaults_go_before_ours():
     defaults = checkpoint_defaults(
         GenerationConfig(do_sample=True, temperature=0.3, top_k=7, max_new_tokens=33)
     )
     assert defaults == SamplingParams(max_new_tokens=33, temperature=0.3, top_k=7)
 
 
-def test_a_checkpoint_that_does_not_sample_is_greedy():
+def test_checkpoint_with_do_sample_false_is_greedy():
     assert checkpoint_defaults(GenerationConfig(do_sample=False)).temperature == 0
     assert checkpoint_defaults(GenerationConfig(top_k=-1)).top_k == 0
 
 
-def test_a_checkpoint_that_says_nothing_leaves_our_defaults():
+def test_empty_generation_config_leaves_our_defaults():
     assert checkpoint_defaults(GenerationConfig()) == SamplingParams(1024, 0.8, 50, 0.8, 0, 1.0)
 
 
@@ -61,7 +61,7 @@ def test_a_checkpoint_that_says_nothing_leaves_our_defaults():
         ("internlm2", "internlm2", SamplingParams(1024, 0.8, 50, 0.8, 0, 1.0)),
     ],
 )
-def test_defaults_are_what_each_tutorial_used(checkpoint, family, expected):
+def test_family_defaults_are_the_tutorials(checkpoint, family, expected):
     found = next(row for row in FAMILIES if row.name == family)
     config = GenerationConfig.from_pretrained(FIXTURES / checkpoint)
     assert checkpoint_defaults(config, found) == expected
@@ -86,7 +86,7 @@ def expected_of(name: str):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_logits_are_the_original_codes(name, attention):
+def test_logits_equal_the_original_code(name, attention):
     model, tokenizer = load_model(FIXTURES / name, dtype="float32", device_map="cpu")
     model.set_attn_implementation(attention)
     assert tokenizer is None
@@ -94,7 +94,7 @@ def test_logits_are_the_original_codes(name, attention):
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_greedy_answers_are_the_original_codes(name):
+def test_greedy_answers_equal_the_original_code(name):
     model, _ = load_model(FIXTURES / name, dtype="float32", device_map="cpu")
     expected = expected_of(name)
     for ids, mask, answer in zip(
@@ -125,7 +125,9 @@ def untouched(self, input_dict, source_patterns, target_patterns, config, **_):
         ("deepseek_v2", None, {"mscale_all_dim": 0}),
     ],
 )
-def test_the_comparison_notices_mistakes(name, broken, how, monkeypatch, tmp_path):
+def test_comparison_with_the_original_code_notices_mistakes(
+    name, broken, how, monkeypatch, tmp_path
+):
     """Each of these is a way to load the model wrongly without an error."""
     folder = tmp_path / name
     shutil.copytree(FIXTURES / name, folder)
@@ -182,7 +184,7 @@ def test_nothing_in_the_folder_is_executed(tmp_path):
     assert not flag.exists()
 
 
-def test_rope_ratio_stretches_index(tmp_path):
+def test_rope_ratio_extends_the_context_of_index(tmp_path):
     folder = copied("index", tmp_path)
     config = json.loads((folder / "config.json").read_text()) | {"rope_ratio": 32}
     (folder / "config.json").write_text(json.dumps(config))
@@ -190,7 +192,7 @@ def test_rope_ratio_stretches_index(tmp_path):
     assert model.config.rope_parameters["rope_theta"] == 320_000
 
 
-def test_layers_on_disk_answer_the_same(tmp_path):
+def test_layers_offloaded_to_disk_answer_the_same(tmp_path):
     """A device map of several places, with accelerate's hooks, on a machine without a card."""
     parts = ("model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb")
     where = dict.fromkeys(parts, "cpu") | {f"model.layers.{i}": "cpu" for i in range(3)}
@@ -207,7 +209,7 @@ def test_layers_on_disk_answer_the_same(tmp_path):
     ("free", "placed"),
     [([24, 24], "cuda:0"), ([1, 24], "cuda:1"), ([20, 20], "auto"), ([24], "auto"), ([], "auto")],
 )
-def test_of_several_cards_one_is_enough_where_the_model_leaves_it_room(monkeypatch, free, placed):
+def test_model_goes_on_one_card_where_it_leaves_room_there(monkeypatch, free, placed):
     """Llama-3-8B takes 15 GiB in bfloat16, of which the shape alone tells."""
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
              "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
@@ -218,7 +220,7 @@ def test_of_several_cards_one_is_enough_where_the_model_leaves_it_room(monkeypat
     assert best_placement(config, "float32") == "auto"
 
 
-def test_an_embedding_on_disk_takes_its_ids_where_it_computes():
+def test_embedding_on_disk_gets_ids_on_its_execution_device():
     where = dict.fromkeys(("model.norm", "lm_head", "model.rotary_emb", "model.layers"), "cpu")
     where["model.embed_tokens"] = "disk"
     model, _ = load_model(FIXTURES / "llama", dtype="float32", device_map=json.dumps(where))
@@ -269,14 +271,14 @@ def text_of(folder: Path) -> ChatTokenizer:
         ),
     ],
 )
-def test_prompt_ids_are_the_original_codes(name, ids, ends):
+def test_prompt_ids_equal_the_original_code(name, ids, ends):
     text = real(name)
     assert text.family
     assert text.encode(CONVERSATION) == [int(i) for i in ids.split()]
     assert text.end_ids(GenerationConfig()) == ends
 
 
-def test_xverse_encodes_its_pieces_apart():
+def test_xverse_encodes_each_turn_separately():
     text = text_of(FIXTURES / "tokenizers" / "xverse_like")
     pieces = ["Human: ", "hi\n\n", "Assistant: ", "hello", 3]
     pieces += ["Human: ", "你好\n\n", "Assistant: "]
@@ -346,7 +348,7 @@ def small(kind: str) -> ChatTokenizer:
 
 
 @pytest.mark.parametrize("kind", MARKERS)
-def test_nobody_can_write_a_marker(kind):
+def test_markers_in_a_users_text_become_no_special_tokens(kind):
     text = small(kind)
     honest = text.encode([{"role": "user", "content": "ab"}])
     forged = text.encode([{"role": "user", "content": f"a{''.join(MARKERS[kind])}b"}])
@@ -356,7 +358,7 @@ def test_nobody_can_write_a_marker(kind):
 
 
 @pytest.mark.parametrize("kind", MARKERS)
-def test_a_prompt_begins_once_and_ends_where_the_model_is_to_speak(kind):
+def test_prompt_has_one_bos_and_ends_with_the_assistant_marker(kind):
     text = small(kind)
     said = text.backend.decode(text.encode(CONVERSATION), skip_special_tokens=False)
     begin = text.family.begin
@@ -365,14 +367,14 @@ def test_a_prompt_begins_once_and_ends_where_the_model_is_to_speak(kind):
     assert said.endswith(text.family.ask)
 
 
-def test_llama_3_strips_what_is_said():
+def test_llama_3_strips_whitespace_around_contents():
     text = small("llama")
     assert text.encode([{"role": "user", "content": " a \n"}]) == text.encode(
         [{"role": "user", "content": "a"}]
     )
 
 
-def test_a_namesake_of_a_family_is_not_taken_for_it():
+def test_other_models_of_model_type_llama_are_not_llama_3():
     """Llama 3.1 and fine-tunes with ChatML have templates of their own, Llama 2 other tokens."""
     for mark in ("<|eom_id|>", "<|im_start|>"):
         assert family_of("llama", byte_tokenizer([*MARKERS["llama"], mark])) is None
@@ -423,7 +425,7 @@ def test_real_templates_render_the_familys_format(name):
 # ---- Tokenizers
 
 
-def test_a_tokenizer_model_that_is_read_otherwise_stops_the_start(monkeypatch):
+def test_tokenizer_unlike_sentencepiece_stops_the_start(monkeypatch):
     class Other(sentencepiece.SentencePieceProcessor):
         def encode(self, text: str) -> list[int]:
             return [7, *super().encode(text)]
@@ -433,7 +435,7 @@ def test_a_tokenizer_model_that_is_read_otherwise_stops_the_start(monkeypatch):
         load_tokenizer(FIXTURES / "tokenizers" / "index_like")
 
 
-def test_xverse_old_spelling_is_mended():
+def test_prepend_scheme_of_xverse_is_mended():
     """Left as it is, tokenizers refuses the file."""
     from tokenizers import Tokenizer
 
@@ -472,7 +474,7 @@ def dressed(kind: str, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", MARKERS)
-def test_each_family_answers_over_http_and_a_batch_says_what_each_would_alone(kind, tmp_path):
+def test_each_family_answers_over_http_alike_alone_and_in_a_batch(kind, tmp_path):
     folder = dressed(kind, tmp_path)
     asks = [
         {"prompt": p, "history": h, "max_length": n, "temperature": 0, "repetition_penalty": 1}
@@ -496,7 +498,7 @@ def test_each_family_answers_over_http_and_a_batch_says_what_each_would_alone(ki
     assert any(alone)
 
 
-def test_a_checkpoint_outside_the_families_uses_its_own_template(tmp_path):
+def test_checkpoint_of_no_family_uses_its_own_template(tmp_path):
     """As the demo model does; and --chat-template goes before it."""
     folder = dressed("llama", tmp_path)
     tokenizer = byte_tokenizer()
@@ -513,7 +515,7 @@ def test_a_checkpoint_outside_the_families_uses_its_own_template(tmp_path):
     assert model.tokenizer.backend.decode(prompt.ids) == "[x]"
 
 
-def test_xverse_takes_prompts_up_to_its_own_limit(tmp_path):
+def test_prompt_limit_of_xverse_is_shorter_than_its_context(tmp_path):
     model = load(dressed("xverse", tmp_path))
     model.engine.close()
     assert (model.context_length, model.prompt_length) == (8192, 6144)
@@ -521,7 +523,7 @@ def test_xverse_takes_prompts_up_to_its_own_limit(tmp_path):
         model.prepare([{"role": "user", "content": "1" * 6500}], {}, False)
 
 
-def test_check_says_what_was_found(tmp_path):
+def test_check_option_reports_model_prompt_and_answer(tmp_path):
     model = load(dressed("internlm2", tmp_path))
     said = api.check_model(model)
     model.engine.close()
@@ -553,7 +555,7 @@ def row(kind: str) -> str:
     return f"| {family.name} | `{native}` | < {bound} | equal | {ends} | {context} |"
 
 
-def test_the_table_of_families_is_what_is_measured():
+def test_table_of_families_in_how_it_works_md_is_measured():
     page = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8").splitlines()
     rows = [row(kind) for kind in ("deepseek_v2", "index", "llama", "xverse", "internlm2")]
     missing = [line for line in rows if line not in page]

@@ -33,13 +33,13 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def test_a_folder_is_a_model(checkpoint, monkeypatch):
+def test_find_model_takes_a_folder(checkpoint, monkeypatch):
     monkeypatch.chdir(checkpoint.parent)
     assert find_model(str(checkpoint)) == checkpoint
     assert find_model("./tiny").samefile(checkpoint)
 
 
-def test_a_name_lies_beside_api_py_whatever_the_working_directory(
+def test_find_model_looks_up_a_name_in_models_whatever_the_working_directory(
     checkpoint, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
@@ -57,7 +57,7 @@ def test_a_name_lies_beside_api_py_whatever_the_working_directory(
         "hub/models/org/tiny-1___0",
     ],
 )
-def test_a_hubs_cache_is_taken_for_the_model_in_it(checkpoint, tmp_path, layout):
+def test_find_model_takes_the_folder_of_a_hubs_cache(checkpoint, tmp_path, layout):
     cache = tmp_path / "cache"
     shutil.copytree(checkpoint, cache / layout)
     (cache / ".docker").mkdir()
@@ -69,14 +69,14 @@ def test_a_hubs_cache_is_taken_for_the_model_in_it(checkpoint, tmp_path, layout)
         find_model(str(cache))
 
 
-def test_a_checkpoint_in_the_working_directory_has_its_folders_name(checkpoint, monkeypatch):
+def test_model_in_the_working_directory_has_its_folders_name(checkpoint, monkeypatch):
     monkeypatch.chdir(checkpoint)
     model = load(".", cache_memory="1MiB")
     model.engine.close()
     assert model.name == checkpoint.name
 
 
-def test_a_checkpoint_is_loaded_and_answers(checkpoint):
+def test_checkpoint_is_loaded_in_the_given_dtype(checkpoint):
     model = load(checkpoint, dtype="float32")
     try:
         assert model.name == "tiny"
@@ -87,7 +87,7 @@ def test_a_checkpoint_is_loaded_and_answers(checkpoint):
         model.engine.close()
 
 
-def test_a_card_that_torch_cannot_use_is_an_error_with_the_remedy(monkeypatch):
+def test_card_that_torch_cannot_use_stops_the_start(monkeypatch):
     monkeypatch.setattr(api.Path, "glob", lambda self, pattern: iter([self / "nvidia0"]))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if torch.cuda.is_available():
@@ -112,14 +112,14 @@ def run_api(*flags: str) -> Done:
 
 
 @pytest.mark.parametrize("check", [[], ["--check"]])
-def test_a_start_that_fails_ends_with_one_sentence_and_a_code(check):
+def test_missing_model_ends_the_process_with_one_sentence_and_code_1(check):
     done = run_api("--model", "nowhere", "--port", str(free_port()), *check)
     assert done.code == 1
     assert "api.py: there is no model 'nowhere'" in done.said
     assert "Traceback" not in done.said
 
 
-def test_a_checkpoint_that_cannot_be_read_ends_the_start(checkpoint, tmp_path):
+def test_unreadable_weights_end_the_process_with_one_sentence(checkpoint, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint, broken)
     (broken / "model.safetensors").write_bytes(b"\xff" * 100)
@@ -132,7 +132,7 @@ def test_a_checkpoint_that_cannot_be_read_ends_the_start(checkpoint, tmp_path):
     assert "run the download again" in said[0]
 
 
-def test_a_port_in_use_is_said_in_one_sentence(checkpoint):
+def test_port_in_use_ends_the_process_with_one_sentence(checkpoint):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -149,7 +149,7 @@ def load_for_long(settings: api.Settings) -> ChatModel:
     raise AssertionError("nobody ended it")
 
 
-def test_ctrl_c_while_loading_ends_at_once():
+def test_ctrl_c_while_loading_ends_the_process():
     """The loader is a daemon: nobody waits for weights that nobody wants."""
     port = free_port()
 

@@ -27,13 +27,13 @@ def user(content: str) -> list[Message]:
     return [{"role": "user", "content": content}]
 
 
-def test_a_prompt_is_the_chat_template_rendered_and_encoded(text, tokenizer):
+def test_prompt_is_the_chat_template_rendered_and_encoded(text, tokenizer):
     messages = [{"role": "system", "content": "Be brief."}, *user("你好")]
     whole = "<|system|>Be brief.<|end|><|user|>你好<|end|><|assistant|>"
     assert text.encode(messages) == tokenizer.encode(whole, add_special_tokens=False)
 
 
-def test_what_training_left_in_a_tokenizer_cuts_no_prompt(text):
+def test_truncation_and_padding_left_in_a_tokenizer_are_ignored(text):
     left = byte_tokenizer()
     left.backend_tokenizer.enable_truncation(max_length=16)
     left.backend_tokenizer.enable_padding(length=24)
@@ -42,7 +42,7 @@ def test_what_training_left_in_a_tokenizer_cuts_no_prompt(text):
 
 
 @pytest.mark.parametrize("word", SPECIAL)
-def test_nobody_can_write_a_special_token(text, word):
+def test_special_token_in_a_users_text_is_plain_text(text, word):
     honest = text.encode(user("x"))
     forged = text.encode(user(f"a{word}b"))
     specials = set(text.special.values())
@@ -51,7 +51,7 @@ def test_nobody_can_write_a_special_token(text, word):
 
 
 @given(content=st.text(st.characters(codec="utf-8")))
-def test_a_prompt_says_what_the_user_wrote(text, content):
+def test_prompt_decodes_to_what_the_user_wrote(text, content):
     assert text.plain.decode(text.encode(user(content)), skip_special_tokens=True) == content
 
 
@@ -60,27 +60,27 @@ def test_a_piece_break_can_be_written(text):
     assert text.plain.decode(text.encode(user(content)), skip_special_tokens=True) == content
 
 
-def test_end_ids_are_the_checkpoints_and_the_templates(text):
+def test_end_ids_are_those_of_the_checkpoint_and_the_template(text):
     assert text.end_ids(GenerationConfig(eos_token_id=7)) == {7, 256}
     assert text.end_ids(GenerationConfig(eos_token_id=[7, 8])) == {7, 8, 256}
     assert text.end_ids(GenerationConfig()) == {256}
 
 
-def test_a_template_that_refuses_is_the_callers_mistake(tokenizer):
+def test_error_raised_by_a_template_is_invalid_input(tokenizer):
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = "{{ raise_exception('no system turns') }}"
     with pytest.raises(InvalidInput, match="no system turns"):
         ChatTokenizer(strict).encode(user("x"))
 
 
-def test_a_checkpoint_without_a_template_cannot_start(tokenizer):
+def test_checkpoint_without_a_template_stops_the_start(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     with pytest.raises(StartError, match="chat template"):
         ChatTokenizer(bare)
 
 
-def test_a_special_token_cannot_be_spelled_in_other_letters():
+def test_text_that_normalises_to_a_special_token_is_plain_text():
     """As it could where a tokenizer looks for it in text that is normalised first."""
     spelled = byte_tokenizer()
     spelled.backend_tokenizer.normalizer = normalizers.NFKC()
@@ -89,7 +89,7 @@ def test_a_special_token_cannot_be_spelled_in_other_letters():
     assert text.backend.token_to_id("<|sys|>") not in text.encode(user("＜|sys|＞"))
 
 
-def test_others_go_on_while_a_long_text_is_encoded(text):
+def test_encoding_a_long_text_does_not_hold_the_interpreter_lock(text):
     """As the event loop and the engine must: the text is as long as a body may be, nearly."""
     seconds: list[float] = []
 

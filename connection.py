@@ -1,0 +1,111 @@
+"""HTTP on the socket: uvicorn's protocol, with bounds on what a stranger may send before a body."""
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+# Limits on what precedes the body.
+MAX_HEADER_BYTES = 64 * 2**10
+HEADER_TIMEOUT = 30.0
+# Longer than the 60 seconds for which load balancers commonly reuse idle connections.
+KEEP_ALIVE = 75
+
+
+class RequestParser(h11.Connection):
+    """h11's, but a request that states its body's length in two ways is refused.
+
+    A proxy before us could take the other one, and what lies between for a second request.
+    """
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if {b"content-length", b"transfer-encoding"} <= names:
+                raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding")
+        return event
+
+
+class Connection(H11Protocol):
+    """uvicorn's protocol, with bounds on the time that a client may take to ask.
+
+    A timer runs while no request is being answered, and closes the connection at its end.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # h11 bounds with it whatever comes in lines: headers, trailers, and sizes of chunks.
+        self.conn = RequestParser(h11.SERVER, MAX_HEADER_BYTES)
+        self.has_begun = False  # some of the next request's bytes have come
+
+    @property
+    def is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def num_pending(self) -> int:
+        """Bytes that are not parsed yet."""
+        return len(self.conn.trailing_data[0])
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.timer = self.loop.call_later(HEADER_TIMEOUT, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        if self.conn.their_state is h11.IDLE and not self.num_pending:
+            # HTTP allows blank lines before a request, and h11 does not.
+            data = data.lstrip(b"\r\n")
+        if data:
+            super().data_received(data)
+        self._set_timer()
+        self._go_on_reading()
+
+    def on_response_complete(self) -> None:
+        self.has_begun = False
+        # uvicorn's own timer is cancelled by any byte, even one that begins no request.
+        self._restart_timer(KEEP_ALIVE)
+        super().on_response_complete()
+        self._set_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.timer.cancel()
+        super().connection_lost(exc)
+
+    def _should_upgrade(self) -> bool:
+        return False  # without uvicorn's warning: Java's client offers HTTP/2 each time
+
+    def send_400_response(self, msg: str) -> None:
+        # uvicorn would send it into an answer that has begun, and an answer after it.
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+        if self.is_answering:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
+    def _set_timer(self) -> None:
+        """Stop the timer while a request is answered; restart it when one begins."""
+        if self.is_answering:
+            self.timer.cancel()
+        elif self.conn.their_state is h11.IDLE and self.num_pending and not self.has_begun:
+            self.has_begun = True
+            self._restart_timer(HEADER_TIMEOUT)
+
+    def _restart_timer(self, seconds: float) -> None:
+        self.timer.cancel()
+        self.timer = self.loop.call_later(seconds, self.transport.close)
+
+    def _go_on_reading(self) -> None:
+        """Read while a request is answered, so that a client that hangs up is noticed.
+
+        uvicorn would stop at the first bytes of a pipelined request.
+        """
+        if not self.is_answering or self.conn.their_state is not h11.DONE:
+            return
+        if self.num_pending > MAX_HEADER_BYTES:
+            self.transport.close()
+        elif self.num_pending:
+            self.flow.resume_reading()
