@@ -226,7 +226,7 @@ class ChatTokenizer:
 
     def _checked(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """The variables for the chat template, if it reads them all and none is the server's."""
-        own = {"messages", *signature(self.tokenizer.apply_chat_template).parameters}
+        own = {"self", "messages", *signature(self.tokenizer.apply_chat_template).parameters}
         own |= self.tokenizer.special_tokens_map.keys()
         for name in given:
             known = re.search(rf"\b{re.escape(name)}\b", self.template)
