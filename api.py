@@ -1131,7 +1131,8 @@ class ChatService:
 
     def _greet(self, model: ChatModel) -> None:
         """Log what is served, where, and how to reach it from elsewhere."""
-        port, here = self.settings.port, local_address(self.settings.host)
+        port = self.settings.port
+        here = local_address(self.settings.host)
         url = f"http://{here}:{port}"
         lines = model.facts | {
             "calls": f"{url} (prompt and history), {url}/v1 (OpenAI's), {url}/docs",
