@@ -19,12 +19,13 @@ def copied(tmp_path) -> Path:
     (names,) = re.findall(r"^scp -P PORT (.+?) root@", (ROOT / "README.md").read_text(), re.M)
     folder = tmp_path / "copied"
     folder.mkdir()
-    for name in re.sub(r"-r ", "", names).split():
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder)
+    for name in names.removeprefix("-r ").split():
+        for source in ROOT.glob(name):
+            if source.is_dir():
+                unread = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(source, folder / source.name, ignore=unread)
+            else:
+                shutil.copy(source, folder)
     return folder
 
 
