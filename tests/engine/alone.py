@@ -1,11 +1,14 @@
 """What a family's tiny model says of a prompt by itself."""
 
+from functools import cache
+
 import pytest
 import torch
 from conftest import ROOT, greedy
 from stand_ins import as_on_a_card
 
 from engine.checkpoint import load_model
+from engine.linear import Form, convert
 from engine.loading import probes, reference_logits
 from engine.model_config import context_length
 from engine.runner import create_runner
@@ -19,8 +22,10 @@ FAMILIES = ["deepseek_v2", "index", "internlm2", "internlm2_ntk", "llama", "xver
 class Alone:
     """A family's tiny model: what `generate` says of a prompt by itself, and a runner."""
 
-    def __init__(self, name: str):
-        model, _ = load_model(FIXTURES / name, dtype="float32")
+    def __init__(self, name: str, form: Form):
+        dtype = "bfloat16" if form == "fp16 weights" else "float32"
+        model, _ = load_model(FIXTURES / name, dtype=dtype)
+        convert(model, form)
         self.context = min(context_length(model.config), 200)
         self.plain = [reference_logits(model, ids) for ids in probes(model)]
         generator = torch.Generator().manual_seed(1)
@@ -44,10 +49,6 @@ class Alone:
         return greedy(model, prompt, min(24, self.context - len(prompt)))
 
 
-ALONE: dict[str, Alone] = {}
-
-
-def alone(name: str) -> Alone:
-    if name not in ALONE:
-        ALONE[name] = Alone(name)
-    return ALONE[name]
+@cache
+def alone(name: str, form: Form = "as it is") -> Alone:
+    return Alone(name, form)

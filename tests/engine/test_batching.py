@@ -79,8 +79,16 @@ def test_a_batch_of_renamed_llama_says_what_each_says_alone(monkeypatch, name, *
     check_batch(monkeypatch, name, **batch)
 
 
-def check_batch(monkeypatch, name, asks, chunk, rows, batch, reuse, way) -> None:
-    family = alone(name)
+@pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
+@settings(max_examples=8, **fixtures_once)
+@batches
+def test_a_batch_says_what_each_says_alone_with_fp16_weights(monkeypatch, name, **batch):
+    """Where the CPU's products are FBGEMM's, whose sums are float32."""
+    check_batch(monkeypatch, name, form="fp16 weights", **batch)
+
+
+def check_batch(monkeypatch, name, asks, chunk, rows, batch, reuse, way, form="as it is") -> None:
+    family = alone(name, form)
     assert family.on_cards.way == "in place"
     as_on_a_card(monkeypatch)
     monkeypatch.setattr("engine.answer.Detokenizer", Told)

@@ -1,0 +1,130 @@
+"""The form of linear layers on a CPU: what is chosen, and what it computes."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from alone import FAMILIES, FIXTURES
+from conftest import tiny_llama
+
+from engine import linear
+from engine.checkpoint import load_model
+from engine.linear import HalfExperts, HalfLinear, WideEmbedding, convert, fastest_form, settle_form
+from engine.loading import probes, reference_logits
+
+
+def test_fp16_weights_compute_what_float32_does():
+    """With the same weights: bfloat16's fit fp16 exactly, but for very small ones."""
+    torch.manual_seed(0)
+    weight = torch.randn(300, 128).bfloat16()
+    bias = torch.randn(300)
+    layer = HalfLinear(weight, bias)
+    for count in (1, 3, 16, 70):
+        x = torch.randn(1, count, 128)
+        wanted = torch.nn.functional.linear(x, weight.float(), bias)
+        torch.testing.assert_close(layer(x), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_does_not_depend_on_how_many_there_are():
+    torch.manual_seed(0)
+    layer = HalfLinear(torch.randn(256, 576).bfloat16())
+    x = torch.randn(64, 576)
+    together = layer(x)
+    for row in range(64):
+        torch.testing.assert_close(layer(x[row : row + 1])[0], together[row], atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_has_its_logits_in_fp16_weights(name):
+    model, _ = load_model(FIXTURES / name, dtype="bfloat16")
+    exact = deepcopy(model).float()
+    half = [reference_logits(model, ids) for ids in probes(model)]
+    convert(model, "fp16 weights")
+    assert any(isinstance(module, HalfLinear) for module in model.modules())
+    assert isinstance(model.get_input_embeddings(), WideEmbedding)
+    for ids, before in zip(probes(model), half, strict=True):
+        wanted = reference_logits(exact, ids)
+        found = reference_logits(model, ids)
+        error = (found - wanted).norm() / wanted.norm()
+        assert error < 1e-4
+        assert error < (before.float() - wanted).norm() / wanted.norm()
+
+
+def test_experts_are_those_of_the_mixture():
+    model, _ = load_model(FIXTURES / "deepseek_v2", dtype="float32")
+    experts = next(m for m in model.modules() if linear.has_fused_experts(m))
+    torch.manual_seed(0)
+    x = torch.randn(9, experts.gate_up_proj.shape[2])
+    chosen = torch.stack([torch.randperm(len(experts.gate_up_proj))[:2] for _ in range(9)])
+    weights = torch.rand(9, 2)
+    with torch.inference_mode():
+        wanted = experts(x, chosen, weights)
+        found = HalfExperts(experts)(x, chosen, weights)
+    assert (found - wanted).norm() < 1e-2 * wanted.norm()
+
+
+def test_weights_that_do_not_fit_fp16_stay_exact():
+    model = tiny_llama().bfloat16()
+    layer = model.model.layers[0].mlp
+    with torch.no_grad():
+        layer.up_proj.weight[0, 0] = 1e6
+        layer.down_proj.weight *= 1e-9
+    convert(model, "fp16 weights")
+    assert isinstance(layer.gate_proj, HalfLinear)
+    for kept in (layer.up_proj, layer.down_proj):
+        assert type(kept) is torch.nn.Linear
+        assert kept.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_dtype_that_was_asked_for_is_kept(dtype):
+    model = tiny_llama().to(getattr(torch, dtype))
+    assert settle_form(model, dtype) == dtype
+    assert model.dtype == getattr(torch, dtype)
+
+
+def test_weights_of_single_precision_are_kept():
+    model = tiny_llama()
+    assert settle_form(model) == "float32"
+    assert not any(isinstance(module, HalfLinear) for module in model.modules())
+
+
+def test_a_torch_without_the_products_chooses_among_the_others(monkeypatch):
+    monkeypatch.setattr(linear, "is_available", lambda: False)
+    model = tiny_llama().bfloat16()
+    assert "fp16" not in settle_form(model)
+    assert not any(isinstance(module, HalfLinear) for module in model.modules())
+
+
+def test_products_that_this_cpu_lacks_are_not_available(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("Didn't find engine for operation")
+
+    monkeypatch.setattr(torch.ops.quantized, "linear_prepack_fp16", refuse)
+    assert not linear.is_available()
+
+
+@pytest.mark.parametrize(
+    ("as_it_is", "fp16", "form"),
+    [
+        ([19.0, 222.0], [14.0, 41.0], "fp16 weights"),  # an AVX2 CPU
+        ([10.0, 22.0], [14.0, 41.0], "as it is"),  # one with avx512_bf16
+        ([10.0, 22.0], [9.0, 20.0], "as it is"),  # no clear difference
+    ],
+)
+def test_the_fastest_form_is_chosen_if_it_clearly_is(as_it_is, fp16, form):
+    taken = {"as it is": as_it_is, "fp16 weights": fp16, "float32": [30.0, 90.0]}
+    assert fastest_form(taken) == form
+
+
+def test_the_start_log_says_what_was_chosen_and_why(monkeypatch):
+    monkeypatch.setattr(
+        linear,
+        "measure_forms",
+        lambda model: {"as it is": [19.0, 222.0], "fp16 weights": [14.0, 41.0]},
+    )
+    said = settle_form(tiny_llama().bfloat16())
+    assert said == (
+        "fp16 weights (products of 1 and 16 tokens here:"
+        " bfloat16 19 and 222 ms, fp16 weights 14 and 41 ms)"
+    )
