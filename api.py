@@ -1015,7 +1015,11 @@ class ChatService:
         info = request_info(request.scope)
         try:
             body = await read_body(request, schema)
-            return await self._respond(request, body, reply_of)
+            try:
+                return await self._respond(request, body, reply_of)
+            except InvalidInput as error:
+                error.argument = body.field_of(error.argument)
+                raise
         except ClientDisconnect:
             return Response(status_code=499)
         except Exception as error:
@@ -1036,11 +1040,7 @@ class ChatService:
         # Before tokenizing a request that would be refused.
         model.check_queue()
         self.metrics.record_prompt(info, body)
-        try:
-            prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
-        except InvalidInput as error:
-            error.argument = body.field_of(error.argument)
-            raise
+        prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
         reply = reply_of(model, body, prompt)
         info.choices = [Choice(index) for index in range(body.num_answers)]
         deltas = model.answer(prompt, body.num_answers)
