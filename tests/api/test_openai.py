@@ -10,7 +10,6 @@ import openai
 import pytest
 import torch
 from conftest import chat_model, ready, serve, tiny_llama, wait_for
-from langchain_openai import ChatOpenAI
 
 import api
 from engine.guide import GuideCompiler
@@ -381,7 +380,9 @@ def test_leaving_ends_all_the_answers(server, runner):
 # ---- LangChain
 
 
+@pytest.mark.slow
 def test_langchain_asks_and_streams(server, runner):
+    ChatOpenAI = pytest.importorskip("langchain_openai").ChatOpenAI
     chat = ChatOpenAI(model="test", base_url=f"{server}/v1", api_key="none", max_retries=0)
     answer = chat.invoke([("system", "be kind"), ("user", "hi")])
     assert answer.content == "hello"
