@@ -98,6 +98,15 @@ function savedConversations() {
     return keys.map((key) => load(key)).filter(Boolean).sort((a, b) => b.updated - a.updated);
 }
 
+function loadConversation(id) {
+    const conversation = load(CONVERSATION + id);
+    // Saved while it came, by a page that did not live to its end.
+    for (const message of conversation?.messages ?? []) {
+        if (message.role === "assistant") message.finish ??= "broken";
+    }
+    return conversation;
+}
+
 function save(conversation) {
     const saved = load(CONVERSATION + conversation.id);
     // Another tab went on with this conversation meanwhile: keep both.
@@ -613,7 +622,7 @@ function closeMenus(except = null) {
 }
 
 function openConversation(id) {
-    current = opened.get(id) ?? load(CONVERSATION + id) ?? newConversation();
+    current = opened.get(id) ?? loadConversation(id) ?? newConversation();
     if (current.id === id) opened.set(id, current);
     closeOverSmallScreen();
     listConversations();
@@ -626,7 +635,7 @@ function rename(conversation, item) {
     const field = element("input", { value: conversation.title, ariaLabel: say("rename") });
     const finish = () => {
         const { id } = conversation;
-        const renamed = opened.get(id) ?? load(CONVERSATION + id);
+        const renamed = opened.get(id) ?? loadConversation(id);
         if (field.value.trim() && renamed) {
             renamed.title = field.value.trim();
             save(renamed);
@@ -808,7 +817,7 @@ addEventListener("pagehide", () => {
     }
 });
 
-current = savedConversations()[0] ?? current;
+current = loadConversation(savedConversations()[0]?.id) ?? current;
 opened.set(current.id, current);
 setLanguage(load(`${PREFIX}language`, navigator.language.startsWith("zh") ? "zh" : "en"));
 toggleSidebar(!smallScreen.matches);
