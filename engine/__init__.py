@@ -4,7 +4,8 @@
     import engine
 
     model = engine.load("models/demo")
-    prompt = model.prepare([{"role": "user", "content": "Name three rivers."}], {})
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = model.prepare(messages, {"max_new_tokens": 40})
 
     async def main():
         async for delta in model.answer(prompt):
