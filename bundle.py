@@ -19,7 +19,10 @@ PARTS = (
     "connection.py",
     "engine",
     "model_download.py",
+    "replies.py",
     "schemas.py",
+    "field_types.py",
+    "unknown_fields.py",
 )
 # As `python api.py` would start it.
 START = 'import runpy\n\nrunpy.run_module("api", run_name="__main__", alter_sys=True)\n'

@@ -257,7 +257,7 @@ def test_table_of_fields_is_the_programs(rows):
     taken = {"max_length" if f == "max_new_tokens" else f for f in api.ChatRequest.model_fields}
     assert told == taken
     (lengths,) = (set(SPAN.findall(row[1])) for row in rows if row[0] == "`max_length`")
-    assert lengths | {"max_length"} == set(api.LENGTH_NAMES)
+    assert lengths | {"max_length"} == set(schemas.LENGTH_NAMES)
 
 
 @table("defaults of", "模型的默认值")
