@@ -434,5 +434,8 @@ class CompletionReply(OpenAIReply):
     def _likeliest(self, token: Token) -> dict[str, float] | None:
         if token.logprob is None:
             return None
-        spell = self.model.tokenizer.spell
-        return {spell(i): logprob for i, logprob in token.top_logprobs}
+        told: dict[str, float] = {}
+        for i, logprob in token.top_logprobs:
+            # Parts of characters are spelled alike; the likeliest is told.
+            told.setdefault(self.model.tokenizer.spell(i), logprob)
+        return told

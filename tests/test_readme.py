@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 import api
 import model_download
+import schemas
 from engine.families import FAMILIES, checkpoint_defaults
 from engine.sampling_params import SamplingParams
 

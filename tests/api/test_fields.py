@@ -66,14 +66,15 @@ HONOURED_BY = {
     "echo": (True, False, {COMPLETION}),
     "suffix": ("x", "", {COMPLETION}),
 }
-IGNORED = """
-    user metadata store service_tier prompt_cache_key prompt_cache_retention safety_identifier
-    parallel_tool_calls priority request_id rid cache_prompt id_slot dry_base dry_allowed_length
-    dry_penalty_last_n dry_sequence_breakers xtc_threshold mirostat_tau mirostat_eta
-    adaptive_decay use_cache low_memory pad_token_id num_assistant_tokens
-    num_assistant_tokens_schedule assistant_confidence_threshold prompt_lookup_num_tokens
-    max_matching_ngram_size keep_alive tool_prompt
-""".split()
+IGNORED = [
+    "user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention",
+    "safety_identifier", "parallel_tool_calls", "priority", "request_id", "rid", "cache_prompt",
+    "id_slot", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers",
+    "xtc_threshold", "mirostat_tau", "mirostat_eta", "adaptive_decay", "use_cache",
+    "low_memory", "pad_token_id", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size",
+    "keep_alive", "tool_prompt",
+]  # fmt: skip
 # What asks for something is refused, what asks for nothing is not.
 REFUSED_UNLESS = {
     "adaptive_target": (0.5, -1),
@@ -171,24 +172,28 @@ REFUSED_UNLESS = {
     "watermark": (True, False),
     "xtc_probability": (0.5, 0.0),
 }
-REFUSED = """
-    adapter_id add_special_tokens allowed_token_ids assistant_early_exit assistant_lookbehind audio
-    best_of_n bos_token_id cache_config cache_implementation cache_salt chat_format chat_template
-    compile_config constraints context conversation custom_logit_processor custom_params
-    decoder_start_token_id disable_compile dola_layers dola_decoding ebnf enable_thinking
-    eos_token_id exponential_decay_length_penalty extra_body force_words_ids forced_bos_token_id
-    forced_eos_token_id format generation_config guided_choice guided_decoding_backend
-    guided_grammar guided_json guided_regex guided_whitespace_pattern guideline images input
-    input_embeds input_extra input_ids input_prefix input_suffix inputs instructions
-    is_assistant kv_transfer_params logprob_start_len lora_path max_output_tokens max_thinking
-    max_time max_tool_calls model_kwargs models n_cmpl no_stop_trim num_ctx num_gpu num_predict
-    num_thread options prediction prefill prompt_embeds prompt_logprobs prompt_template provider
-    raw reasoning reasoning_effort reasoning_budget regex return_logprob route sampling_params
-    session_params stop_regex stream_reasoning stop_sequences structural_tag structured_outputs
-    target_lookbehind template temprature text think thinking thinking_budget
-    thinking_token_budget top_k_return_sequences top_h truncate_prompt_tokens vllm_xargs
-    watermarking_config web_search_options xml zero_shot
-""".split()
+REFUSED = [
+    "adapter_id", "add_special_tokens", "allowed_token_ids", "assistant_early_exit",
+    "assistant_lookbehind", "audio", "best_of_n", "bos_token_id", "cache_config",
+    "cache_implementation", "cache_salt", "chat_format", "chat_template", "compile_config",
+    "constraints", "context", "conversation", "custom_logit_processor", "custom_params",
+    "decoder_start_token_id", "disable_compile", "dola_layers", "dola_decoding", "ebnf",
+    "enable_thinking", "eos_token_id", "exponential_decay_length_penalty", "extra_body",
+    "force_words_ids", "forced_bos_token_id", "forced_eos_token_id", "format",
+    "generation_config", "guided_choice", "guided_decoding_backend", "guided_grammar",
+    "guided_json", "guided_regex", "guided_whitespace_pattern", "guideline", "images", "input",
+    "input_embeds", "input_extra", "input_ids", "input_prefix", "input_suffix", "inputs",
+    "instructions", "is_assistant", "kv_transfer_params", "logprob_start_len", "lora_path",
+    "max_output_tokens", "max_thinking", "max_time", "max_tool_calls", "model_kwargs", "models",
+    "n_cmpl", "no_stop_trim", "num_ctx", "num_gpu", "num_predict", "num_thread", "options",
+    "prediction", "prefill", "prompt_embeds", "prompt_logprobs", "prompt_template", "provider",
+    "raw", "reasoning", "reasoning_effort", "reasoning_budget", "regex", "return_logprob",
+    "route", "sampling_params", "session_params", "stop_regex", "stream_reasoning",
+    "stop_sequences", "structural_tag", "structured_outputs", "target_lookbehind", "template",
+    "temprature", "text", "think", "thinking", "thinking_budget", "thinking_token_budget",
+    "top_k_return_sequences", "top_h", "truncate_prompt_tokens", "vllm_xargs",
+    "watermarking_config", "web_search_options", "xml", "zero_shot",
+]  # fmt: skip
 
 
 def refusal_of(call: type[schemas.SamplingFields], name: str, value: object) -> str | None:
@@ -196,8 +201,7 @@ def refusal_of(call: type[schemas.SamplingFields], name: str, value: object) -> 
     try:
         call.model_validate(BODIES[call] | {name: value})
     except InvalidInput as error:
-        assert name in str(error)
-        return error.argument
+        return error.argument if name in str(error) else f"unnamed: {error}"
     return None
 
 
