@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from engine import ChatModel, Delta, FinishReason, Prompt, Token
-from schemas import ChatRequest, CompletionRequest, OpenAIRequest
+from schemas import ChatCompletionRequest, ChatRequest, CompletionRequest, OpenAIRequest
 
 __version__ = "0.1.0"
 
@@ -272,10 +272,10 @@ class ChatCompletionReply(OpenAIReply):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, model: ChatModel, body: OpenAIRequest, prompts: list[Prompt]):
+    def __init__(self, model: ChatModel, body: ChatCompletionRequest, prompts: list[Prompt]):
         super().__init__(model, body, prompts)
         self.prompt = prompts[0]
-        self.inside = model.tokenizer.thinks(self.prompt.ids)
+        self.said = body.messages[-1].content if self.prompt.continues else None
         self.parsers = [self._parser() for _ in range(body.num_answers)]
 
     def whole(self, choice: Choice) -> dict[str, Any]:
@@ -313,7 +313,11 @@ class ChatCompletionReply(OpenAIReply):
         markers = self.model.tokenizer.thinking_markers
         if markers is None or self.prompt.guide:
             return None
-        return ThoughtParser(markers, self.inside)
+        if self.said is None:
+            inside = self.model.tokenizer.thinks(self.prompt.ids)
+        else:
+            inside = self.said.rfind(markers[0]) > self.said.rfind(markers[1])
+        return ThoughtParser(markers, inside)
 
     def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
         if not tokens:

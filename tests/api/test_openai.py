@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import chat_model, ready, serve, tiny_llama, wait_for
 
-import api
+import replies
 from engine.guide import GuideCompiler
 from engine.runner import create_runner
 from engine.sampling_params import SamplingParams
@@ -339,14 +339,14 @@ def test_many_tokens_are_spelled_once_and_beside_the_event_loop(server, monkeypa
     assert text.spell(7) == text.spell(7)
     assert text.spell.cache_info().hits == 1
     wording = threading.Event()
-    whole = api.ChatCompletionReply.full_response
+    whole = replies.ChatCompletionReply.full_response
 
-    def slowly(self, choices: list[api.Choice]) -> dict[str, object]:
+    def slowly(self, choices: list[replies.Choice]) -> dict[str, object]:
         wording.set()
         time.sleep(1)
         return whole(self, choices)
 
-    monkeypatch.setattr(api.ChatCompletionReply, "full_response", slowly)
+    monkeypatch.setattr(replies.ChatCompletionReply, "full_response", slowly)
     with ThreadPoolExecutor(1) as pool:
         url = f"{server}/v1/chat/completions"
         answer = pool.submit(httpx.post, url, json={"messages": HELLO}, timeout=30)
