@@ -219,6 +219,15 @@ def check_memory(value: str) -> str:
     raise ValueError("must be auto, a fraction such as 0.5, or a size such as 4GiB")
 
 
+def check_object(value: str) -> str:
+    try:
+        if not value or isinstance(json.loads(value), dict):
+            return value
+    except ValueError:
+        pass
+    raise ValueError('must be a JSON object, such as {"enable_thinking": false}')
+
+
 def split_list(text: str) -> tuple[str, ...]:
     return tuple(part for part in map(str.strip, text.split(",")) if part)
 
@@ -255,8 +264,8 @@ class Settings(BaseSettings):
     chat_template: Path | None = Field(
         None, description="Jinja file to use instead of the model's own chat template"
     )
-    chat_template_kwargs: dict[str, Any] = Field(
-        {}, description="variables of the chat template, where a request sets none, as JSON"
+    chat_template_kwargs: Annotated[str, AfterValidator(check_object)] = Field(
+        "", description="variables of the chat template that a request may set otherwise, as JSON"
     )
     cache_memory: Annotated[str, AfterValidator(check_memory)] = Field(
         "auto",
@@ -357,7 +366,7 @@ def load_served(settings: Settings) -> ChatModel:
         reuse=settings.reuse,
         timeout=settings.request_timeout,
     )
-    return with_template_kwargs(model, settings.chat_template_kwargs)
+    return with_template_kwargs(model, json.loads(settings.chat_template_kwargs or "{}"))
 
 
 def with_template_kwargs(model: ChatModel, given: dict[str, Any]) -> ChatModel:

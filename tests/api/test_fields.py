@@ -4,12 +4,15 @@ The tables name fields of OpenAI, vLLM, SGLang, llama.cpp, transformers, TGI, Ol
 OpenRouter, and what becomes of them here.
 """
 
+import json
+
 import httpx
 import pytest
 from conftest import byte_tokenizer, chat_model, ready, serve
 
+import api
 import schemas
-from engine import InvalidInput
+from engine import ChatModel, InvalidInput, StartError
 
 HELLO = [{"role": "user", "content": "hi"}]
 BODIES = {
@@ -429,3 +432,26 @@ def test_template_variables_reach_the_template(runner, switchable, path):
             refused = ask(url, path, chat_template_kwargs=given)
             assert refused.status_code == 400
             assert refused.json()["error"]["param"] == "chat_template_kwargs"
+
+
+def test_template_variables_of_the_server_hold_where_a_request_sets_none(runner, switchable):
+    def load(settings: api.Settings) -> ChatModel:
+        return api.with_template_kwargs(
+            chat_model(runner, switchable), json.loads(settings.chat_template_kwargs)
+        )
+
+    with serve(load, chat_template_kwargs='{"enable_thinking": false}') as url:
+        ask(ready(url), "/")
+        ask(url, "/v1/chat/completions", chat_template_kwargs={"enable_thinking": True})
+        assert [switchable.decode(ids[-1:]) for ids in runner.prompts] == ["!", "<|assistant|>"]
+
+
+def test_template_variables_that_the_template_lacks_are_told_at_start(runner, switchable):
+    with pytest.raises(StartError, match=r"--chat-template-kwargs.*'no_such'"):
+        api.with_template_kwargs(chat_model(runner, switchable), {"no_such": 1})
+
+
+@pytest.mark.parametrize("given", ["x", "[1]", '{"a":', "false"])
+def test_template_variables_that_are_no_object_are_refused(given):
+    with pytest.raises(SystemExit, match="--chat-template-kwargs: must be a JSON object"):
+        api.read_settings(["--chat-template-kwargs", given])
