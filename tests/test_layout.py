@@ -26,6 +26,8 @@ ORDER = [
     "engine.scheduler",
     "engine.attention",
     "engine.linear",
+    "engine.fused",
+    "engine.form",
     "engine.step",
     "engine.cuda_graph",
     "engine.runner",
