@@ -16,9 +16,10 @@ class SharedProduct:
 
     def __init__(self, layers: list[torch.nn.Linear]):
         self.widths = [layer.out_features for layer in layers]
-        biases = [layer.bias for layer in layers]
+        biases: list[Any] = [layer.bias for layer in layers]
         bias = None if biases[0] is None else torch.cat(biases)
-        self.product = HalfLinear(torch.cat([layer.weight for layer in layers]), bias)
+        weights: list[torch.Tensor] = [layer.weight for layer in layers]
+        self.product = HalfLinear(torch.cat(weights), bias)
         self.given: torch.Tensor | None = None
         self.parts: tuple[torch.Tensor, ...] = ()
 
