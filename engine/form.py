@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from engine.attention import can_absorb
 from engine.fused import fuse_norms, share_products
 from engine.linear import HalfExperts, HalfLinear, WideEmbedding, fits_fp16, is_available
+from engine.packed_attention import can_absorb
 
 Form = Literal["as it is", "fp16 weights", "float32"]
 
