@@ -37,6 +37,7 @@ class ChunkAttention(NamedTuple):
     tokens: slice
     rows: slice
     mask: torch.Tensor  # bool, [new, total], causal and aligned bottom-right
+    masks: dict[int, torch.Tensor]  # as sdpa takes it, by how many query heads share a key head
     is_prefill: bool = True
 
     @classmethod
@@ -45,7 +46,7 @@ class ChunkAttention(NamedTuple):
         total = span.num_cached + new
         places = torch.arange(total)
         rows = slice(span.start, span.start + total)
-        return cls(slice(token, token + new), rows, places <= places[-new:, None])
+        return cls(slice(token, token + new), rows, places <= places[-new:, None], {})
 
     def select(self, pool: torch.Tensor) -> torch.Tensor:
         return pool[self.rows]
@@ -59,9 +60,21 @@ class ChunkAttention(NamedTuple):
         # The query heads of a group become the query's length, [1, kv heads, sharing * new, width],
         # so that no key head is repeated: enable_gqa with a mask is slow on CUDA.
         query = query.unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)[None]
-        mask = self.mask.repeat(num_heads // num_groups, 1)
+        mask = self._mask(num_heads // num_groups, query)
         out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
         return out[0].unflatten(1, (-1, new)).permute(2, 0, 1, 3).flatten(1, 2)
+
+    def _mask(self, sharing: int, query: torch.Tensor) -> torch.Tensor:
+        """The mask for stacked queries, made once a step and not in each layer.
+
+        On a CPU it is to be added, as sdpa would otherwise convert it each time.
+        """
+        if sharing not in self.masks:
+            mask = self.mask.repeat(sharing, 1)
+            if query.device.type == "cpu":
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+            self.masks[sharing] = mask
+        return self.masks[sharing]
 
 
 class SlicedAttention(NamedTuple):
