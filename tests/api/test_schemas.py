@@ -88,17 +88,17 @@ def test_of_turns_there_may_be_so_many(schema, field, turn):
 
 def test_millions_of_ids_are_checked_soon():
     """The event loop waits while they are."""
-    started = time.perf_counter()
+    started = time.thread_time()
     for ids in ([1] * 4_000_000, [*[1] * 4_000_000, -1]):
         with suppress(ValidationError):
             schemas.CompletionRequest.model_validate({"prompt": ids})
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
 
 
 def test_half_a_character_is_looked_for_soon():
-    started = time.perf_counter()
+    started = time.thread_time()
     assert schemas.ChatRequest(prompt="你" * 8_000_000)
-    assert time.perf_counter() - started < 0.4
+    assert time.thread_time() - started < 0.4
 
 
 @pytest.mark.parametrize(
