@@ -15,8 +15,8 @@
 
 Read it from top to bottom: each section uses only what stands above it. Errors and settings come
 first, then the docs, the replies, the metrics, the routes, and the start. What requests and
-responses look like is in schemas.py, what a socket may bring in connection.py, and the model and
-its batch in engine/.
+responses look like is in schemas.py, what a socket may bring in connection.py, what would block the
+event loop goes to workers.py, and the model and its batch are in engine/.
 """
 
 import sys
@@ -104,6 +104,7 @@ try:
         State,
         validation_error,
     )
+    from workers import Workers
 except ImportError as missing:
     sys.exit(f"api.py cannot start ({missing}); run `pip install -r requirements.txt`.")
 
@@ -632,7 +633,7 @@ class RequestInfo:
 
 
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-# Gauges, and the properties of ChatModel that they show.
+# Gauges, and the counts of ChatService that they show.
 GAUGES = {
     "num_requests_running": "num_running",
     "num_requests_waiting": "num_waiting",
@@ -642,10 +643,9 @@ GAUGES = {
 
 
 class Metrics:
-    """Counts and logs requests; `model` returns the model once it is loaded."""
+    """Counts and logs requests; `count_of` returns what the gauges show."""
 
-    def __init__(self, model: Callable[[], ChatModel | None], log_prompts: bool = False):
-        self.model = model
+    def __init__(self, count_of: Callable[[str], float], log_prompts: bool = False):
         self.log_prompts = log_prompts
         self.registry = prometheus_client.CollectorRegistry()
         mine: Any = {"namespace": "chat", "registry": self.registry}
@@ -661,13 +661,9 @@ class Metrics:
         self.first_token = times("time_to_first_token_seconds", "Arrival to the first token")
         self.each_token = times("time_per_output_token_seconds", "Mean time of a later token")
         self.whole_time = times("e2e_request_latency_seconds", "Arrival to the end")
-        for name, property_name in GAUGES.items():
+        for name, counted in GAUGES.items():
             gauge = prometheus_client.Gauge(name, name.replace("_", " "), **mine)
-            gauge.set_function(partial(self._read, property_name))
-
-    def _read(self, property_name: str) -> float:
-        model = self.model()
-        return getattr(model, property_name) if model else 0
+            gauge.set_function(partial(count_of, counted))
 
     def record_prompt(self, info: RequestInfo, body: SamplingFields) -> None:
         """Log the text of a request if --log-prompts is set."""
@@ -761,6 +757,8 @@ def is_valid_key(given: bytes, keys: tuple[str, ...]) -> bool:
 
 MAX_BODY = 8 * 2**20
 BODY_TIMEOUT = 120.0
+# Seconds after which to try again while there are too many requests that are not in the batch yet.
+BUSY_RETRY = 5
 # Routes that are labels in the metrics; all others are "other".
 ROUTES = ("/", "/v1/chat/completions", "/v1/completions")
 
@@ -970,18 +968,26 @@ class ChatService:
     def __init__(self, settings: Settings, load: Callable[[Settings], ChatModel]):
         self.settings = settings
         self.load = load
-        self.metrics = Metrics(lambda: self._model, settings.log_prompts)
+        self.metrics = Metrics(self.count, settings.log_prompts)
+        # Tokenizing, compiling a schema, and wording an answer with many logprobs.
+        self.workers = Workers()
         self._model: ChatModel | None = None
         self._drain_deadline: float | None = None
 
     @property
     def health(self) -> dict[str, Any]:
-        model = self._model
         return {
             "status": self._status(),
-            "running": model.num_running if model else 0,
-            "waiting": model.num_waiting if model else 0,
+            "running": self.count("num_running"),
+            "waiting": self.count("num_waiting"),
         }
+
+    def count(self, name: str) -> int:
+        """One of the model's counts; requests in the workers' hands wait as those in its queue."""
+        counted: int = getattr(self._model, name, 0)
+        if name == "num_waiting":
+            counted += self.workers.num_pending
+        return counted
 
     def _status(self) -> str:
         if self.draining:
@@ -1001,6 +1007,14 @@ class ChatService:
             message = f"there is no model {name!r} here; this server has {self._model.name!r}"
             raise ModelNotFound(message, "model")
         return self._model
+
+    def check_queue(self, model: ChatModel) -> None:
+        """Raise QueueFull if no more requests may wait, for the workers or for the model."""
+        model.check_queue()
+        most = self.settings.max_batch + self.settings.max_waiting
+        present = self.count("num_running") + self.count("num_waiting")
+        if present >= most:
+            raise QueueFull(f"{present} requests are being served; try again soon", BUSY_RETRY)
 
     async def answer(
         self,
@@ -1031,10 +1045,10 @@ class ChatService:
         info = request_info(request.scope)
         model = self.model(body.model_name)
         # Before tokenizing a request that would be refused.
-        model.check_queue()
+        self.check_queue(model)
         self.metrics.record_prompt(info, body)
         info.field_of = body.field_of
-        prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
+        prompt = await while_connected(request, self.workers.run(partial(body.prepare, model)))
         reply = reply_of(model, body, prompt)
         info.choices = [Choice(index) for index in range(body.num_answers)]
         deltas = model.answer(prompt, body.num_answers)
@@ -1045,7 +1059,9 @@ class ChatService:
             return EventStream(first, events)
         await while_connected(request, collect(deltas, info.choices))
         # Decoding many tokens for logprobs can take seconds.
-        response = await asyncio.to_thread(lambda: JSONText(reply.full_response(info.choices)))
+        response = await while_connected(
+            request, self.workers.run(lambda: JSONText(reply.full_response(info.choices)))
+        )
         info.outcome = "served"
         return response
 
@@ -1106,6 +1122,7 @@ class ChatService:
 
     async def close(self) -> None:
         """Close the engine; requests that are still generating get an error."""
+        self.workers.close()
         if self._model:
             await asyncio.to_thread(self._model.close)
 

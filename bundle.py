@@ -20,6 +20,7 @@ PARTS = (
     "engine",
     "model_download.py",
     "schemas.py",
+    "workers.py",
 )
 # As `python api.py` would start it.
 START = 'import runpy\n\nrunpy.run_module("api", run_name="__main__", alter_sys=True)\n'

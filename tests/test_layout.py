@@ -42,6 +42,7 @@ ORDER = [
     "chat_page",
     "connection",
     "schemas",
+    "workers",
     "api",
     "deploy.cluster",
     "request",
