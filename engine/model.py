@@ -1,7 +1,6 @@
 """Tokenizer and engine together: a chat model."""
 
 import time
-from bisect import bisect_left
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,6 +10,7 @@ from engine.errors import ContextTooLong, InvalidInput
 from engine.families import Message
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta
+from engine.truncation import drop_turns, turns_to_drop
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -43,6 +43,9 @@ class ChatModel:
     vocabulary: int  # token ids that the model has an embedding for
     facts: dict[str, str]
     loaded: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.tokenizer.most_tokens = self.prompt_length
 
     def answer(self, prompt: Prompt, n: int = 1) -> AsyncGenerator[Delta]:
         """Yield an answer piece by piece, or n of them interleaved; closing it cancels.
@@ -149,17 +152,11 @@ class ChatModel:
     def _turns_to_drop(self, messages: list[Message], answer: int) -> int:
         """The fewest of the oldest turns to drop so that the answer fits."""
 
-        def fits(dropped: int) -> bool:
-            ids = self.tokenizer.encode(drop_turns(messages, dropped))
-            return len(ids) <= min(self.prompt_length, self.context_length - answer)
+        def encode(kept: list[Message]) -> list[int] | None:
+            try:
+                return self.tokenizer.encode(kept)
+            except ContextTooLong:
+                return None
 
-        turns = sum(m["role"] == "user" for m in messages) - 1
-        return bisect_left(range(turns), True, key=fits)
-
-
-def drop_turns(messages: list[Message], count: int) -> list[Message]:
-    """The messages without the oldest `count` turns; a system text before them stays."""
-    if not count:
-        return messages
-    starts = [i for i, m in enumerate(messages) if m["role"] == "user"]
-    return messages[: starts[0]] + messages[starts[count] :]
+        room = min(self.prompt_length, self.context_length - answer)
+        return turns_to_drop(messages, room, self.tokenizer.num_tokens, encode)

@@ -17,6 +17,8 @@ ORDER = [
     "engine.sampling_params",
     "engine.families",
     "engine.special_tokens",
+    "engine.token_bound",
+    "engine.truncation",
     "engine.guide",
     "engine.detokenizer",
     "engine.sequence",
