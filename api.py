@@ -969,8 +969,9 @@ class ChatService:
         self.settings = settings
         self.load = load
         self.metrics = Metrics(self.count, settings.log_prompts)
-        # Tokenizing, compiling a schema, and wording an answer with many logprobs.
+        # Tokenizing, and wording an answer with many logprobs.
         self.workers = Workers()
+        self.compilers = Workers(1)  # so that nobody else waits for a schema that takes long
         self._model: ChatModel | None = None
         self._drain_deadline: float | None = None
 
@@ -986,7 +987,7 @@ class ChatService:
         """One of the model's counts; requests in the workers' hands wait as those in its queue."""
         counted: int = getattr(self._model, name, 0)
         if name == "num_waiting":
-            counted += self.workers.num_pending
+            counted += self.workers.num_pending + self.compilers.num_pending
         return counted
 
     def _status(self) -> str:
@@ -1048,7 +1049,8 @@ class ChatService:
         self.check_queue(model)
         self.metrics.record_prompt(info, body)
         info.field_of = body.field_of
-        prompt = await while_connected(request, self.workers.run(partial(body.prepare, model)))
+        workers = self.compilers if body.has_schema else self.workers
+        prompt = await while_connected(request, workers.run(partial(body.prepare, model)))
         reply = reply_of(model, body, prompt)
         info.choices = [Choice(index) for index in range(body.num_answers)]
         deltas = model.answer(prompt, body.num_answers)
@@ -1123,6 +1125,7 @@ class ChatService:
     async def close(self) -> None:
         """Close the engine; requests that are still generating get an error."""
         self.workers.close()
+        self.compilers.close()
         if self._model:
             await asyncio.to_thread(self._model.close)
 

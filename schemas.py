@@ -241,6 +241,11 @@ class SamplingFields(StrictModel):
     def num_answers(self) -> int:
         return 1
 
+    @property
+    def has_schema(self) -> bool:
+        """Whether the answer is held to a JSON schema, which is to be compiled."""
+        return False
+
     def overrides(self) -> dict[str, Any]:
         """The sampling parameters that the request sets, by their names in SamplingParams."""
         names = {parameter.name for parameter in fields(SamplingParams)}
@@ -387,6 +392,10 @@ class ChatCompletionRequest(OpenAIRequest):
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidInput("top_logprobs needs logprobs to be true", "top_logprobs")
         return self
+
+    @property
+    def has_schema(self) -> bool:
+        return self.response_format is not None
 
     def overrides(self) -> dict[str, Any]:
         rest = {name: value for name, value in super().overrides().items() if name != "logprobs"}

@@ -14,7 +14,8 @@ from engine.truncation import drop_turns, turns_to_drop
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.guide import Guide, GuideCompiler
+    from engine.guide import Guide
+    from engine.schema_trial import TrialCompiler
     from engine.tokenizer import ChatTokenizer
 
 
@@ -89,6 +90,8 @@ class ChatModel:
 
     def close(self) -> None:
         """Stop the engine; those who still generate get EngineStopped."""
+        if "_guides" in self.__dict__:
+            self._guides.close()
         self.engine.close()
 
     def guided(self, prompt: Prompt, schema: dict[str, Any]) -> Prompt:
@@ -96,11 +99,11 @@ class ChatModel:
         return replace(prompt, guide=self._guides.compile(schema))
 
     @cached_property
-    def _guides(self) -> "GuideCompiler":
-        from engine.guide import GuideCompiler
+    def _guides(self) -> "TrialCompiler":
+        from engine.schema_trial import TrialCompiler
 
         special = self.tokenizer.special.values()
-        return GuideCompiler(self.tokenizer.backend, special, self.engine.end_ids)
+        return TrialCompiler(self.tokenizer.backend, special, self.engine.end_ids)
 
     def prepare(
         self,

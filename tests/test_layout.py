@@ -20,6 +20,7 @@ ORDER = [
     "engine.token_bound",
     "engine.truncation",
     "engine.guide",
+    "engine.schema_trial",
     "engine.detokenizer",
     "engine.sequence",
     "engine.answer",

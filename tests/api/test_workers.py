@@ -156,8 +156,29 @@ def test_a_client_that_leaves_before_its_turn_is_not_tokenized(server, gate):
     assert sorted(gate.begun) == [*["ahead"] * NUM_THREADS, "behind"]
 
 
+def test_nobody_waits_for_a_schema_but_those_with_one(server):
+    schema = {"type": "json_schema", "json_schema": {"schema": {"multipleOf": 3_000_017}}}
+    hard = {"messages": [{"role": "user", "content": "x"}], "response_format": schema}
+    answers = []
+
+    def ask() -> None:
+        answers.append(httpx.post(f"{server}/v1/chat/completions", json=hard, timeout=60))
+
+    askers = [threading.Thread(target=ask) for _ in range(2)]
+    for asker in askers:
+        asker.start()
+    wait_for(lambda: waiting(server) == 2)
+    assert httpx.post(server, json={"prompt": "x"}).json()["response"] == "hello"
+    assert waiting(server) > 0
+    for asker in askers:
+        asker.join(30)
+    assert [answer.status_code for answer in answers] == [400, 400]
+    assert answers[0].json()["error"]["param"] == "response_format"
+    assert "takes more than 2 seconds" in answers[0].json()["error"]["message"]
+
+
 def load_slow(settings: api.Settings) -> ChatModel:
-    ChatTokenizer.encode = lambda *given: time.sleep(60)
+    ChatTokenizer.encode = lambda *given, **options: time.sleep(60)
     return chat_model(ScriptedRunner(byte_tokenizer()), byte_tokenizer())
 
 
