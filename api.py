@@ -90,6 +90,7 @@ try:
         TimedOut,
         Token,
     )
+    from log_queue import flush_log, num_dropped, start_log
     from model_download import DownloadError, find_model
     from schemas import (
         ChatCompletionRequest,
@@ -664,6 +665,8 @@ class Metrics:
         for name, counted in GAUGES.items():
             gauge = prometheus_client.Gauge(name, name.replace("_", " "), **mine)
             gauge.set_function(partial(count_of, counted))
+        dropped = prometheus_client.Gauge("log_lines_dropped", "Lines nobody read", **mine)
+        dropped.set_function(num_dropped)
 
     def record_prompt(self, info: RequestInfo, body: SamplingFields) -> None:
         """Log the text of a request if --log-prompts is set."""
@@ -717,16 +720,6 @@ def finish_reason_of(choices: list[Choice]) -> str:
 def observed(histogram: Any, seconds: float) -> float:
     histogram.observe(seconds)
     return round(seconds, 4)
-
-
-def start_log(as_json: bool) -> None:
-    """Log plain text lines, or JSON lines."""
-    shape = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=shape)
-    if as_json:
-        from pythonjsonlogger.json import JsonFormatter
-
-        logging.getLogger().handlers[0].setFormatter(JsonFormatter(shape))
 
 
 def path_of(scope: Scope) -> str:
@@ -1144,6 +1137,7 @@ class ChatService:
                 log.exception("the model could not be loaded")
                 error = StartError(f"the model could not be loaded: {error}")
             # No request can be running yet, and none can be served.
+            flush_log()
             sys.stderr.write(f"api.py: {error}.\n")
             os._exit(1)
         self._model = model
@@ -1338,7 +1332,7 @@ def main() -> None:
         timeout_graceful_shutdown=CLOSE_TIMEOUT,
     )
     Server(config, app.state.service).run(sockets)
-    logging.shutdown()
+    flush_log()
     # A loading model cannot be interrupted, and torch would abort at interpreter exit.
     os._exit(0)
 

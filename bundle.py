@@ -18,6 +18,7 @@ PARTS = (
     "chat_page",
     "connection.py",
     "engine",
+    "log_queue.py",
     "model_download.py",
     "schemas.py",
     "workers.py",

@@ -44,6 +44,7 @@ ORDER = [
     "chat_page.renderer",
     "chat_page",
     "connection",
+    "log_queue",
     "schemas",
     "workers",
     "api",
