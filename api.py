@@ -750,6 +750,8 @@ def is_valid_key(given: bytes, keys: tuple[str, ...]) -> bool:
 
 MAX_BODY = 8 * 2**20
 BODY_TIMEOUT = 120.0
+# Seconds after which a step that has not ended is taken for one that never will.
+STEP_TIMEOUT = 60.0
 # Seconds after which to try again while there are too many requests that are not in the batch yet.
 BUSY_RETRY = 5
 # Routes that are labels in the metrics; all others are "other".
@@ -988,7 +990,8 @@ class ChatService:
             return "draining"
         if self._model is None:
             return "loading"
-        return "dead" if self._model.failure else "ready"
+        stuck = self._model.seconds_in_step > STEP_TIMEOUT
+        return "dead" if self._model.failure or stuck else "ready"
 
     def model(self, name: str | None = None) -> ChatModel:
         """The loaded model. Raises NotServing, or ModelNotFound if it has another name."""

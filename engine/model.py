@@ -72,6 +72,13 @@ class ChatModel:
         return self.engine.failure
 
     @property
+    def seconds_in_step(self) -> float:
+        """How long the current step has taken so far; 0 while nothing is to be computed."""
+        if not self.engine.num_running:
+            return 0.0
+        return time.monotonic() - self.engine.last_step
+
+    @property
     def num_running(self) -> int:
         return self.engine.num_running
 
