@@ -17,7 +17,8 @@
 Read it from top to bottom: each section uses only what stands above it. Errors and settings come
 first, then the docs, the metrics, the routes, and the start. What requests and responses look like
 is in schemas.py, how an answer is formatted in replies.py, what a socket may bring in
-connection.py, and the model and its batch in engine/.
+connection.py, what would block the event loop goes to workers.py, and the model and its batch are
+in engine/.
 """
 
 import sys
@@ -33,6 +34,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\napi.py: stopped."))
 
 import asyncio
+import difflib
 import hmac
 import json
 import logging
@@ -87,6 +89,7 @@ try:
         StepFailed,
         TimedOut,
     )
+    from log_queue import flush_log, num_dropped, start_log
     from model_download import DownloadError, find_model
     from replies import (
         ChatCompletionReply,
@@ -119,6 +122,7 @@ try:
         TokenizeResponse,
         validation_error,
     )
+    from workers import Workers
 except ImportError as missing:
     sys.exit(f"api.py cannot start ({missing}); run `pip install -r requirements.txt`.")
 
@@ -307,18 +311,66 @@ class Settings(BaseSettings):
         return split_list(self.api_key.get_secret_value())
 
 
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_flags(arguments: list[str]) -> None:
+    """Exit with one sentence at the first flag that there is not, as argparse shows its usage."""
+    known = [*map(flag_of, Settings.model_fields), "-h", "--help"]
+    known += [
+        "--no" + flag_of(name)[1:]
+        for name, setting in Settings.model_fields.items()
+        if setting.annotation is bool
+    ]
+    for flag in (argument.partition("=")[0] for argument in arguments):
+        if flag in known or not re.match("--?[a-zA-Z]", flag):
+            continue
+        names = {name.strip("-"): name for name in known}
+        hint = "--help lists them."
+        if similar := difflib.get_close_matches(flag.strip("-"), names, 1):
+            hint = f"did you mean {names[similar[0]]}?"
+        sys.exit(f"api.py: there is no flag {flag}; {hint}")
+
+
+# Of pydantic's errors, what the value must be.
+KINDS = {
+    "int_parsing": "a whole number",
+    "float_parsing": "a number",
+    "bool_parsing": "true or false",
+}
+
+
+def setting_error(problem: Any, arguments: list[str]) -> str:
+    """What is wrong with a setting, under the name by which it was given."""
+    field_name, value = str(problem["loc"][0]), problem["input"]
+    reason = re.sub("^Input should", "must", problem["msg"].removeprefix("Value error, "))
+    if kind := KINDS.get(problem["type"]):
+        reason = f"must be {kind}"
+    if field_name == "port":
+        reason = "must be a whole number from 1 to 65535"
+    told = f"{reason}, not {value!r}"
+    name, variable = flag_of(field_name), f"CHAT_{field_name.upper()}"
+    if variable not in os.environ or any(a.partition("=")[0] == name for a in arguments):
+        return f"{name}: {told}"
+    if str(value).startswith("tcp://"):
+        told += (
+            "; Kubernetes sets this variable for a Service called chat: set enableServiceLinks:"
+            " false in the pod, or give the Service another name"
+        )
+    return f"{variable}: {told}"
+
+
 def read_settings(arguments: list[str]) -> Settings:
     """Settings from flags, then variables, then defaults; exits with one sentence on a bad one."""
     if "--version" in arguments:
         sys.stdout.write(f"chat-api {__version__}\n")
         sys.exit()
+    check_flags(arguments)
     try:
         return Settings(_cli_parse_args=arguments)
     except ValidationError as error:
-        problem = error.errors()[0]
-        name = "--" + str(problem["loc"][0]).replace("_", "-")
-        reason = problem["msg"].removeprefix("Value error, ")
-        sys.exit(f"api.py: {name}: {reason}, not {problem['input']!r}.")
+        sys.exit(f"api.py: {setting_error(error.errors()[0], arguments)}.")
     except SettingsError as error:
         sys.exit(f"api.py: {error}.")
 
@@ -472,7 +524,7 @@ class RequestInfo:
 
 
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-# Gauges, and the properties of ChatModel that they show.
+# Gauges, and the counts of ChatService that they show.
 GAUGES = {
     "num_requests_running": "num_running",
     "num_requests_waiting": "num_waiting",
@@ -482,10 +534,9 @@ GAUGES = {
 
 
 class Metrics:
-    """Counts and logs requests; `model` returns the model once it is loaded."""
+    """Counts and logs requests; `count_of` returns what the gauges show."""
 
-    def __init__(self, model: Callable[[], ChatModel | None], log_prompts: bool = False):
-        self.model = model
+    def __init__(self, count_of: Callable[[str], float], log_prompts: bool = False):
         self.log_prompts = log_prompts
         self.registry = prometheus_client.CollectorRegistry()
         mine: Any = {"namespace": "chat", "registry": self.registry}
@@ -501,13 +552,11 @@ class Metrics:
         self.first_token = times("time_to_first_token_seconds", "Arrival to the first token")
         self.each_token = times("time_per_output_token_seconds", "Mean time of a later token")
         self.whole_time = times("e2e_request_latency_seconds", "Arrival to the end")
-        for name, property_name in GAUGES.items():
+        for name, counted in GAUGES.items():
             gauge = prometheus_client.Gauge(name, name.replace("_", " "), **mine)
-            gauge.set_function(partial(self._read, property_name))
-
-    def _read(self, property_name: str) -> float:
-        model = self.model()
-        return getattr(model, property_name) if model else 0
+            gauge.set_function(partial(count_of, counted))
+        dropped = prometheus_client.Gauge("log_lines_dropped", "Lines nobody read", **mine)
+        dropped.set_function(num_dropped)
 
     def record_prompt(self, info: RequestInfo, body: SamplingFields) -> None:
         """Log the text of a request if --log-prompts is set."""
@@ -563,16 +612,6 @@ def observed(histogram: Any, seconds: float) -> float:
     return round(seconds, 4)
 
 
-def start_log(as_json: bool) -> None:
-    """Log plain text lines, or JSON lines."""
-    shape = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=shape)
-    if as_json:
-        from pythonjsonlogger.json import JsonFormatter
-
-        logging.getLogger().handlers[0].setFormatter(JsonFormatter(shape))
-
-
 def path_of(scope: Scope) -> str:
     """The path without the root_path that a proxy adds."""
     return str(scope["path"]).removeprefix(scope.get("root_path", "")) or "/"
@@ -601,6 +640,10 @@ def is_valid_key(given: bytes, keys: tuple[str, ...]) -> bool:
 
 MAX_BODY = 8 * 2**20
 BODY_TIMEOUT = 120.0
+# Seconds after which a step that has not ended is taken for one that never will.
+STEP_TIMEOUT = 60.0
+# Seconds after which to try again while there are too many requests that are not in the batch yet.
+BUSY_RETRY = 5
 # Routes that are labels in the metrics; all others are "other".
 ROUTES = ("/", "/v1/chat/completions", "/v1/completions")
 
@@ -810,25 +853,35 @@ class ChatService:
     def __init__(self, settings: Settings, load: Callable[[Settings], ChatModel]):
         self.settings = settings
         self.load = load
-        self.metrics = Metrics(lambda: self._model, settings.log_prompts)
+        self.metrics = Metrics(self.count, settings.log_prompts)
+        # Tokenizing, and wording an answer with many logprobs.
+        self.workers = Workers()
+        self.compilers = Workers(1)  # so that nobody else waits for a schema that takes long
         self._model: ChatModel | None = None
         self._drain_deadline: float | None = None
 
     @property
     def health(self) -> dict[str, Any]:
-        model = self._model
         return {
             "status": self._status(),
-            "running": model.num_running if model else 0,
-            "waiting": model.num_waiting if model else 0,
+            "running": self.count("num_running"),
+            "waiting": self.count("num_waiting"),
         }
+
+    def count(self, name: str) -> int:
+        """One of the model's counts; requests in the workers' hands wait as those in its queue."""
+        counted: int = getattr(self._model, name, 0)
+        if name == "num_waiting":
+            counted += self.workers.num_pending + self.compilers.num_pending
+        return counted
 
     def _status(self) -> str:
         if self.draining:
             return "draining"
         if self._model is None:
             return "loading"
-        return "dead" if self._model.failure else "ready"
+        stuck = self._model.seconds_in_step > STEP_TIMEOUT
+        return "dead" if self._model.failure or stuck else "ready"
 
     def model(self, name: str | None = None) -> ChatModel:
         """The loaded model. Raises NotServing, or ModelNotFound if it has another name."""
@@ -841,6 +894,14 @@ class ChatService:
             message = f"there is no model {name!r} here; this server has {self._model.name!r}"
             raise ModelNotFound(message, "model")
         return self._model
+
+    def check_queue(self, model: ChatModel) -> None:
+        """Raise QueueFull if no more requests may wait, for the workers or for the model."""
+        model.check_queue()
+        most = self.settings.max_batch + self.settings.max_waiting
+        present = self.count("num_running") + self.count("num_waiting")
+        if present >= most:
+            raise QueueFull(f"{present} requests are being served; try again soon", BUSY_RETRY)
 
     async def answer(
         self,
@@ -871,10 +932,11 @@ class ChatService:
         info = request_info(request.scope)
         model = self.model(body.model)
         # Before tokenizing a request that would be refused.
-        model.check_queue()
+        self.check_queue(model)
         self.metrics.record_prompt(info, body)
         info.field_of = body.field_of
-        prompts = await while_connected(request, asyncio.to_thread(body.prepare, model))
+        workers = self.compilers if body.has_schema else self.workers
+        prompts = await while_connected(request, workers.run(partial(body.prepare, model)))
         reply = reply_of(model, body, prompts)
         info.choices = choices_of(len(prompts), body.num_answers)
         deltas = model.answer_all(prompts, body.num_answers)
@@ -885,7 +947,9 @@ class ChatService:
             return EventStream(first, events)
         await while_connected(request, collect(deltas, info.choices))
         # Decoding many tokens for logprobs can take seconds.
-        response = await asyncio.to_thread(lambda: JSONText(reply.full_response(info.choices)))
+        response = await while_connected(
+            request, self.workers.run(lambda: JSONText(reply.full_response(info.choices)))
+        )
         info.outcome = "served"
         return response
 
@@ -959,6 +1023,8 @@ class ChatService:
 
     async def close(self) -> None:
         """Close the engine; requests that are still generating get an error."""
+        self.workers.close()
+        self.compilers.close()
         if self._model:
             await asyncio.to_thread(self._model.close)
 
@@ -977,6 +1043,7 @@ class ChatService:
                 log.exception("the model could not be loaded")
                 error = StartError(f"the model could not be loaded: {error}")
             # No request can be running yet, and none can be served.
+            flush_log()
             sys.stderr.write(f"api.py: {error}.\n")
             os._exit(1)
         self._model = model
@@ -1165,6 +1232,8 @@ def main() -> None:
     try:
         check_files(settings)
         if settings.check:
+            # A console's or a pipe's own encoding may lack the text of a model.
+            sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
             sys.stdout.write(check_model(load_served(settings)))
             return
     except StartError as error:
@@ -1184,7 +1253,7 @@ def main() -> None:
         timeout_graceful_shutdown=CLOSE_TIMEOUT,
     )
     Server(config, app.state.service).run(sockets)
-    logging.shutdown()
+    flush_log()
     # A loading model cannot be interrupted, and torch would abort at interpreter exit.
     os._exit(0)
 

@@ -183,6 +183,11 @@ class SamplingFields(RequestModel):
         """Answers to each prompt."""
         return 1
 
+    @property
+    def has_schema(self) -> bool:
+        """Whether the answer is held to a JSON schema, which is to be compiled."""
+        return False
+
     def overrides(self) -> dict[str, Any]:
         """The sampling parameters that the request sets, by their names in SamplingParams."""
         names = {parameter.name for parameter in fields(SamplingParams)}
@@ -424,6 +429,10 @@ class ChatCompletionRequest(Conversation, OpenAIRequest):
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise InvalidInput("top_logprobs needs logprobs to be true", "top_logprobs")
+
+    @property
+    def has_schema(self) -> bool:
+        return self.response_format is not None
 
     def overrides(self) -> dict[str, Any]:
         rest = {name: value for name, value in super().overrides().items() if name != "logprobs"}

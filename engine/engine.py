@@ -53,6 +53,7 @@ class Engine:
         self.cache = SpanCache(runner.rows, self._copy_rows, reuse)
         self.scheduler: Scheduler[Answer] = Scheduler(self.cache, max_batch, prefill_chunk)
         self.failure: BaseException | None = None
+        self.last_step = time.monotonic()  # when the last step ended, or work came after idleness
         self._inbox: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -155,6 +156,7 @@ class Engine:
             while self._receive():
                 self.scheduler.admit()
                 self._step()
+                self.last_step = time.monotonic()
                 self._end_late_ones()
                 self.scheduler.retire()
         except BaseException as failure:
@@ -174,6 +176,8 @@ class Engine:
             answer = self._inbox.get()
             if answer is None:
                 return False
+            if not (scheduler.running or scheduler.waiting):
+                self.last_step = time.monotonic()
             scheduler.waiting.append(answer)
         return True
 

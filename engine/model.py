@@ -1,7 +1,6 @@
 """Tokenizer and engine together: a chat model."""
 
 import time
-from bisect import bisect_left
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -11,10 +10,11 @@ from engine.errors import ContextTooLong, InvalidInput
 from engine.families import Message
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta, Prompt
+from engine.truncation import drop_turns, turns_to_drop
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.guide import GuideCompiler
+    from engine.schema_trial import TrialCompiler
     from engine.tokenizer import ChatTokenizer
 
 
@@ -33,6 +33,9 @@ class ChatModel:
     loaded: int = field(default_factory=lambda: int(time.time()))
     # Variables of the chat template, where a request does not set them.
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tokenizer.most_tokens = self.prompt_length
 
     def answer(self, prompt: Prompt, n: int = 1) -> AsyncGenerator[Delta]:
         """Yield an answer piece by piece, or n of them interleaved; closing it cancels.
@@ -55,6 +58,13 @@ class ChatModel:
         return self.engine.failure
 
     @property
+    def seconds_in_step(self) -> float:
+        """How long the current step has taken so far; 0 while nothing is to be computed."""
+        if not self.engine.num_running:
+            return 0.0
+        return time.monotonic() - self.engine.last_step
+
+    @property
     def num_running(self) -> int:
         return self.engine.num_running
 
@@ -73,6 +83,8 @@ class ChatModel:
 
     def close(self) -> None:
         """Stop the engine; those who still generate get EngineStopped."""
+        if "_guides" in self.__dict__:
+            self._guides.close()
         self.engine.close()
 
     def guided(self, prompt: Prompt, schema: dict[str, Any]) -> Prompt:
@@ -80,11 +92,11 @@ class ChatModel:
         return replace(prompt, guide=self._guides.compile(schema))
 
     @cached_property
-    def _guides(self) -> "GuideCompiler":
-        from engine.guide import GuideCompiler
+    def _guides(self) -> "TrialCompiler":
+        from engine.schema_trial import TrialCompiler
 
         special = self.tokenizer.special.values()
-        return GuideCompiler(self.tokenizer.backend, special, self.engine.end_ids)
+        return TrialCompiler(self.tokenizer.backend, special, self.engine.end_ids)
 
     def prepare(
         self,
@@ -110,15 +122,12 @@ class ChatModel:
         default = min(self.defaults.max_new_tokens, self.context_length // 2)
         answer = given.get("max_new_tokens", default)
         dropped = self._turns_to_drop(messages, answer, encode) if truncate else 0
-        kept = drop_turns(messages, dropped)
-        self._check_characters(num_characters(kept))
-        prompt = self._with_length(encode(kept), given, whole_context)
+        ids = encode(drop_turns(messages, dropped))
+        prompt = self._with_length(ids, given, whole_context)
         return replace(prompt, dropped_turns=dropped, continues=continue_final)
 
     def prepare_text(self, prompt: str | list[int], given: dict[str, Any]) -> Prompt:
         """The same for a text to continue, or its token ids, without a chat format."""
-        if isinstance(prompt, str):
-            self._check_characters(len(prompt))
         ids = self.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
         if not ids:
             raise InvalidInput("prompt is empty; send a text or token ids", "prompt")
@@ -129,7 +138,6 @@ class ChatModel:
 
         Raises InvalidInput if the model cannot fill in.
         """
-        self._check_characters(len(prefix) + len(suffix))
         ids = self.tokenizer.encode_infill(prefix, suffix)
         ends = set(given.get("stop_token_ids", ()))
         if not given.get("ignore_eos"):
@@ -200,44 +208,16 @@ class ChatModel:
             return f"{limit}, {self.prompt_length} of them for the prompt"
         return limit
 
-    @cached_property
-    def _most_characters(self) -> int:
-        """No prompt of more characters can fit, whatever its tokens."""
-        return self.prompt_length * max(map(len, self.tokenizer.backend.get_vocab()))
-
-    def _check_characters(self, count: int) -> None:
-        """Raise ContextTooLong before the work of tokenizing what cannot fit."""
-        if count > self._most_characters:
-            raise ContextTooLong(
-                f"{self._limit}. The prompt has {count} characters, more than those can spell;"
-                " shorten the prompt or the history",
-                argument="prompt",
-            )
-
     def _turns_to_drop(
         self, messages: list[Message], answer: int, encode: Callable[[list[Message]], list[int]]
     ) -> int:
         """The fewest of the oldest turns to drop so that the answer fits."""
 
-        def may_fit(dropped: int) -> bool:
-            return num_characters(drop_turns(messages, dropped)) <= self._most_characters
+        def encode_if_short(kept: list[Message]) -> list[int] | None:
+            try:
+                return encode(kept)
+            except ContextTooLong:
+                return None
 
-        def fits(dropped: int) -> bool:
-            ids = encode(drop_turns(messages, dropped))
-            return len(ids) <= min(self.prompt_length, self.context_length - answer)
-
-        turns = sum(m["role"] == "user" for m in messages) - 1
-        least = bisect_left(range(turns), True, key=may_fit)
-        return bisect_left(range(turns), True, lo=least, key=fits)
-
-
-def num_characters(messages: list[Message]) -> int:
-    return sum(len(message["content"]) for message in messages)
-
-
-def drop_turns(messages: list[Message], count: int) -> list[Message]:
-    """The messages without the oldest `count` turns; a system text before them stays."""
-    if not count:
-        return messages
-    starts = [i for i, m in enumerate(messages) if m["role"] == "user"]
-    return messages[: starts[0]] + messages[starts[count] :]
+        room = min(self.prompt_length, self.context_length - answer)
+        return turns_to_drop(messages, room, self.tokenizer.num_tokens, encode_if_short)

@@ -90,6 +90,14 @@ class SpecialTokens:
         """The ids of a rendered prompt, in which what was quoted is text."""
         return token_ids(self.plain, self._marked.sub(self._rename, text))
 
+    def bare(self, text: str) -> str:
+        """A rendered or a raw prompt without its special tokens; what was quoted is text again."""
+
+        def text_of(found: re.Match[str]) -> str:
+            return self._quotable[int(found[1])] if found[1] else ""
+
+        return self._marked.sub(text_of, text).replace(PIECE_BREAK, "")
+
     def name(self, word: str) -> str:
         """The secret name of a special token, for a text that `plain` is to encode."""
         return self._names[word]
