@@ -20,7 +20,10 @@ PARTS = (
     "engine",
     "log_queue.py",
     "model_download.py",
+    "replies.py",
     "schemas.py",
+    "field_types.py",
+    "unknown_fields.py",
     "workers.py",
 )
 # As `python api.py` would start it.

@@ -3,6 +3,9 @@
     python benchmarks/benchmark.py                   ours, on the demo model
     python benchmarks/benchmark.py --against         and beside it, one-at-a-time `generate` behind
                                                      FastAPI, and `transformers serve`
+    python benchmarks/benchmark.py --llama-server PATH --gguf FILE   and llama.cpp's server
+    python benchmarks/benchmark.py --checkout FOLDER    and ours from another checkout
+    python benchmarks/benchmark.py --prefill 2000    prompts of about so many tokens, read once each
     python benchmarks/benchmark.py --engine          and beside it, our engine without HTTP
     python benchmarks/benchmark.py --url URL [--openai MODEL]    a server that runs already
     python benchmarks/benchmark.py --conversation    first text of each turn, with reuse and without
@@ -11,6 +14,8 @@
 Each client sends a prompt, reads the whole stream, and sends the next. Figures: tokens a second
 over all clients, seconds to a reply's first token and for each later one. Each is the median of
 runs that take turns with the other servers'. `--plot FILE` draws tokens a second over clients.
+
+llama.cpp's server is built by whoever wants to compare: docs/benchmarks.md says how.
 """
 
 import argparse
@@ -40,6 +45,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "models" / "demo"
+# Sentences behind each prompt, of about nine tokens each, so that it is long.
+PAGES = 0
 TOPICS = ["the sea", "a fox", "bread", "winter", "an old map", "rivers", "a violin", "the moon"]
 
 
@@ -56,7 +63,8 @@ Ask = Callable[[int], Awaitable[Reply]]  # of the prompt of that number
 
 
 def prompt(number: int) -> str:
-    return f"Write a long story, number {number}, about {TOPICS[number % len(TOPICS)]}."
+    story = f"Write a long story, number {number}, about {TOPICS[number % len(TOPICS)]}."
+    return story + "".join(f" Page {number * 1000 + n} is new." for n in range(PAGES))
 
 
 def details(number: int) -> str:
@@ -187,9 +195,9 @@ async def healthy(url: str) -> bool:
         return False
 
 
-def ours(name: str, folder: str, *more: str) -> Any:
+def ours(name: str, folder: str, *more: str, checkout: Path = ROOT) -> Any:
     port = free_port()
-    command = [sys.executable, "api.py", "--model", folder, "--host", "127.0.0.1"]
+    command = [sys.executable, str(checkout / "api.py"), "--model", folder, "--host", "127.0.0.1"]
     return started(name, [*command, "--port", str(port), *more], port)
 
 
@@ -245,6 +253,15 @@ def transformers_serve(folder: str, device: str = "cpu", batching: bool = True) 
     return started("transformers serve", command, port, folder)
 
 
+def llama_server(program: str, gguf: str, places: int) -> Any:
+    """llama.cpp's server, with as many places in its batch as there are clients."""
+    port = free_port()
+    command = [program, "--model", gguf, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--parallel", str(places), "--ctx-size", str(4096 * places)]
+    command += ["--threads", str(os.cpu_count())]
+    return started(f"llama.cpp, {Path(gguf).stem}", command, port, "any")
+
+
 # ---- Without HTTP -----------------------------------------------------------
 
 
@@ -298,6 +315,26 @@ def serve_pipe(folder: str) -> None:
 
         seconds, replies = asyncio.run(closed_loop(ask, clients, requests, first))
         print(json.dumps([seconds, [[r.times, r.tokens] for r in replies]]), flush=True)
+
+
+# ---- The machine ----------------------------------------------------------
+
+
+def machine() -> str:
+    """The processor, its cores, and which of its instructions matter here."""
+    import torch
+
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    lines = dict(line.split(":", 1) for line in told.splitlines() if ":" in line)
+    names = {name.strip(): value.strip() for name, value in lines.items()}
+    flags = set(names.get("flags", "").split())
+    has = sorted(flags & {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16"})
+    limits = [f"{k}={v}" for k, v in os.environ.items() if k.endswith(("_ISA", "CPU_CAPABILITY"))]
+    return (
+        f"{names.get('model name', 'unknown')}, {os.cpu_count()} cores, {' '.join(has)};"
+        f" torch {torch.__version__} uses {torch.backends.cpu.get_cpu_capability()}"
+        f"{''.join(f', {limit}' for limit in limits)}"
+    )
 
 
 # ---- The table --------------------------------------------------------------
@@ -498,6 +535,10 @@ def main() -> None:
     parser.add_argument("--openai", help="its model, if it speaks OpenAI's dialect")
     parser.add_argument("--conversation", type=int, nargs="?", const=10, help="turns (10)")
     parser.add_argument("--rush", type=int, help="requests at once")
+    parser.add_argument("--llama-server", help="llama.cpp's program of that name")
+    parser.add_argument("--gguf", nargs="+", default=[], help="the model for it, in files")
+    parser.add_argument("--checkout", type=Path, help="another checkout of this project")
+    parser.add_argument("--prefill", type=int, default=0, help="tokens of a prompt, about")
     parser.add_argument("--model", default=str(DEMO), help="the folder that is served")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a request")
@@ -506,6 +547,8 @@ def main() -> None:
     parser.add_argument("--plot", help="an svg file for tokens a second over clients")
     parser.add_argument("--serve-pipe", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    global PAGES
+    PAGES = options.prefill // 9
     if options.serve_pipe:
         return serve_pipe(options.model)
     if options.conversation:
@@ -520,10 +563,17 @@ def main() -> None:
         targets: list[Target] = [server]
         if options.engine:
             targets.append(EngineAlone(options.model, stack))
+        if options.checkout:
+            other = ours("another checkout", options.model, checkout=options.checkout)
+            targets.append(stack.enter_context(other))
+        for gguf in options.gguf:
+            rival = llama_server(options.llama_server, gguf, max(options.clients))
+            targets.append(stack.enter_context(rival))
         if options.against:
             targets.append(stack.enter_context(one_at_a_time(options.model)))
             targets.append(stack.enter_context(transformers_serve(options.model)))
         rows = measure(targets, options)
+    print(f"{machine()}\n")
     print_table(rows)
     if options.plot:
         plot(rows, options.plot)

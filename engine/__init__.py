@@ -4,7 +4,8 @@
     import engine
 
     model = engine.load("models/demo")
-    prompt = model.prepare([{"role": "user", "content": "Name three rivers."}], {})
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = model.prepare(messages, {"max_new_tokens": 40})
 
     async def main():
         async for delta in model.answer(prompt):
@@ -28,9 +29,9 @@ from engine.errors import (
     TimedOut,
 )
 from engine.families import Message
-from engine.model import ChatModel, Prompt
+from engine.model import ChatModel
 from engine.sampling_params import SamplingParams
-from engine.sequence import Delta, FinishReason, Token
+from engine.sequence import Delta, FinishReason, Prompt, Token
 
 if TYPE_CHECKING:
     from engine.loading import load

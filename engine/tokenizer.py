@@ -172,14 +172,14 @@ class ChatTokenizer:
         pieces = text.split(PIECE_BREAK)
         return [i for piece in pieces if piece for i in self._special.encode(piece)]
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, begin: bool = True) -> list[int]:
         """The ids of a raw prompt, in which special tokens count.
 
-        BOS goes in front if the model has one and the text does not begin with it.
+        With `begin`, BOS goes in front if the model has one and the text does not begin with it.
         """
         self._check_length(text)
         ids = token_ids(self.backend, text)
-        return ids if ids[: len(self._begin)] == self._begin else self._begin + ids
+        return ids if not begin or ids[: len(self._begin)] == self._begin else self._begin + ids
 
     def encode_infill(self, prefix: str, suffix: str) -> list[int]:
         """The ids that ask for what is missing between two texts; special tokens in them are text.
