@@ -15,8 +15,9 @@
 
 Read it from top to bottom: each section uses only what stands above it. Errors and settings come
 first, then the docs, the replies, the metrics, the routes, and the start. What requests and
-responses look like is in schemas.py, what a socket may bring in connection.py, and the model and
-its batch in engine/.
+responses look like is in schemas.py, what a socket may bring in connection.py, the chat page in
+chat_page/, and the model and its batch in engine/. docs/how-it-works.md follows one POST / through
+all of them.
 """
 
 import sys

@@ -6,13 +6,17 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 import pytest
 import requests
 import torch
-from conftest import ROOT, chat_model, ready, serve, wait_for
+from conftest import ROOT, byte_tokenizer, chat_model, ready, serve, tiny_llama, wait_for
 from transformers import GenerationConfig
 
 import api
@@ -41,7 +45,7 @@ FOREIGN = {
     *("--http", "--timeout-graceful-shutdown", "--workers"),
     *("--generate", "--head", "--address", "--http-host", "--http-port"),  # ray, serve
     *("--index-url", "--system-site-packages"),  # pip, venv
-    *("--no-binary", "--no-deps", "--build", "--target", "--outtype"),  # to build llama.cpp
+    *("--no-binary", "--no-deps", "--build", "--target", "--outtype", "--outfile"),  # llama.cpp
     *("--tasks", "--apply", "--now"),  # lm-eval (--apply_chat_template), systemctl
     *("--continuous-batching", "--data-binary"),  # transformers serve, curl
 }
@@ -185,7 +189,11 @@ def flags_of(file: str) -> set[str]:
     if file == "api.py":
         names = {f"--{name.replace('_', '-')}" for name in api.Settings.model_fields}
         switches = [name for name, f in api.Settings.model_fields.items() if f.annotation is bool]
-        return names | {f"--no-{name.replace('_', '-')}" for name in switches} | {"--help"}
+        return (
+            names
+            | {f"--no-{name.replace('_', '-')}" for name in switches}
+            | {"--help", "--version"}
+        )
     source = (ROOT / file).read_text(encoding="utf-8")
     return set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source)) | {"--help"}
 
@@ -235,7 +243,7 @@ def test_every_variable_exists():
     fields = {f"CHAT_{name.upper()}" for name in api.Settings.model_fields} | cluster_settings()
     named = {name: set(re.findall(r"\b(?:CHAT|CLUSTER)_[A-Z_]+\b", PAGES[name])) for name in PAGES}
     tests = named.pop("docs/testing.md")
-    assert tests - fields == {"CHAT_TEST_DATA", "CHAT_TEST_DEVICE"}
+    assert tests - fields == {"CHAT_TEST_DATA", "CHAT_TEST_DEVICE", "CHAT_TEST_TOKENIZERS"}
     assert set.union(*named.values()) <= fields
     assert cluster_settings() <= named["docs/scaling.md"]
 
@@ -385,12 +393,53 @@ def definitions(file: str) -> set[str]:
     return names
 
 
+WAY = [
+    (SPAN.findall(row[0])[0], SPAN.findall(row[1]))
+    for row in rows_under(HOW.partition("## The way")[2], "file")
+]
+
+
 def test_way_of_a_request_names_functions_that_exist():
-    rows = rows_under(HOW.partition("## The way")[2], "file")
-    assert len(rows) > 20
-    for (file,), names in ((SPAN.findall(row[0]), SPAN.findall(row[1])) for row in rows):
+    assert len(WAY) > 20
+    for file, names in WAY:
         assert names
         assert set(names) <= definitions(file), file
+
+
+@contextmanager
+def calls_recorded() -> Iterator[dict[str, None]]:
+    """Yields the functions of ours that new threads call, as "file name", in order, each once."""
+    called: dict[str, None] = {}
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(ROOT)):
+            path = Path(code.co_filename).relative_to(ROOT).as_posix()
+            called[f"{path} {code.co_qualname}"] = None
+
+    threading.setprofile(note)
+    try:
+        yield called
+    finally:
+        threading.setprofile(None)
+
+
+def test_way_of_a_request_is_in_the_order_in_which_it_goes(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    settings = api.Settings(model=str(tmp_path), dtype="float32", cache_memory="16MiB")
+    body = {"prompt": "x", "max_length": 2, "stream": True}
+    with calls_recorded() as called, serve(lambda _: api.load_served(settings), api_key="k") as url:
+        ready(url)
+        called.clear()
+        headers = {"Authorization": "Bearer k"}
+        assert requests.post(url, json=body, headers=headers).text.endswith("data: [DONE]\n\n")
+    seen = list(called)
+    places = []
+    for file, names in WAY:  # a class stands for its methods, and a method may lack its class
+        here = re.compile(rf"{file} (.+\.)?({'|'.join(names)})\b")
+        places.append(next((n for n, call in enumerate(seen) if here.match(call)), (file, names)))
+    assert places == sorted(places)
 
 
 def test_every_module_of_the_engine_is_described():
