@@ -8,16 +8,17 @@
                                    status and time out
     POST /v1/chat/completions      the same model in OpenAI's dialect; /v1/completions and
                                    /v1/models beside it
+    POST /tokenize, /detokenize    token ids of a text or messages, and back
     GET  /chat                     a chat page; a browser that asks for / is sent there
     GET  /health                   what it is doing: loading, ready, draining or dead
     GET  /metrics                  numbers for Prometheus
     GET  /docs                     the fields of every call
 
 Read it from top to bottom: each section uses only what stands above it. Errors and settings come
-first, then the docs, the replies, the metrics, the routes, and the start. What requests and
-responses look like is in schemas.py, what a socket may bring in connection.py, the chat page in
-chat_page/, and the model and its batch in engine/. docs/how-it-works.md follows one POST / through
-all of them.
+first, then the docs, the metrics, the routes, and the start. What requests and responses look like
+is in schemas.py, how an answer is formatted in replies.py, what a socket may bring in
+connection.py, what would block the event loop goes to workers.py, and the model and its batch are
+in engine/. docs/how-it-works.md follows one POST / through all of them.
 """
 
 import sys
@@ -33,6 +34,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\napi.py: stopped."))
 
 import asyncio
+import difflib
 import hmac
 import json
 import logging
@@ -51,12 +53,11 @@ from collections.abc import (
     MutableMapping,
 )
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 try:
     import prometheus_client
@@ -79,37 +80,52 @@ try:
     from engine import (
         ChatModel,
         ContextTooLong,
-        Delta,
         EngineError,
         EngineStopped,
-        FinishReason,
         InvalidInput,
         Prompt,
         QueueFull,
         StartError,
         StepFailed,
         TimedOut,
-        Token,
     )
+    from log_queue import flush_log, num_dropped, start_log
     from model_download import DownloadError, find_model
+    from replies import (
+        ChatCompletionReply,
+        Choice,
+        ClassicReply,
+        CompletionReply,
+        Events,
+        Reply,
+        __version__,
+        cached_tokens_of,
+        choices_of,
+        collect,
+        events_of,
+        local_time,
+        usage_of,
+    )
     from schemas import (
         ChatCompletionRequest,
         ChatRequest,
         ChatResponse,
         Completion,
         CompletionRequest,
+        DetokenizeRequest,
+        DetokenizeResponse,
         ErrorBody,
         OpenAIError,
-        OpenAIRequest,
         SamplingFields,
         State,
+        TokenizeRequest,
+        TokenizeResponse,
         validation_error,
     )
+    from workers import Workers
 except ImportError as missing:
     sys.exit(f"api.py cannot start ({missing}); run `pip install -r requirements.txt`.")
 
-
-__version__ = "0.1.0"
 
 log = logging.getLogger("chat")
 
@@ -207,6 +223,15 @@ def check_memory(value: str) -> str:
     raise ValueError("must be auto, a fraction such as 0.5, or a size such as 4GiB")
 
 
+def check_object(value: str) -> str:
+    try:
+        if not value or isinstance(json.loads(value), dict):
+            return value
+    except ValueError:
+        pass
+    raise ValueError('must be a JSON object, such as {"enable_thinking": false}')
+
+
 def split_list(text: str) -> tuple[str, ...]:
     return tuple(part for part in map(str.strip, text.split(",")) if part)
 
@@ -242,6 +267,9 @@ class Settings(BaseSettings):
     )
     chat_template: Path | None = Field(
         None, description="Jinja file to use instead of the model's own chat template"
+    )
+    chat_template_kwargs: Annotated[str, AfterValidator(check_object)] = Field(
+        "", description="variables of the chat template that a request may set otherwise, as JSON"
     )
     cache_memory: Annotated[str, AfterValidator(check_memory)] = Field(
         "auto",
@@ -283,18 +311,66 @@ class Settings(BaseSettings):
         return split_list(self.api_key.get_secret_value())
 
 
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_flags(arguments: list[str]) -> None:
+    """Exit with one sentence at the first flag that there is not, as argparse shows its usage."""
+    known = [*map(flag_of, Settings.model_fields), "-h", "--help"]
+    known += [
+        "--no" + flag_of(name)[1:]
+        for name, setting in Settings.model_fields.items()
+        if setting.annotation is bool
+    ]
+    for flag in (argument.partition("=")[0] for argument in arguments):
+        if flag in known or not re.match("--?[a-zA-Z]", flag):
+            continue
+        names = {name.strip("-"): name for name in known}
+        hint = "--help lists them."
+        if similar := difflib.get_close_matches(flag.strip("-"), names, 1):
+            hint = f"did you mean {names[similar[0]]}?"
+        sys.exit(f"api.py: there is no flag {flag}; {hint}")
+
+
+# Of pydantic's errors, what the value must be.
+KINDS = {
+    "int_parsing": "a whole number",
+    "float_parsing": "a number",
+    "bool_parsing": "true or false",
+}
+
+
+def setting_error(problem: Any, arguments: list[str]) -> str:
+    """What is wrong with a setting, under the name by which it was given."""
+    field_name, value = str(problem["loc"][0]), problem["input"]
+    reason = re.sub("^Input should", "must", problem["msg"].removeprefix("Value error, "))
+    if kind := KINDS.get(problem["type"]):
+        reason = f"must be {kind}"
+    if field_name == "port":
+        reason = "must be a whole number from 1 to 65535"
+    told = f"{reason}, not {value!r}"
+    name, variable = flag_of(field_name), f"CHAT_{field_name.upper()}"
+    if variable not in os.environ or any(a.partition("=")[0] == name for a in arguments):
+        return f"{name}: {told}"
+    if str(value).startswith("tcp://"):
+        told += (
+            "; Kubernetes sets this variable for a Service called chat: set enableServiceLinks:"
+            " false in the pod, or give the Service another name"
+        )
+    return f"{variable}: {told}"
+
+
 def read_settings(arguments: list[str]) -> Settings:
     """Settings from flags, then variables, then defaults; exits with one sentence on a bad one."""
     if "--version" in arguments:
         sys.stdout.write(f"chat-api {__version__}\n")
         sys.exit()
+    check_flags(arguments)
     try:
         return Settings(_cli_parse_args=arguments)
     except ValidationError as error:
-        problem = error.errors()[0]
-        name = "--" + str(problem["loc"][0]).replace("_", "-")
-        reason = problem["msg"].removeprefix("Value error, ")
-        sys.exit(f"api.py: {name}: {reason}, not {problem['input']!r}.")
+        sys.exit(f"api.py: {setting_error(error.errors()[0], arguments)}.")
     except SettingsError as error:
         sys.exit(f"api.py: {error}.")
 
@@ -330,7 +406,7 @@ def check_files(settings: Settings) -> None:
 
 def load_served(settings: Settings) -> ChatModel:
     """Find and load the settings' model. Raises StartError with the remedy."""
-    return engine.load(
+    model = engine.load(
         find_folder(settings),
         dtype=settings.dtype,
         device_map=settings.device_map,
@@ -342,6 +418,18 @@ def load_served(settings: Settings) -> ChatModel:
         reuse=settings.reuse,
         timeout=settings.request_timeout,
     )
+    return with_template_kwargs(model, json.loads(settings.chat_template_kwargs or "{}"))
+
+
+def with_template_kwargs(model: ChatModel, given: dict[str, Any]) -> ChatModel:
+    """The model with these variables. Raises StartError if its chat template has none such."""
+    model = replace(model, template_kwargs=given)
+    try:
+        model.encode([{"role": "user", "content": "hi"}])
+    except InvalidInput as error:
+        model.close()
+        raise StartError(f"--chat-template-kwargs: {error}") from error
+    return model
 
 
 def check_model(model: ChatModel) -> str:
@@ -384,13 +472,16 @@ COMPONENTS = "#/components/schemas/"
 
 
 def documented(
-    body: type[BaseModel], response: type[BaseModel], error: type[OpenAIError]
+    body: type[BaseModel],
+    response: type[BaseModel],
+    error: type[OpenAIError],
+    content: str = "text/event-stream",
 ) -> dict[str, Any]:
     """A route's options that show in the docs what read_body reads, and what comes back."""
     schema = {"schema": {"$ref": COMPONENTS + body.__name__}}
     return {
         "response_model": response,
-        "responses": extra_responses(error, "text/event-stream"),
+        "responses": extra_responses(error, content),
         "openapi_extra": {
             "requestBody": {"required": True, "content": {"application/json": schema}}
         },
@@ -410,206 +501,6 @@ def document_bodies(app: FastAPI, *bodies: type[BaseModel]) -> None:
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-# ---- Replies ----------------------------------------------------------------
-# How each endpoint formats what the engine generates. There is one generation
-# path: a full response is built from the same deltas as a stream.
-
-# An event is an object, or None for a keep-alive comment.
-Events = AsyncGenerator[dict[str, Any] | None]
-
-
-def local_time() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")
-
-
-@dataclass(eq=False)
-class Choice:
-    """One of a request's n answers, as it grows."""
-
-    index: int
-    text: str = ""
-    tokens: list[Token] = field(default_factory=list)  # only with logprobs
-    finish_reason: FinishReason | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    queue_time: float = 0.0
-    first_token: float = 0.0  # by time.monotonic(), as is the next
-    last_token: float = 0.0
-    started: bool = False
-    text_offset: int = 0  # characters of the tokens that were sent
-
-    def add(self, delta: Delta) -> None:
-        self.text += delta.text
-        if delta.token:
-            self.tokens.append(delta.token)
-        if not delta.completion_tokens:  # only a sign of life
-            return
-        self.last_token = time.monotonic()
-        if not self.completion_tokens:
-            self.first_token = self.last_token
-        self.finish_reason = delta.finish_reason
-        self.prompt_tokens = delta.prompt_tokens
-        self.completion_tokens = delta.completion_tokens
-        self.cached_tokens = delta.cached_tokens
-        self.queue_time = delta.queue_time
-
-
-def usage_of(choices: list[Choice]) -> dict[str, int]:
-    """Token counts of a finished request; the prompt is counted once."""
-    completion = sum(choice.completion_tokens for choice in choices)
-    counts = {"prompt_tokens": choices[0].prompt_tokens, "completion_tokens": completion}
-    return counts | {"total_tokens": sum(counts.values())}
-
-
-class Reply(Protocol):
-    """Formats the answer of one endpoint."""
-
-    def chunk(self, delta: Delta, choice: Choice) -> dict[str, Any] | None:
-        """The event for a delta, which has already been added to the choice."""
-
-    def final_event(self, choices: list[Choice]) -> dict[str, Any] | None:
-        """The event that follows the last delta, if any."""
-
-    def full_response(self, choices: list[Choice]) -> dict[str, Any]:
-        """The response without streaming."""
-
-
-async def collect(deltas: AsyncGenerator[Delta], choices: list[Choice]) -> None:
-    async with aclosing(deltas):
-        async for delta in deltas:
-            choices[delta.index].add(delta)
-
-
-async def events_of(deltas: AsyncGenerator[Delta], choices: list[Choice], reply: Reply) -> Events:
-    async with aclosing(deltas):
-        async for delta in deltas:
-            choice = choices[delta.index]
-            choice.add(delta)
-            if delta.completion_tokens:
-                yield reply.chunk(delta, choice)
-            else:
-                yield None
-    if event := reply.final_event(choices):
-        yield event
-
-
-@dataclass
-class ClassicReply:
-    """POST /: the deltas as they come, then the full response."""
-
-    model: ChatModel
-    body: ChatRequest
-    prompt: Prompt
-
-    def chunk(self, delta: Delta, choice: Choice) -> dict[str, Any] | None:
-        return {"delta": delta.text} if delta.text else None
-
-    def final_event(self, choices: list[Choice]) -> dict[str, Any]:
-        return self.full_response(choices)
-
-    def full_response(self, choices: list[Choice]) -> dict[str, Any]:
-        response = {
-            "response": choices[0].text,
-            "history": self.body.with_answer(choices[0].text),
-            "status": 200,
-            "time": local_time(),
-            "finish_reason": choices[0].finish_reason,
-            "usage": usage_of(choices),
-        }
-        if self.body.truncate:
-            response["dropped_turns"] = self.prompt.dropped_turns
-        return response
-
-
-class OpenAIReply:
-    """What OpenAI's two endpoints share: the object around the choices."""
-
-    prefix: ClassVar[str]
-    kind: ClassVar[str]
-    chunk_kind: ClassVar[str]
-
-    def __init__(self, model: ChatModel, body: OpenAIRequest, _: Prompt):
-        self.model = model
-        self.include_usage = body.include_usage
-        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-
-    def full_response(self, choices: list[Choice]) -> dict[str, Any]:
-        content = [
-            self.choice(c, "message", c.text, c.tokens) | {"finish_reason": c.finish_reason}
-            for c in choices
-        ]
-        return self._frame(self.kind, content) | {"usage": usage_of(choices)}
-
-    def chunk(self, delta: Delta, choice: Choice) -> dict[str, Any]:
-        tokens = [delta.token] if delta.token else []
-        content = self.choice(choice, "delta", delta.text, tokens)
-        content["finish_reason"] = delta.finish_reason
-        event = self._frame(self.chunk_kind, [content])
-        if self.include_usage:
-            event["usage"] = None
-        return event
-
-    def final_event(self, choices: list[Choice]) -> dict[str, Any] | None:
-        if not self.include_usage:
-            return None
-        return self._frame(self.chunk_kind, []) | {"usage": usage_of(choices)}
-
-    def choice(self, choice: Choice, key: str, text: str, tokens: list[Token]) -> dict[str, Any]:
-        """A choice or a chunk of one, without its finish_reason."""
-        raise NotImplementedError
-
-    def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        frame = {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
-        return frame | {"choices": choices}
-
-
-class ChatCompletionReply(OpenAIReply):
-    prefix = "chatcmpl"
-    kind = "chat.completion"
-    chunk_kind = "chat.completion.chunk"
-
-    def choice(self, choice: Choice, key: str, text: str, tokens: list[Token]) -> dict[str, Any]:
-        logprobs = {"content": [self._logprob(token) for token in tokens]} if tokens else None
-        role = {} if choice.started else {"role": "assistant"}
-        choice.started = True
-        return {"index": choice.index, key: role | {"content": text}, "logprobs": logprobs}
-
-    def _logprob(self, token: Token) -> dict[str, Any]:
-        top_logprobs = [self._scored(*pair) for pair in token.top_logprobs]
-        return self._scored(token.id, token.logprob or 0.0) | {"top_logprobs": top_logprobs}
-
-    def _scored(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.model.tokenizer.spell(token)
-        # Part of a multi-byte character: its bytes are not known from its text.
-        known = None
-        if "\ufffd" not in text:
-            known = list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": known}
-
-
-class CompletionReply(OpenAIReply):
-    prefix = "cmpl"
-    kind = "text_completion"
-    chunk_kind = "text_completion"
-
-    def choice(self, choice: Choice, key: str, text: str, tokens: list[Token]) -> dict[str, Any]:
-        logprobs = self._logprobs(choice, tokens) if tokens else None
-        return {"index": choice.index, "text": text, "logprobs": logprobs}
-
-    def _logprobs(self, choice: Choice, tokens: list[Token]) -> dict[str, Any]:
-        spell = self.model.tokenizer.spell
-        texts = [spell(token.id) for token in tokens]
-        *offsets, choice.text_offset = accumulate(map(len, texts), initial=choice.text_offset)
-        return {
-            "tokens": texts,
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{spell(i): p for i, p in token.top_logprobs} for token in tokens],
-            "text_offset": offsets,
-        }
 
 
 # ---- Metrics ----------------------------------------------------------------
@@ -633,7 +524,7 @@ class RequestInfo:
 
 
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-# Gauges, and the properties of ChatModel that they show.
+# Gauges, and the counts of ChatService that they show.
 GAUGES = {
     "num_requests_running": "num_running",
     "num_requests_waiting": "num_waiting",
@@ -643,10 +534,9 @@ GAUGES = {
 
 
 class Metrics:
-    """Counts and logs requests; `model` returns the model once it is loaded."""
+    """Counts and logs requests; `count_of` returns what the gauges show."""
 
-    def __init__(self, model: Callable[[], ChatModel | None], log_prompts: bool = False):
-        self.model = model
+    def __init__(self, count_of: Callable[[str], float], log_prompts: bool = False):
         self.log_prompts = log_prompts
         self.registry = prometheus_client.CollectorRegistry()
         mine: Any = {"namespace": "chat", "registry": self.registry}
@@ -662,13 +552,11 @@ class Metrics:
         self.first_token = times("time_to_first_token_seconds", "Arrival to the first token")
         self.each_token = times("time_per_output_token_seconds", "Mean time of a later token")
         self.whole_time = times("e2e_request_latency_seconds", "Arrival to the end")
-        for name, property_name in GAUGES.items():
+        for name, counted in GAUGES.items():
             gauge = prometheus_client.Gauge(name, name.replace("_", " "), **mine)
-            gauge.set_function(partial(self._read, property_name))
-
-    def _read(self, property_name: str) -> float:
-        model = self.model()
-        return getattr(model, property_name) if model else 0
+            gauge.set_function(partial(count_of, counted))
+        dropped = prometheus_client.Gauge("log_lines_dropped", "Lines nobody read", **mine)
+        dropped.set_function(num_dropped)
 
     def record_prompt(self, info: RequestInfo, body: SamplingFields) -> None:
         """Log the text of a request if --log-prompts is set."""
@@ -691,14 +579,14 @@ class Metrics:
     def _record_answers(self, info: RequestInfo) -> dict[str, float]:
         """Record the counts and times of a request that reached the engine."""
         usage = usage_of(info.choices)
-        first = info.choices[0]
+        cached = cached_tokens_of(info.choices)
         longest = max(info.choices, key=lambda choice: choice.completion_tokens)
         self.prompt_tokens.inc(usage["prompt_tokens"])
-        self.cached_tokens.inc(first.cached_tokens)
+        self.cached_tokens.inc(cached)
         self.generation_tokens.inc(usage["completion_tokens"])
         line: dict[str, float] = {
             "prompt_tokens": usage["prompt_tokens"],
-            "cached_tokens": first.cached_tokens,
+            "cached_tokens": cached,
             "completion_tokens": usage["completion_tokens"],
         }
         if longest.completion_tokens:
@@ -722,16 +610,6 @@ def finish_reason_of(choices: list[Choice]) -> str:
 def observed(histogram: Any, seconds: float) -> float:
     histogram.observe(seconds)
     return round(seconds, 4)
-
-
-def start_log(as_json: bool) -> None:
-    """Log plain text lines, or JSON lines."""
-    shape = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=logging.INFO, format=shape)
-    if as_json:
-        from pythonjsonlogger.json import JsonFormatter
-
-        logging.getLogger().handlers[0].setFormatter(JsonFormatter(shape))
 
 
 def path_of(scope: Scope) -> str:
@@ -762,6 +640,10 @@ def is_valid_key(given: bytes, keys: tuple[str, ...]) -> bool:
 
 MAX_BODY = 8 * 2**20
 BODY_TIMEOUT = 120.0
+# Seconds after which a step that has not ended is taken for one that never will.
+STEP_TIMEOUT = 60.0
+# Seconds after which to try again while there are too many requests that are not in the batch yet.
+BUSY_RETRY = 5
 # Routes that are labels in the metrics; all others are "other".
 ROUTES = ("/", "/v1/chat/completions", "/v1/completions")
 
@@ -971,25 +853,35 @@ class ChatService:
     def __init__(self, settings: Settings, load: Callable[[Settings], ChatModel]):
         self.settings = settings
         self.load = load
-        self.metrics = Metrics(lambda: self._model, settings.log_prompts)
+        self.metrics = Metrics(self.count, settings.log_prompts)
+        # Tokenizing, and wording an answer with many logprobs.
+        self.workers = Workers()
+        self.compilers = Workers(1)  # so that nobody else waits for a schema that takes long
         self._model: ChatModel | None = None
         self._drain_deadline: float | None = None
 
     @property
     def health(self) -> dict[str, Any]:
-        model = self._model
         return {
             "status": self._status(),
-            "running": model.num_running if model else 0,
-            "waiting": model.num_waiting if model else 0,
+            "running": self.count("num_running"),
+            "waiting": self.count("num_waiting"),
         }
+
+    def count(self, name: str) -> int:
+        """One of the model's counts; requests in the workers' hands wait as those in its queue."""
+        counted: int = getattr(self._model, name, 0)
+        if name == "num_waiting":
+            counted += self.workers.num_pending + self.compilers.num_pending
+        return counted
 
     def _status(self) -> str:
         if self.draining:
             return "draining"
         if self._model is None:
             return "loading"
-        return "dead" if self._model.failure else "ready"
+        stuck = self._model.seconds_in_step > STEP_TIMEOUT
+        return "dead" if self._model.failure or stuck else "ready"
 
     def model(self, name: str | None = None) -> ChatModel:
         """The loaded model. Raises NotServing, or ModelNotFound if it has another name."""
@@ -1003,11 +895,19 @@ class ChatService:
             raise ModelNotFound(message, "model")
         return self._model
 
+    def check_queue(self, model: ChatModel) -> None:
+        """Raise QueueFull if no more requests may wait, for the workers or for the model."""
+        model.check_queue()
+        most = self.settings.max_batch + self.settings.max_waiting
+        present = self.count("num_running") + self.count("num_waiting")
+        if present >= most:
+            raise QueueFull(f"{present} requests are being served; try again soon", BUSY_RETRY)
+
     async def answer(
         self,
         request: Request,
         schema: type[SamplingFields],
-        reply_of: Callable[[ChatModel, Any, Prompt], Reply],
+        reply_of: Callable[[ChatModel, Any, list[Prompt]], Reply],
     ) -> Response:
         """Read the body, generate, and respond with a stream, a full response, or an error."""
         info = request_info(request.scope)
@@ -1027,18 +927,19 @@ class ChatService:
         self,
         request: Request,
         body: SamplingFields,
-        reply_of: Callable[[ChatModel, Any, Prompt], Reply],
+        reply_of: Callable[[ChatModel, Any, list[Prompt]], Reply],
     ) -> Response:
         info = request_info(request.scope)
-        model = self.model(body.model_name)
+        model = self.model(body.model)
         # Before tokenizing a request that would be refused.
-        model.check_queue()
+        self.check_queue(model)
         self.metrics.record_prompt(info, body)
         info.field_of = body.field_of
-        prompt = await while_connected(request, asyncio.to_thread(body.prepare, model))
-        reply = reply_of(model, body, prompt)
-        info.choices = [Choice(index) for index in range(body.num_answers)]
-        deltas = model.answer(prompt, body.num_answers)
+        workers = self.compilers if body.has_schema else self.workers
+        prompts = await while_connected(request, workers.run(partial(body.prepare, model)))
+        reply = reply_of(model, body, prompts)
+        info.choices = choices_of(len(prompts), body.num_answers)
+        deltas = model.answer_all(prompts, body.num_answers)
         if body.stream:
             events = self._events(request.scope, events_of(deltas, info.choices, reply))
             first = await while_connected(request, anext(events))
@@ -1046,7 +947,9 @@ class ChatService:
             return EventStream(first, events)
         await while_connected(request, collect(deltas, info.choices))
         # Decoding many tokens for logprobs can take seconds.
-        response = await asyncio.to_thread(lambda: JSONText(reply.full_response(info.choices)))
+        response = await while_connected(
+            request, self.workers.run(lambda: JSONText(reply.full_response(info.choices)))
+        )
         info.outcome = "served"
         return response
 
@@ -1067,6 +970,19 @@ class ChatService:
         finally:
             if info.streaming:
                 self.metrics.record(info)
+
+    async def answer_at_once(
+        self, request: Request, schema: type[TokenizeRequest] | type[DetokenizeRequest]
+    ) -> Response:
+        """Read the body, and respond with what needs no generation."""
+        info = request_info(request.scope)
+        try:
+            body = await read_body(request, schema)
+            info.field_of = body.field_of
+            work = asyncio.to_thread(body.result, self.model(body.model))
+            return JSONText(await while_connected(request, work))
+        except ClientDisconnect:
+            return Response(status_code=499)
 
     def error_payload(self, scope: Scope, error: Exception) -> dict[str, Any]:
         """The body of an error in the client's dialect; its code is how the request ended."""
@@ -1107,6 +1023,8 @@ class ChatService:
 
     async def close(self) -> None:
         """Close the engine; requests that are still generating get an error."""
+        self.workers.close()
+        self.compilers.close()
         if self._model:
             await asyncio.to_thread(self._model.close)
 
@@ -1125,6 +1043,7 @@ class ChatService:
                 log.exception("the model could not be loaded")
                 error = StartError(f"the model could not be loaded: {error}")
             # No request can be running yet, and none can be served.
+            flush_log()
             sys.stderr.write(f"api.py: {error}.\n")
             os._exit(1)
         self._model = model
@@ -1237,7 +1156,20 @@ def build_app(
     async def completions(request: Request) -> Any:
         return await service.answer(request, CompletionRequest, CompletionReply)
 
-    document_bodies(app, ChatRequest, ChatCompletionRequest, CompletionRequest)
+    as_json = "application/json"
+
+    @app.post("/tokenize", **documented(TokenizeRequest, TokenizeResponse, ErrorBody, as_json))
+    async def tokenize(request: Request) -> Any:
+        return await service.answer_at_once(request, TokenizeRequest)
+
+    @app.post(
+        "/detokenize", **documented(DetokenizeRequest, DetokenizeResponse, ErrorBody, as_json)
+    )
+    async def detokenize(request: Request) -> Any:
+        return await service.answer_at_once(request, DetokenizeRequest)
+
+    bodies = (ChatRequest, ChatCompletionRequest, CompletionRequest)
+    document_bodies(app, *bodies, TokenizeRequest, DetokenizeRequest)
     return app
 
 
@@ -1300,6 +1232,8 @@ def main() -> None:
     try:
         check_files(settings)
         if settings.check:
+            # A console's or a pipe's own encoding may lack the text of a model.
+            sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
             sys.stdout.write(check_model(load_served(settings)))
             return
     except StartError as error:
@@ -1319,7 +1253,7 @@ def main() -> None:
         timeout_graceful_shutdown=CLOSE_TIMEOUT,
     )
     Server(config, app.state.service).run(sockets)
-    logging.shutdown()
+    flush_log()
     # A loading model cannot be interrupted, and torch would abort at interpreter exit.
     os._exit(0)
 

@@ -18,8 +18,13 @@ PARTS = (
     "chat_page",
     "connection.py",
     "engine",
+    "log_queue.py",
     "model_download.py",
+    "replies.py",
     "schemas.py",
+    "field_types.py",
+    "unknown_fields.py",
+    "workers.py",
 )
 # As `python api.py` would start it.
 START = 'import runpy\n\nrunpy.run_module("api", run_name="__main__", alter_sys=True)\n'

@@ -1,4 +1,4 @@
-"""Requests and responses as pydantic models; aliases and legacy shapes are resolved here."""
+"""Requests and responses as pydantic models; what a request is to the engine is settled here."""
 
 import re
 from collections.abc import Iterator
@@ -6,18 +6,13 @@ from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
-    Discriminator,
     Field,
     ModelWrapValidatorHandler,
     PlainValidator,
     PrivateAttr,
-    Tag,
-    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -31,142 +26,32 @@ from engine import (
     Prompt,
     SamplingParams,
 )
-
-# Fields that would change the answer's meaning: they are refused, not ignored.
-UNSUPPORTED = (
-    "tools", "tool_choice", "functions", "function_call", "logit_bias", "response_format",
-    "best_of", "num_beams", "suffix", "echo", "audio", "prediction", "web_search_options",
-)  # fmt: skip
-# Values of them that change nothing.
-NEUTRAL = {"n": 1, "best_of": 1, "num_beams": 1, "response_format": {"type": "text"}}
-LENGTH_NAMES = ("max_length", "max_new_tokens", "max_tokens", "max_completion_tokens")
-
-
-class StrictModel(BaseModel):
-    """Strict: a number is not a string, and True is not 1."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-def reject_lone_surrogates(text: str) -> str:
-    """Reject half of a surrogate pair: JSON can express it, but no tokenizer accepts it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("must not contain an unpaired surrogate") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(reject_lone_surrogates)]
-
-
-class HistoryMessage(StrictModel):
-    role: Literal["system", "user", "assistant"]
-    content: Text
-
-
-def check_pair(pair: Any) -> Any:
-    # Before its items are looked at, which may be a million.
-    if not isinstance(pair, list) or len(pair) != 2:
-        raise ValueError('must be a ["question", "answer"] pair')
-    return pair
-
-
-Pair = Annotated[
-    list[Text],
-    Field(min_length=2, max_length=2, fail_fast=True),
-    BeforeValidator(check_pair, json_schema_input_type=list[str]),
-]
-
-
-def history_shape(history: Any) -> str | None:
-    """Tell pairs from messages by the items' types; None if the history is neither."""
-    if not isinstance(history, list):
-        return None
-    kinds = {type(turn) for turn in history}
-    if kinds <= {list}:
-        return "pairs"
-    if kinds <= {dict, HistoryMessage}:
-        return "turns"
-    return None
-
-
-# A body has room for millions of items; validation stops at the first error.
-MAX_TURNS = 4096
-TurnLimit = Field(max_length=MAX_TURNS, fail_fast=True)
-Pairs = Annotated[list[Pair], TurnLimit, Tag("pairs")]
-Messages = Annotated[list[HistoryMessage], TurnLimit, Tag("turns")]
-History = Annotated[
-    Pairs | Messages,
-    Discriminator(
-        history_shape,
-        custom_error_type="history_shape",
-        custom_error_message='must be a list of ["question", "answer"] pairs'
-        ' or of {"role": ..., "content": ...} objects',
-    ),
-]
-
-
-def as_stop_strings(stop: Any) -> Any:
-    """Accept a single string as a list of one."""
-    texts = [stop] if isinstance(stop, str) else stop
-    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError("must be a text or a list of texts, none of them empty")
-    return tuple(texts)
-
-
-StopStrings = Annotated[
-    tuple[Annotated[Text, Field(max_length=256)], ...],
-    Field(max_length=16, fail_fast=True),
-    BeforeValidator(as_stop_strings, json_schema_input_type=str | list[str]),
-]
-
-
-class TextPart(StrictModel):
-    type: Literal["text"]
-    text: str
-
-
-Content = str | list[TextPart]
-
-
-def join_text_parts(content: Any) -> Any:
-    """Join text content parts into one string."""
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise ValueError("must be text; images, sound and files are not supported")
-        if not isinstance(part.get("text"), str):
-            raise ValueError('must hold parts such as {"type": "text", "text": "hello"}')
-    return "".join(part["text"] for part in content)
-
-
-# Validates millions of ids in a fraction of a second, unlike a Python loop.
-TOKEN_IDS = TypeAdapter(
-    Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(fail_fast=True)]
+from field_types import (
+    MAX_TURNS,
+    Biases,
+    ClosedModel,
+    Content,
+    EndIds,
+    History,
+    HistoryMessage,
+    StopStrings,
+    StrictModel,
+    TemplateKwargs,
+    Text,
+    history_shape,
+    join_text_parts,
+    parse_prompts,
 )
+from unknown_fields import asks_for_nothing, refusal_of
 
-
-def parse_prompt(prompt: Any) -> str | list[int]:
-    """Accept a string, a list of token ids, or a list that holds one of these."""
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-        prompt = prompt[0]
-    if isinstance(prompt, str):
-        return reject_lone_surrogates(prompt)
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        raise ValueError("must be a single prompt; send one request for each, they are batched")
-    try:
-        return TOKEN_IDS.validate_python(prompt)
-    except ValidationError:
-        raise ValueError("must be a text, or a list of token ids") from None
+LENGTH_NAMES = ("max_length", "max_new_tokens", "max_tokens", "max_completion_tokens", "n_predict")
 
 
 def validation_error(error: ValidationError) -> InvalidInput:
     """Turn pydantic's first error into one sentence."""
     first = error.errors(include_url=False)[0]
     # Without the union's tags.
-    path = [part for part in first["loc"] if part not in ("pairs", "turns")]
+    path = [part for part in first["loc"] if part not in ("pairs", "turns", "tuple[int, ...]")]
     if not path:
         return InvalidInput('the body must be a JSON object, such as {"prompt": "hello"}')
     name = str(path[0])
@@ -176,106 +61,199 @@ def validation_error(error: ValidationError) -> InvalidInput:
         return InvalidInput(f"{name} is missing", str(path[0]))
     message = first["msg"].removeprefix("Value error, ").replace(" after validation", "")
     message = re.sub("^(Input|List|Tuple|Value) should", "must", message)
+    message = message.replace("a valid tuple", "a list")
     return InvalidInput(f"{name} {message[0].lower()}{message[1:]}", str(path[0]))
 
 
-class SamplingFields(StrictModel):
-    """SamplingParams parameters of a request; absent or null means the model's default."""
+class RequestModel(StrictModel):
+    """A body of which every field is honoured, or refused by its name, or cannot matter."""
 
-    unsupported: ClassVar[tuple[str, ...]] = UNSUPPORTED
     # The fields that stand for arguments of the engine's with other names.
-    field_names: ClassVar[dict[str, str]] = {"max_new_tokens": "max_length"}
+    field_names: ClassVar[dict[str, str]] = {}
 
-    stream: bool | None = Field(None, description="answer with server-sent events")
+    model: Text | None = Field(None, description="absent is the one that is served")
 
-    max_new_tokens: int | None = Field(
-        None,
-        ge=1,
-        validation_alias=AliasChoices(*LENGTH_NAMES),
-        description=f"most new tokens; {', '.join(LENGTH_NAMES[1:])} are other names for it",
-    )
-    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy")
-    top_k: int | None = Field(None, ge=0, le=10**6, description="0 is off")
-    top_p: float | None = Field(None, ge=0, le=1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="as in OpenAI's API")
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="as in OpenAI's API")
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: StopStrings | None = Field(None, description="a text, or several, that ends the answer")
-
-    _length_name: str | None = PrivateAttr(None)  # which of LENGTH_NAMES the request has
+    _sent: dict[str, str] = PrivateAttr(default_factory=dict)  # a field's name in the request
 
     @model_validator(mode="wrap")
     @classmethod
     def check_body(cls, body: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(body, dict):
             return validate(body)
-        for name in cls.unsupported:
-            if body.get(name) not in (None, False, [], {}, NEUTRAL.get(name)):
-                raise InvalidInput(f"{name} is not supported by this call; leave it out", name)
-        lengths = [name for name in LENGTH_NAMES if body.get(name) is not None]
-        if len(lengths) > 1:
-            names = " and ".join(lengths)
-            raise InvalidInput(f"{names} mean the same; send one of them", lengths[1])
-        # AliasChoices takes the first alias that is present, even if it is null.
-        request = validate(
-            {k: v for k, v in body.items() if k not in LENGTH_NAMES or v is not None}
-        )
-        if lengths:
-            request._length_name = lengths[0]
+        sent = cls.names_sent(body)
+        request = validate({name: body[name] for name in sent.values()})
+        request._sent = {field: name for field, name in sent.items() if body[name] is not None}
+        request.check()
         return request
+
+    @classmethod
+    def names_sent(cls, body: dict[str, Any]) -> dict[str, str]:
+        """By which name each field is in a body. Raises InvalidInput for what is none.
+
+        A field may be there by several names if they say the same.
+        """
+        names: dict[str, str] = cls.names()
+        sent: dict[str, str] = {}
+        for name, value in body.items():
+            if name not in names:
+                if not asks_for_nothing(name, value):
+                    raise refusal_of(name, names)
+                continue
+            first = sent.setdefault(names[name], name)
+            if value is None or value == body[first]:
+                continue
+            if body[first] is not None:
+                raise InvalidInput(f"{first} and {name} mean the same; send one of them", name)
+            sent[names[name]] = name
+        return sent
+
+    def check(self) -> None:
+        """What must hold between the fields. Raises InvalidInput."""
 
     def field_of(self, argument: str | None) -> str | None:
         """The request's own name for an argument of the engine's."""
-        if argument == "max_new_tokens" and self._length_name:
-            return self._length_name
-        return self.field_names.get(argument or "", argument)
+        field = self.field_names.get(argument or "", argument)
+        return self._sent.get(argument or "") or self._sent.get(field or "") or field
+
+
+class SamplingFields(RequestModel):
+    """SamplingParams parameters of a request; absent or null means the model's default."""
+
+    stream: bool | None = Field(None, description="answer with server-sent events")
+
+    max_new_tokens: int | None = Field(
+        None,
+        ge=-1,
+        validation_alias=AliasChoices(*LENGTH_NAMES),
+        description=f"most new tokens, -1 is no limit; also {', '.join(LENGTH_NAMES[1:])}",
+    )
+    do_sample: bool | None = Field(None, description="false is greedy, as temperature 0")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy")
+    top_k: int | None = Field(None, ge=-1, le=10**6, description="0 or -1 is off")
+    top_p: float | None = Field(None, ge=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(
+        None, gt=0, le=10, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
+    )
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="as in OpenAI's API")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="as in OpenAI's API")
+    seed: int | None = Field(
+        None,
+        ge=-1,
+        lt=2**63,
+        validation_alias=AliasChoices("seed", "random_seed"),
+        description="-1 is none",
+    )
+    stop: StopStrings | None = Field(
+        None,
+        validation_alias=AliasChoices("stop", "stop_strings"),
+        description="a text, or several, that ends the answer",
+    )
+    stop_token_ids: EndIds | None = Field(None, description="further token ids that end it")
+    ignore_eos: bool | None = Field(None, description="only the length, or a stop, ends it")
+    min_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=10**7,
+        validation_alias=AliasChoices("min_tokens", "min_new_tokens"),
+        description="no end token before so many",
+    )
+    logit_bias: Biases | None = Field(None, description="token ids and -100 to 100, as OpenAI's")
+
+    def check(self) -> None:
+        super().check()
+        length = self.field_of("max_new_tokens")
+        if self.max_new_tokens == 0 and not self.may_be_empty:
+            raise InvalidInput(f"{length} must be at least 1, or -1 for no limit", length)
+        if self.do_sample and self.temperature == 0:
+            raise InvalidInput("do_sample is true, but temperature 0 is greedy", "do_sample")
 
     @property
-    def model_name(self) -> str | None:
-        """The model that is asked for; None is the one that is served."""
-        return None
+    def may_be_empty(self) -> bool:
+        """Whether an answer of no tokens has a meaning."""
+        return False
+
+    @property
+    def has_no_limit(self) -> bool:
+        """Whether the answer may explicitly be as long as the context allows."""
+        return self.max_new_tokens == -1
 
     @property
     def num_answers(self) -> int:
+        """Answers to each prompt."""
         return 1
+
+    @property
+    def has_schema(self) -> bool:
+        """Whether the answer is held to a JSON schema, which is to be compiled."""
+        return False
 
     def overrides(self) -> dict[str, Any]:
         """The sampling parameters that the request sets, by their names in SamplingParams."""
         names = {parameter.name for parameter in fields(SamplingParams)}
-        return self.model_dump(include=names, exclude_none=True)
+        given = self.model_dump(include=names, exclude_none=True)
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
+        for name in ("max_new_tokens", "seed"):
+            if given.get(name) == -1:
+                del given[name]
+        if self.do_sample is False:
+            given["temperature"] = 0.0
+        return given
 
-    def prepare(self, model: ChatModel) -> Prompt:
-        """Tokenize the request. Raises InvalidInput if it cannot be served."""
+    def prepare(self, model: ChatModel) -> list[Prompt]:
+        """Tokenize the request's prompts. Raises InvalidInput if it cannot be served."""
+        prompts = self.tokenize(model)
+        if self.do_sample and prompts[0].params.temperature == 0:
+            raise InvalidInput(
+                "do_sample is true, but this model is greedy by default; send a temperature too",
+                "do_sample",
+            )
+        return prompts
+
+    def tokenize(self, model: ChatModel) -> list[Prompt]:
+        """The prompts, with their sampling settled."""
         raise NotImplementedError
 
 
 class ChatRequest(SamplingFields):
     """The body of POST /. `max_length` has always counted new tokens only."""
 
-    unsupported = (*UNSUPPORTED, "n", "logprobs", "top_logprobs")
+    field_names: ClassVar[dict[str, str]] = {
+        "max_new_tokens": "max_length",
+        "messages": "history",
+        "template_kwargs": "chat_template_kwargs",
+    }
 
     prompt: Text = Field(description="the user's text")
     history: History | None = Field(None, description="earlier turns, pairs or messages")
     system: Text | None = Field(None, description="a system text for the model")
     truncate: bool | None = Field(None, description="drop the oldest turns that do not fit")
+    chat_template_kwargs: TemplateKwargs | None = Field(
+        None, description="variables of the model's chat template"
+    )
 
-    @model_validator(mode="after")
-    def check_texts(self) -> Self:
+    def check(self) -> None:
+        super().check()
         if not self.prompt.strip():
             raise InvalidInput("prompt is empty; send the user's text", "prompt")
         if self.system is not None and any(m["role"] == "system" for m in self._past()):
             raise InvalidInput("system is given here and in history; send one of them", "system")
-        return self
 
-    def prepare(self, model: ChatModel) -> Prompt:
+    def tokenize(self, model: ChatModel) -> list[Prompt]:
         try:
-            return model.prepare(self.messages(), self.overrides(), bool(self.truncate))
+            prompt = model.prepare(
+                self.messages(),
+                self.overrides(),
+                bool(self.truncate),
+                whole_context=self.has_no_limit,
+                template_kwargs=self.chat_template_kwargs,
+            )
         except ContextTooLong as error:
             if not self.history or self.truncate:
                 raise
             raise ContextTooLong(f'{error}, or send "truncate": true', error.argument) from error
+        return [prompt]
 
     def messages(self) -> list[Message]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -311,52 +289,91 @@ class ChatResponse(BaseModel):
     )
 
 
-class OpenAIMessage(StrictModel):
+def check_role(role: Any) -> Any:
+    if role in ("tool", "function"):
+        raise ValueError(
+            "must be system, developer, user or assistant; results of tools are not supported"
+        )
+    # OpenAI's newer name for the system role.
+    return "system" if role == "developer" else role
+
+
+class OpenAIMessage(ClosedModel):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "tool_calls": ([],),
+        "annotations": ([],),
+        "function_call": ({},),
+    }
+
     role: Annotated[
-        Literal["system", "developer", "user", "assistant"],
-        # OpenAI's newer name for the system role.
-        AfterValidator(lambda role: "system" if role == "developer" else role),
+        Literal["system", "user", "assistant"],
+        BeforeValidator(
+            check_role, json_schema_input_type=Literal["system", "developer", "user", "assistant"]
+        ),
     ]
     content: Annotated[Text, BeforeValidator(join_text_parts, json_schema_input_type=Content)]
+    name: Text | None = Field(None, description="who speaks, for templates that say it")
+    reasoning_content: Text | None = Field(
+        None,
+        validation_alias=AliasChoices("reasoning_content", "reasoning"),
+        description="what the assistant thought, for templates that repeat it",
+    )
+    prefix: bool | None = Field(None, description="of the last one: the answer goes on from it")
 
 
-class StreamOptions(StrictModel):
+Turns = Annotated[list[OpenAIMessage], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
+
+
+class StreamOptions(ClosedModel):
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}
+
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # which changes no answer
 
 
-class JSONSchema(StrictModel):
+class JSONSchema(ClosedModel):
     name: str | None = None
+    description: str | None = None
+    strict: bool | None = None  # whatever it says, an answer keeps to its schema
     wanted: dict[str, Any] = Field(validation_alias="schema")
 
 
-class ResponseFormat(StrictModel):
+class ResponseFormat(ClosedModel):
     """https://platform.openai.com/docs/guides/structured-outputs"""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
+    # Beside json_object, as in llama.cpp.
+    wanted: dict[str, Any] | None = Field(None, validation_alias="schema")
 
     def to_schema(self) -> dict[str, Any] | None:
         """The JSON schema of the answer; None if any text is allowed."""
-        if self.type == "json_schema" and self.json_schema is None:
-            raise InvalidInput(
-                'response_format needs "json_schema": {"schema": …}', "response_format"
-            )
-        given = self.json_schema.wanted if self.json_schema else {}
-        return {"text": None, "json_object": {"type": "object"}, "json_schema": given}[self.type]
+        given = self.json_schema.wanted if self.json_schema else self.wanted
+        if self.type == "json_object" and self.json_schema is None:
+            return {"type": "object"} if given is None else given
+        if self.type == "json_schema" and given is not None:
+            return given
+        if self.type == "json_schema":
+            problem = 'response_format needs "json_schema": {"schema": …}'
+        elif given is not None:
+            problem = f'response_format has a schema; its type is "json_schema", not "{self.type}"'
+        else:
+            return None
+        raise InvalidInput(problem, "response_format")
 
 
 class OpenAIRequest(SamplingFields):
     """Fields shared by OpenAI's two endpoints."""
 
-    field_names = {"max_new_tokens": "max_tokens"}
+    field_names: ClassVar[dict[str, str]] = {"max_new_tokens": "max_tokens"}
 
-    model: Text | None = Field(None, description="absent is the one that is served")
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=16, description="answers to give, computed together")
 
-    @property
-    def model_name(self) -> str | None:
-        return self.model
+    def check(self) -> None:
+        super().check()
+        if self.stream_options is not None and not self.stream:
+            raise InvalidInput("stream_options needs stream to be true", "stream_options")
 
     @property
     def num_answers(self) -> int:
@@ -367,48 +384,205 @@ class OpenAIRequest(SamplingFields):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatCompletionRequest(OpenAIRequest):
+class Conversation(RequestModel):
+    """Messages, and how the model's chat template is to render them."""
+
+    chat_template_kwargs: TemplateKwargs | None = Field(
+        None, description="variables of the model's chat template"
+    )
+    continue_final_message: bool | None = Field(
+        None, description="the answer goes on from the last message, the assistant's"
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="false only with continue_final_message"
+    )
+
+    def continues(self, messages: list[OpenAIMessage]) -> bool:
+        """Whether the answer goes on from the last message. Raises InvalidInput."""
+        if any(message.prefix for message in messages[:-1]):
+            raise InvalidInput("only the last message can have prefix", "messages")
+        continued = bool(self.continue_final_message or messages[-1].prefix)
+        if continued and messages[-1].role != "assistant":
+            raise InvalidInput("only a last message of the assistant can be continued", "messages")
+        if self.add_generation_prompt is not None and self.add_generation_prompt is continued:
+            name = "add_generation_prompt"
+            raise InvalidInput(f"{name} is the contrary of continue_final_message", name)
+        return continued
+
+
+class ChatCompletionRequest(Conversation, OpenAIRequest):
     """https://platform.openai.com/docs/api-reference/chat/create"""
 
-    unsupported = tuple(name for name in UNSUPPORTED if name != "response_format")
-    field_names = {
+    field_names: ClassVar[dict[str, str]] = {
         "max_new_tokens": "max_tokens",
         "prompt": "messages",
         "schema": "response_format",
+        "template_kwargs": "chat_template_kwargs",
     }
 
-    messages: list[OpenAIMessage] = Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)
+    messages: Turns
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
-    @model_validator(mode="after")
-    def check_logprobs(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs and not self.logprobs:
             raise InvalidInput("top_logprobs needs logprobs to be true", "top_logprobs")
-        return self
+
+    @property
+    def has_schema(self) -> bool:
+        return self.response_format is not None
 
     def overrides(self) -> dict[str, Any]:
         rest = {name: value for name, value in super().overrides().items() if name != "logprobs"}
         return {**rest, "logprobs": self.top_logprobs or 0} if self.logprobs else rest
 
-    def prepare(self, model: ChatModel) -> Prompt:
-        messages = [message.model_dump() for message in self.messages]
-        prompt = model.prepare(messages, self.overrides(), whole_context=True)
+    def tokenize(self, model: ChatModel) -> list[Prompt]:
         schema = self.response_format.to_schema() if self.response_format else None
-        return prompt if schema is None else model.guided(prompt, schema)
+        if schema is not None and (self.ignore_eos or self.min_tokens):
+            name = "ignore_eos" if self.ignore_eos else self.field_of("min_tokens")
+            raise InvalidInput(f"{name} cannot go with a JSON answer, which ends by itself", name)
+        prompt = model.prepare(
+            [
+                message.model_dump(exclude={"prefix"}, exclude_none=True)
+                for message in self.messages
+            ],
+            self.overrides(),
+            whole_context=True,
+            template_kwargs=self.chat_template_kwargs,
+            continue_final=self.continues(self.messages),
+        )
+        return [prompt if schema is None else model.guided(prompt, schema)]
+
+
+MAX_ANSWERS = 128  # to all of a request's prompts
 
 
 class CompletionRequest(OpenAIRequest):
     """https://platform.openai.com/docs/api-reference/completions/create"""
 
     prompt: Annotated[
-        str | list[int], PlainValidator(parse_prompt, json_schema_input_type=str | list[int])
+        list[str | list[int]],
+        PlainValidator(
+            parse_prompts, json_schema_input_type=str | list[int] | list[str] | list[list[int]]
+        ),
     ]
-    logprobs: int | None = Field(None, ge=0, le=5)
+    suffix: Text | None = Field(None, description="fill in what is missing between the two")
+    echo: bool | None = Field(None, description="repeat the prompt before the answer")
+    logprobs: Annotated[
+        int | None, BeforeValidator(lambda value: None if value is False else value)
+    ] = Field(None, ge=0, le=20)
 
-    def prepare(self, model: ChatModel) -> Prompt:
-        return model.prepare_text(self.prompt, self.overrides())
+    def check(self) -> None:
+        super().check()
+        if len(self.prompt) * self.num_answers > MAX_ANSWERS:
+            raise InvalidInput(f"n for each prompt makes more than {MAX_ANSWERS} answers", "n")
+        if self.suffix and self.echo:
+            raise InvalidInput("echo cannot go with suffix; leave one of them out", "echo")
+        if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompt):
+            raise InvalidInput("suffix needs prompt to be a text", "suffix")
+
+    @property
+    def may_be_empty(self) -> bool:
+        return bool(self.echo)
+
+    def overrides(self) -> dict[str, Any]:
+        given = super().overrides()
+        if self.echo and self.logprobs is not None:
+            given["prompt_logprobs"] = self.logprobs
+        return given
+
+    def tokenize(self, model: ChatModel) -> list[Prompt]:
+        given = self.overrides()
+        return [self._prompt(model, text, given) for text in self.prompt]
+
+    def _prompt(self, model: ChatModel, text: str | list[int], given: dict[str, Any]) -> Prompt:
+        # An empty suffix asks a model that fills in for the end of a text, and others for nothing.
+        wanted = self.suffix or (self.suffix == "" and model.can_infill and not self.echo)
+        if wanted and isinstance(text, str):
+            return model.prepare_infill(text, self.suffix or "", given)
+        return model.prepare_text(text, given)
+
+
+MAX_TEXT = 2**20
+
+
+class TokenizeRequest(Conversation):
+    """A text or messages to count, as in vLLM."""
+
+    field_names: ClassVar[dict[str, str]] = {"template_kwargs": "chat_template_kwargs"}
+
+    prompt: Annotated[Text, Field(max_length=MAX_TEXT)] | None = None
+    messages: Turns | None = None
+    add_special_tokens: bool | None = Field(None, description="whether BOS goes before a text")
+    return_token_strs: bool | None = Field(None, description="tell the tokens' texts too")
+
+    def check(self) -> None:
+        super().check()
+        if (self.prompt is None) is (self.messages is None):
+            raise InvalidInput("send prompt or messages, one of the two", "prompt")
+        if self.messages and self.add_special_tokens:
+            raise InvalidInput(
+                "add_special_tokens is for prompt; a chat template sets its own",
+                "add_special_tokens",
+            )
+        if self.messages and sum(len(m.content) for m in self.messages) > MAX_TEXT:
+            raise InvalidInput(f"messages must have at most {MAX_TEXT} characters", "messages")
+        if self.messages is None and self.field_of_conversation():
+            name = self.field_of_conversation()
+            raise InvalidInput(f"{name} is for messages", name)
+
+    def field_of_conversation(self) -> str | None:
+        """A field that is given and only has a meaning beside messages."""
+        return next((name for name in Conversation.model_fields if self._asks(name)), None)
+
+    def _asks(self, name: str) -> bool:
+        return name != "model" and getattr(self, name) not in (None, {}, False)
+
+    def result(self, model: ChatModel) -> dict[str, Any]:
+        """The response. Raises InvalidInput where the model's format refuses the messages."""
+        if self.messages:
+            ids = model.encode(
+                [
+                    message.model_dump(exclude={"prefix"}, exclude_none=True)
+                    for message in self.messages
+                ],
+                self.chat_template_kwargs,
+                continue_final=self.continues(self.messages),
+            )
+        else:
+            ids = model.tokenizer.encode_text(
+                self.prompt or "", begin=self.add_special_tokens is not False
+            )
+        texts = (
+            [model.tokenizer.backend.id_to_token(i) for i in ids]
+            if self.return_token_strs
+            else None
+        )
+        size = {"count": len(ids), "max_model_len": model.context_length}
+        return {**size, "tokens": ids, "token_strs": texts}
+
+
+class DetokenizeRequest(RequestModel):
+    """Token ids to spell, as in vLLM."""
+
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_TEXT, fail_fast=True)]
+
+    def result(self, model: ChatModel) -> dict[str, Any]:
+        """The response. Raises InvalidInput for an id that the model does not have."""
+        return {"prompt": model.decode(self.tokens)}
+
+
+class TokenizeResponse(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
 
 
 class OpenAIError(BaseModel):
@@ -444,4 +618,5 @@ class Completion(BaseModel):
     created: int
     model: str
     choices: list[dict[str, Any]]
-    usage: dict[str, int]
+    usage: dict[str, Any]
+    system_fingerprint: str

@@ -197,7 +197,7 @@ def schema(dice: random.Random) -> Ask:
 
 def tokens(dice: random.Random) -> Ask:
     ids = [dice.randrange(5, 200) for _ in range(dice.randint(1, 120))]
-    return TEXT, {"prompt": ids, "max_tokens": 4, "logprobs": 2, "ignored": 1}
+    return TEXT, {"prompt": ids, "max_tokens": 4, "logprobs": 2, "user": "soak"}
 
 
 def bad(dice: random.Random) -> Ask:

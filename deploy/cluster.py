@@ -20,6 +20,7 @@ from ray.serve.request_router import PendingRequest, RunningReplica
 
 import api
 from engine import ChatModel
+from log_queue import start_log
 
 Load = Callable[[api.Settings], ChatModel]
 
@@ -65,7 +66,7 @@ class Chat:
         self.settings, self.load = settings, load
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        api.start_log(self.settings.log_json)
+        start_log(self.settings.log_json)
         # On a thread that ends, as in the app itself, which would end the process if this failed:
         # Serve would log that it died, and not the sentence that says why.
         with ThreadPoolExecutor(1) as loader:

@@ -29,9 +29,9 @@ from engine.errors import (
     TimedOut,
 )
 from engine.families import Message
-from engine.model import ChatModel, Prompt
+from engine.model import ChatModel
 from engine.sampling_params import SamplingParams
-from engine.sequence import Delta, FinishReason, Token
+from engine.sequence import Delta, FinishReason, Prompt, Token
 
 if TYPE_CHECKING:
     from engine.loading import load

@@ -1,20 +1,12 @@
-"""Attention over packed tokens: each sequence's reads the rows of its own span and no others.
-
-The model's own cache is not used: `packed_attention` writes the new rows and reads the old ones.
-"""
+"""Attention of packed tokens to the cache: each sequence's reads the rows of its own span alone."""
 
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
 
-from engine.errors import StartError
 from engine.sequence import Work
-
-if TYPE_CHECKING:
-    from engine.step import Step
 
 # The FlashAttention kernel itself: torch's wrapper, varlen_attn, has no seqused_k before 2.13, and
 # on some GPUs dispatches to cuDNN, which does not support it.
@@ -45,6 +37,7 @@ class ChunkAttention(NamedTuple):
     tokens: slice
     rows: slice
     mask: torch.Tensor  # bool, [new, total], causal and aligned bottom-right
+    masks: dict[int, torch.Tensor]  # as sdpa takes it, by how many query heads share a key head
     is_prefill: bool = True
 
     @classmethod
@@ -53,7 +46,7 @@ class ChunkAttention(NamedTuple):
         total = span.num_cached + new
         places = torch.arange(total)
         rows = slice(span.start, span.start + total)
-        return cls(slice(token, token + new), rows, places <= places[-new:, None])
+        return cls(slice(token, token + new), rows, places <= places[-new:, None], {})
 
     def select(self, pool: torch.Tensor) -> torch.Tensor:
         return pool[self.rows]
@@ -67,9 +60,21 @@ class ChunkAttention(NamedTuple):
         # The query heads of a group become the query's length, [1, kv heads, sharing * new, width],
         # so that no key head is repeated: enable_gqa with a mask is slow on CUDA.
         query = query.unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)[None]
-        mask = self.mask.repeat(num_heads // num_groups, 1)
+        mask = self._mask(num_heads // num_groups, query)
         out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
         return out[0].unflatten(1, (-1, new)).permute(2, 0, 1, 3).flatten(1, 2)
+
+    def _mask(self, sharing: int, query: torch.Tensor) -> torch.Tensor:
+        """The mask for stacked queries, made once a step and not in each layer.
+
+        On a CPU it is to be added, as sdpa would otherwise convert it each time.
+        """
+        if sharing not in self.masks:
+            mask = self.mask.repeat(sharing, 1)
+            if query.device.type == "cpu":
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+            self.masks[sharing] = mask
+        return self.masks[sharing]
 
 
 class SlicedAttention(NamedTuple):
@@ -182,89 +187,3 @@ class InPlaceAttention(NamedTuple):
             seqused_k=self.seqused_k,
         )[0]
         return out
-
-
-def packed_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    step: "Step",
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of each group's tokens to their own rows, by transformers' interface.
-
-    Takes [1, heads, tokens, width], returns [1, tokens, heads, width]. Raises StartError for
-    options that it does not implement.
-    """
-    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise StartError(f"the model's attention uses {name}, which this server does not do")
-    step.attended += 1
-    here = step.on(query.device)
-    layer = step.pool.layers[module.layer_idx]
-    query = query[0].transpose(0, 1)
-    if keeps_latent(module):
-        rows, _ = layer.write(here.write, torch.cat([key, value], dim=-1), None)
-        parts = [
-            attend_latent(module, group, query[group.tokens], group.select(rows), scaling)
-            for group in here.groups
-        ]
-    else:
-        keys, values = layer.write(here.write, key, value)
-        parts = [
-            group.attend(query[group.tokens], group.select(keys), group.select(values), scaling)
-            for group in here.groups
-        ]
-    return torch.cat(parts)[None], None
-
-
-def attend_latent(
-    module: Any, group: Group, query: torch.Tensor, rows: torch.Tensor, scale: float | None
-) -> torch.Tensor:
-    """Multi-head latent attention over rows [rows, 1, rank + rope width]: latent, rotated key.
-
-    In prefill, keys and values are expanded from the latents, as many queries share them. In
-    decode that would dominate the step, so the up-projections are absorbed into the query and
-    the output instead: q · (W c) = (Wᵀ q) · c (section 2.1.2 of arXiv 2405.04434, DeepSeek-V2).
-    """
-    rank = module.kv_lora_rank
-    if group.is_prefill:
-        given = (x.transpose(0, 1)[None] for x in (rows[..., :rank], rows[..., rank:]))
-        key, value = (x[0].transpose(0, 1) for x in type(module).expand_kv(module, *given))
-        return group.attend(query, key, value, scale)
-    widths = [module.qk_nope_head_dim, module.v_head_dim]
-    make_key, make_value = module.kv_b_proj.weight.unflatten(0, (-1, sum(widths))).split(widths, 1)
-    plain, turned = query.split([widths[0], rows.shape[-1] - rank], dim=-1)
-    query = torch.cat([torch.einsum("thw,hwr->thr", plain, make_key), turned], dim=-1)
-    out = group.attend(query, rows, rows[..., :rank], scale)
-    return torch.einsum("thr,hwr->thw", out, make_value)
-
-
-def keep_latent(latent: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replaces MLA's expand_kv: the cache then holds latents, and attend_latent expands them."""
-    return latent, rotated
-
-
-def keeps_latent(module: Any) -> bool:
-    return getattr(module, "expand_kv", None) is keep_latent
-
-
-def can_absorb(module: Any) -> bool:
-    """Whether a module is MLA whose up-projection is a plain matrix, loaded on this device."""
-    up = getattr(module, "kv_b_proj", None)
-    plain = type(up) is torch.nn.Linear and up.bias is None and not up.weight.is_meta
-    return plain and hasattr(module, "expand_kv")
-
-
-def use_packed_attention(model: Any) -> None:
-    """Let a model's layers call `packed_attention`; those of MLA then cache their latents."""
-    AttentionInterface.register("packed", packed_attention)
-    # cuDNN makes a plan for each new length, and copied keys have a new one at every step.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    for module in model.modules():
-        if can_absorb(module):
-            module.expand_kv = keep_latent
-    model.set_attn_implementation("packed")

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -20,12 +21,11 @@ from tokenizers import Tokenizer
 from engine.answer import Answer, AnswerText, Event, Outbox, deliver, failed, heartbeat
 from engine.cache import SpanCache
 from engine.errors import ContextTooLong, EngineError, EngineStopped, QueueFull, TimedOut
-from engine.guide import Guide
 from engine.runner import Runner
 from engine.sampler import sample_tokens, score_prompt
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
-from engine.sequence import Delta, Sequence, Span, Token
+from engine.sequence import Delta, Prompt, Sequence, Span, Token
 
 log = logging.getLogger("chat")
 
@@ -53,33 +53,34 @@ class Engine:
         self.cache = SpanCache(runner.rows, self._copy_rows, reuse)
         self.scheduler: Scheduler[Answer] = Scheduler(self.cache, max_batch, prefill_chunk)
         self.failure: BaseException | None = None
+        self.last_step = time.monotonic()  # when the last step ended, or work came after idleness
         self._inbox: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     # What is called on the event loop.
 
-    async def stream(
-        self,
-        prompt: list[int],
-        params: SamplingParams,
-        *,
-        n: int = 1,
-        open_ended: bool = False,
-        guide: Guide | None = None,
-        continues: bool = False,
+    def stream(
+        self, ids: list[int], params: SamplingParams, n: int = 1, **options: Any
     ) -> AsyncGenerator[Delta]:
-        """Yield an answer piece by piece, or n of them interleaved; leaving the loop cancels.
+        """The answers to a single prompt, see `stream_all`; `options` are fields of Prompt."""
+        return self.stream_all([Prompt(ids, params, **options)], n)
 
-        With `continues` an answer's text is what it adds to the prompt's. Raises ContextTooLong,
+    async def stream_all(self, prompts: list[Prompt], n: int = 1) -> AsyncGenerator[Delta]:
+        """Yield n answers to each prompt, interleaved piece by piece; leaving the loop cancels.
+
+        Those to the first prompt have the first n indices, and so on. Raises ContextTooLong,
         QueueFull, EngineStopped, TimedOut, or StepFailed.
         """
         self.check_queue()
         outbox = Outbox()
-        context = prompt[-CONTEXT:] if continues else []
-        shared = {"open_ended": open_ended, "outbox": outbox}
-        answers = [self._answer(prompt, params, index, guide, shared) for index in range(n)]
-        texts = [AnswerText(answer, self.tokenizer, context) for answer in answers]
+        each = [(prompt, number) for prompt in prompts for number in range(n)]
+        answers = [self._answer(*pair, index, outbox) for index, pair in enumerate(each)]
+        contexts = [prompt.ids[-CONTEXT:] if prompt.continues else [] for prompt, _ in each]
+        texts = [
+            AnswerText(answer, self.tokenizer, context)
+            for answer, context in zip(answers, contexts, strict=True)
+        ]
         self._submit(answers)
         beating = asyncio.create_task(heartbeat(outbox))
         try:
@@ -120,28 +121,24 @@ class Engine:
         self._inbox.put(None)
         self._thread.join()
 
-    def _answer(
-        self,
-        prompt: list[int],
-        params: SamplingParams,
-        index: int,
-        guide: Guide | None,
-        shared: dict[str, object],
-    ) -> Answer:
+    def _answer(self, prompt: Prompt, number: int, index: int, outbox: Outbox) -> Answer:
+        """The answer of this number to a prompt, and of this index in its request."""
+        params = prompt.params
         if params.seed is not None:  # each of n answers has its own, or all would be the same
-            params = replace(params, seed=params.seed + index)
+            params = replace(params, seed=params.seed + number)
         ends = frozenset() if params.ignore_eos else self.end_ids
         return Answer(
-            list(prompt),
+            list(prompt.ids),
             params=params,
             end_ids=ends.union(params.stop_token_ids),
-            guide=guide.copy() if guide else None,
+            guide=prompt.guide.copy() if prompt.guide else None,
+            open_ended=prompt.open_ended,
+            outbox=outbox,
             index=index,
-            **shared,  # type: ignore[arg-type]
         )
 
     def _submit(self, answers: list[Answer]) -> None:
-        most = answers[0].max_tokens
+        most = max(answer.max_tokens for answer in answers)
         if most > self.cache.rows:
             raise ContextTooLong(
                 f"prompt and answer of {most} tokens do not fit in the KV cache of"
@@ -159,6 +156,7 @@ class Engine:
             while self._receive():
                 self.scheduler.admit()
                 self._step()
+                self.last_step = time.monotonic()
                 self._end_late_ones()
                 self.scheduler.retire()
         except BaseException as failure:
@@ -178,6 +176,8 @@ class Engine:
             answer = self._inbox.get()
             if answer is None:
                 return False
+            if not (scheduler.running or scheduler.waiting):
+                self.last_step = time.monotonic()
             scheduler.waiting.append(answer)
         return True
 

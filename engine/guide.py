@@ -50,6 +50,15 @@ class Guide:
             raise InvalidInput(f"the JSON schema: {reason}", "schema")
 
 
+def spell_schema(schema: dict[str, Any]) -> str:
+    """A schema as JSON. Raises InvalidInput if it is too long."""
+    spelled = json.dumps(schema)
+    if len(spelled) > MAX_SCHEMA_CHARS:
+        most = f"{MAX_SCHEMA_CHARS:,} characters"
+        raise InvalidInput(f"the JSON schema is longer than {most}", "schema")
+    return spelled
+
+
 class GuideCompiler:
     """Compiles JSON schemas into guides for one model's tokens; thread-safe."""
 
@@ -64,10 +73,7 @@ class GuideCompiler:
 
     def compile(self, schema: dict[str, Any]) -> Guide:
         """A guide for answers that match a JSON schema. Raises InvalidInput if it is invalid."""
-        spelled = json.dumps(schema)
-        if len(spelled) > MAX_SCHEMA_CHARS:
-            most = f"{MAX_SCHEMA_CHARS:,} characters"
-            raise InvalidInput(f"the JSON schema is longer than {most}", "schema")
+        spelled = spell_schema(schema)
         try:
             # With flexible whitespace, a small model may indent for ever.
             grammar = LLMatcher.grammar_from_json_schema(

@@ -16,7 +16,7 @@ from engine.checkpoint import (
 from engine.engine import Engine
 from engine.errors import StartError
 from engine.families import checkpoint_defaults
-from engine.linear import computes_exactly, settle_form
+from engine.form import computes_exactly, settle_form
 from engine.model import ChatModel
 from engine.model_config import context_length
 from engine.runner import Runner, create_runner, input_device

@@ -1,33 +1,21 @@
 """Tokenizer and engine together: a chat model."""
 
 import time
-from bisect import bisect_left
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ContextTooLong, InvalidInput
 from engine.families import Message
 from engine.sampling_params import SamplingParams
-from engine.sequence import Delta
+from engine.sequence import Delta, Prompt
+from engine.truncation import drop_turns, turns_to_drop
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.guide import Guide, GuideCompiler
+    from engine.schema_trial import TrialCompiler
     from engine.tokenizer import ChatTokenizer
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A tokenized request, with its sampling settled."""
-
-    ids: list[int]
-    params: SamplingParams
-    open_ended: bool
-    guide: "Guide | None" = None
-    dropped_turns: int = 0
-    continues: bool = False  # the answer goes on from the prompt's text
 
 
 @dataclass(frozen=True)
@@ -43,20 +31,22 @@ class ChatModel:
     vocabulary: int  # token ids that the model has an embedding for
     facts: dict[str, str]
     loaded: int = field(default_factory=lambda: int(time.time()))
+    # Variables of the chat template, where a request does not set them.
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tokenizer.most_tokens = self.prompt_length
 
     def answer(self, prompt: Prompt, n: int = 1) -> AsyncGenerator[Delta]:
         """Yield an answer piece by piece, or n of them interleaved; closing it cancels.
 
         Raises QueueFull, EngineStopped, TimedOut, StepFailed, or ContextTooLong.
         """
-        return self.engine.stream(
-            prompt.ids,
-            prompt.params,
-            n=n,
-            open_ended=prompt.open_ended,
-            guide=prompt.guide,
-            continues=prompt.continues,
-        )
+        return self.answer_all([prompt], n)
+
+    def answer_all(self, prompts: list[Prompt], n: int = 1) -> AsyncGenerator[Delta]:
+        """The same for several prompts in one batch; n to the first have the first n indices."""
+        return self.engine.stream_all(prompts, n)
 
     def check_queue(self) -> None:
         """Raise QueueFull if no more requests may wait, EngineStopped if the engine is dead."""
@@ -66,6 +56,13 @@ class ChatModel:
     def failure(self) -> BaseException | None:
         """What the engine died of."""
         return self.engine.failure
+
+    @property
+    def seconds_in_step(self) -> float:
+        """How long the current step has taken so far; 0 while nothing is to be computed."""
+        if not self.engine.num_running:
+            return 0.0
+        return time.monotonic() - self.engine.last_step
 
     @property
     def num_running(self) -> int:
@@ -86,6 +83,8 @@ class ChatModel:
 
     def close(self) -> None:
         """Stop the engine; those who still generate get EngineStopped."""
+        if "_guides" in self.__dict__:
+            self._guides.close()
         self.engine.close()
 
     def guided(self, prompt: Prompt, schema: dict[str, Any]) -> Prompt:
@@ -93,11 +92,11 @@ class ChatModel:
         return replace(prompt, guide=self._guides.compile(schema))
 
     @cached_property
-    def _guides(self) -> "GuideCompiler":
-        from engine.guide import GuideCompiler
+    def _guides(self) -> "TrialCompiler":
+        from engine.schema_trial import TrialCompiler
 
         special = self.tokenizer.special.values()
-        return GuideCompiler(self.tokenizer.backend, special, self.engine.end_ids)
+        return TrialCompiler(self.tokenizer.backend, special, self.engine.end_ids)
 
     def prepare(
         self,
@@ -105,19 +104,27 @@ class ChatModel:
         given: dict[str, Any],
         truncate: bool = False,
         whole_context: bool = False,
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
     ) -> Prompt:
         """Tokenize and check the lengths; slow, so call it off the event loop.
 
         `given` are the request's sampling parameters. A length that is not among them is the
-        default, or with `whole_context` all that is left, and is cut to fit. Raises ContextTooLong
-        if prompt and answer do not fit together.
+        default, or with `whole_context` all that is left, and is cut to fit. `template_kwargs` are
+        variables of the chat template; with `continue_final` the answer goes on from the last
+        message. Raises ContextTooLong if prompt and answer do not fit together.
         """
+        encode = partial(
+            self.encode, template_kwargs=template_kwargs, continue_final=continue_final
+        )
         # If no length is given, at least half of the context is for the prompt.
         default = min(self.defaults.max_new_tokens, self.context_length // 2)
         answer = given.get("max_new_tokens", default)
-        dropped = self._turns_to_drop(messages, answer) if truncate else 0
-        ids = self.tokenizer.encode(drop_turns(messages, dropped))
-        return replace(self._with_length(ids, given, whole_context), dropped_turns=dropped)
+        dropped = self._turns_to_drop(messages, answer, encode) if truncate else 0
+        ids = encode(drop_turns(messages, dropped))
+        prompt = self._with_length(ids, given, whole_context)
+        return replace(prompt, dropped_turns=dropped, continues=continue_final)
 
     def prepare_text(self, prompt: str | list[int], given: dict[str, Any]) -> Prompt:
         """The same for a text to continue, or its token ids, without a chat format."""
@@ -126,6 +133,41 @@ class ChatModel:
             raise InvalidInput("prompt is empty; send a text or token ids", "prompt")
         return replace(self._with_length(ids, given, whole_context=True), continues=True)
 
+    def prepare_infill(self, prefix: str, suffix: str, given: dict[str, Any]) -> Prompt:
+        """The same for what is missing between two texts, which any special token ends.
+
+        Raises InvalidInput if the model cannot fill in.
+        """
+        ids = self.tokenizer.encode_infill(prefix, suffix)
+        ends = set(given.get("stop_token_ids", ()))
+        if not given.get("ignore_eos"):
+            ends |= set(self.tokenizer.special.values())
+        given = given | {"stop_token_ids": tuple(sorted(ends))}
+        return replace(self._with_length(ids, given, whole_context=True), continues=True)
+
+    @cached_property
+    def can_infill(self) -> bool:
+        """Whether the model has tokens for filling in what is missing between two texts."""
+        try:
+            return bool(self.tokenizer.encode_infill("", ""))
+        except InvalidInput:
+            return False
+
+    def encode(
+        self,
+        messages: list[Message],
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> list[int]:
+        """The token ids of a conversation. Raises InvalidInput where the format refuses it."""
+        variables = {**self.template_kwargs, **(template_kwargs or {})}
+        return self.tokenizer.encode(messages, variables, continue_final=continue_final)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens included. Raises InvalidInput for unknown ids."""
+        self._check_ids(ids, "tokens")
+        return self.tokenizer.backend.decode(ids, skip_special_tokens=False)
+
     def _with_length(self, ids: list[int], given: dict[str, Any], whole_context: bool) -> Prompt:
         params = replace(self.defaults, **given)
         asked = "max_new_tokens" in given
@@ -133,33 +175,49 @@ class ChatModel:
         room = self.context_length - len(ids)
         wanted = most if asked else 1
         if room < wanted or len(ids) > self.prompt_length:
-            less = self.prompt_length < self.context_length
-            limit = f" ({self.prompt_length} for the prompt)" if less else ""
             raise ContextTooLong(
-                f"the prompt has {len(ids)} tokens and the answer may have {wanted}, but the"
-                f" model's context is {self.context_length} tokens{limit}; shorten the prompt or"
-                " the history, or ask for a shorter answer",
+                f"{self._limit}. The prompt has {len(ids)} tokens and the answer may have {wanted};"
+                " shorten the prompt or the history, or ask for a shorter answer",
                 argument="max_new_tokens" if 0 < room < wanted else "prompt",
             )
-        if max(ids) >= self.vocabulary:
-            last = self.vocabulary - 1
-            raise InvalidInput(f"prompt has a token id of {max(ids)}; the last is {last}", "prompt")
-        return Prompt(ids, replace(params, max_new_tokens=min(room, most)), not asked)
+        self._check_ids(ids, "prompt")
+        self._check_ids([i for i, _ in params.logit_bias], "logit_bias")
+        self._check_ids(params.stop_token_ids, "stop_token_ids")
+        params = replace(params, max_new_tokens=min(room, most))
+        if params.min_tokens > params.max_new_tokens:
+            raise InvalidInput(
+                f"the answer is to have at least {params.min_tokens} tokens, but it has room for"
+                f" {params.max_new_tokens}; ask for fewer",
+                "min_tokens",
+            )
+        return Prompt(ids, params, not asked)
 
-    def _turns_to_drop(self, messages: list[Message], answer: int) -> int:
+    def _check_ids(self, ids: Iterable[int], argument: str) -> None:
+        highest = max(ids, default=0)
+        if highest >= self.vocabulary:
+            raise InvalidInput(
+                f"{argument} has a token id of {highest}; the last is {self.vocabulary - 1}",
+                argument,
+            )
+
+    @property
+    def _limit(self) -> str:
+        # In OpenAI's words, by which clients know that a shorter prompt would do.
+        limit = f"This model's maximum context length is {self.context_length} tokens"
+        if self.prompt_length < self.context_length:
+            return f"{limit}, {self.prompt_length} of them for the prompt"
+        return limit
+
+    def _turns_to_drop(
+        self, messages: list[Message], answer: int, encode: Callable[[list[Message]], list[int]]
+    ) -> int:
         """The fewest of the oldest turns to drop so that the answer fits."""
 
-        def fits(dropped: int) -> bool:
-            ids = self.tokenizer.encode(drop_turns(messages, dropped))
-            return len(ids) <= min(self.prompt_length, self.context_length - answer)
+        def encode_if_short(kept: list[Message]) -> list[int] | None:
+            try:
+                return encode(kept)
+            except ContextTooLong:
+                return None
 
-        turns = sum(m["role"] == "user" for m in messages) - 1
-        return bisect_left(range(turns), True, key=fits)
-
-
-def drop_turns(messages: list[Message], count: int) -> list[Message]:
-    """The messages without the oldest `count` turns; a system text before them stays."""
-    if not count:
-        return messages
-    starts = [i for i, m in enumerate(messages) if m["role"] == "user"]
-    return messages[: starts[0]] + messages[starts[count] :]
+        room = min(self.prompt_length, self.context_length - answer)
+        return turns_to_drop(messages, room, self.tokenizer.num_tokens, encode_if_short)

@@ -9,10 +9,11 @@ import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
 
-from engine.attention import flash_attention, use_packed_attention
+from engine.attention import flash_attention
 from engine.cuda_graph import DecodeGraph
 from engine.errors import StartError
-from engine.linear import computes_exactly
+from engine.form import computes_exactly
+from engine.packed_attention import use_packed_attention
 from engine.sequence import Span, Work
 from engine.step import LayerRows, Pool, Step, Way
 

@@ -46,6 +46,18 @@ class Delta:
     prompt_logprobs: tuple[Token, ...] = ()  # of the prompt's tokens from the second on, if asked
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized request, with its sampling settled."""
+
+    ids: list[int]
+    params: SamplingParams
+    open_ended: bool = False  # no length was stated
+    guide: "Guide | None" = None
+    dropped_turns: int = 0
+    continues: bool = False  # the answer goes on from the prompt's text
+
+
 @dataclass(eq=False)
 class Span:
     """Tokens and their rows of the pool, from start to start + room.

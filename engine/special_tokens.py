@@ -3,6 +3,7 @@
 import json
 import re
 import secrets
+import string
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,18 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 def alternation(words: Iterable[str]) -> str:
     """A pattern that matches any of the words, the longest first."""
     return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+
+
+def secret_beside(words: Iterable[str]) -> str:
+    """A secret word that completes none of the words where a text breaks off in one before it.
+
+    `reserved_` and a secret that begins with 1 would be the token `reserved_1`.
+    """
+    endings = {word[n:] for word in words for n in range(1, len(word))}
+    while True:
+        secret = "".join(secrets.choice(string.ascii_lowercase) for _ in range(16))
+        if not any(secret.startswith(ending) for ending in endings):
+            return secret
 
 
 def token_ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
@@ -52,7 +65,7 @@ class SpecialTokens:
         self.ids = self._find(spec, markers)
         # Nobody can guess it, so nobody can write a secret name. Of ASCII letters, which neither
         # normalisers nor a template's filters change; the end of a name composes with no accent.
-        self._secret = secrets.token_hex(8)
+        self._secret = secret_beside([*self.ids, *self._longer(spec)])
         self.placeholder = f"{self._secret}p_"
         self._quotable = [PIECE_BREAK, *self.ids]
         self._quotes = {w: f"{self._secret}q{i}_" for i, w in enumerate(self._quotable)}
@@ -76,6 +89,14 @@ class SpecialTokens:
     def encode(self, text: str) -> list[int]:
         """The ids of a rendered prompt, in which what was quoted is text."""
         return token_ids(self.plain, self._marked.sub(self._rename, text))
+
+    def bare(self, text: str) -> str:
+        """A rendered or a raw prompt without its special tokens; what was quoted is text again."""
+
+        def text_of(found: re.Match[str]) -> str:
+            return self._quotable[int(found[1])] if found[1] else ""
+
+        return self._marked.sub(text_of, text).replace(PIECE_BREAK, "")
 
     def name(self, word: str) -> str:
         """The secret name of a special token, for a text that `plain` is to encode."""

@@ -6,7 +6,7 @@ Nothing that a user writes in a chat can become a special token.
 import json
 import re
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from inspect import signature
 from math import inf
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from engine.errors import InvalidInput, StartError
+from engine.errors import ContextTooLong, InvalidInput, StartError
 from engine.families import PIECE_BREAK, Family, Message
 from engine.special_tokens import SpecialTokens, token_ids
+from engine.token_bound import MIN_CHARS, TokenBound
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -117,6 +118,8 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
 class ChatTokenizer:
     """Turns messages into token ids; raises InvalidInput where a chat template refuses them.
 
+    Where `most_tokens` is set, a text that surely has more is refused before it is tokenized.
+
     Thread-safe: unlike transformers' own wrapper, it never modifies its tokenizers. `special` are
     the special tokens' ids by their text; `template` is the chat template, empty where the
     family's format is used; `thinking_markers` are the words between which the model thinks aloud,
@@ -142,6 +145,7 @@ class ChatTokenizer:
         self.backend, self.plain = self._special.backend, self._special.plain
         self._begin = self._begin_ids()
         self._before = token_ids(self.plain, "a")
+        self.most_tokens: int | None = None
         # Of an answer with logprobs the same tokens are spelled over and over.
         self.spell = lru_cache(2**16)(self._spell)
 
@@ -164,16 +168,18 @@ class ChatTokenizer:
             text = self._render_open(quoted, given)
         else:
             text = self._render(quoted, add_generation_prompt=True, **given)
+        self._check_length(text)
         pieces = text.split(PIECE_BREAK)
         return [i for piece in pieces if piece for i in self._special.encode(piece)]
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, begin: bool = True) -> list[int]:
         """The ids of a raw prompt, in which special tokens count.
 
-        BOS goes in front if the model has one and the text does not begin with it.
+        With `begin`, BOS goes in front if the model has one and the text does not begin with it.
         """
+        self._check_length(text)
         ids = token_ids(self.backend, text)
-        return ids if ids[: len(self._begin)] == self._begin else self._begin + ids
+        return ids if not begin or ids[: len(self._begin)] == self._begin else self._begin + ids
 
     def encode_infill(self, prefix: str, suffix: str) -> list[int]:
         """The ids that ask for what is missing between two texts; special tokens in them are text.
@@ -187,8 +193,17 @@ class ChatTokenizer:
             raise InvalidInput(
                 "this model cannot fill in the middle of a text; leave suffix out", "suffix"
             )
+        self._check_length(prefix + suffix)
         begin, between, end = map(self._special.name, markers)
         return self._begin + token_ids(self.plain, f"{begin}{prefix}{between}{suffix}{end}")
+
+    def num_tokens(self, text: str) -> float:
+        """How many tokens a text has by itself; infinity where it is not worth counting."""
+        try:
+            self._check_length(text)
+        except ContextTooLong:
+            return inf
+        return len(token_ids(self.plain, text))
 
     def thinks(self, ids: list[int]) -> bool:
         """Whether a prompt ends with the marker that opens a thought: the answer begins in it."""
@@ -210,6 +225,21 @@ class ChatTokenizer:
             closing = self._special.pattern.match(after)
             ends |= {self.tokenizer.eos_token_id, self.special.get(closing[0]) if closing else None}
         return {i for i in ends if i is not None}
+
+    def _check_length(self, text: str) -> None:
+        """Raise ContextTooLong if a prompt surely has more than `most_tokens`."""
+        if self.most_tokens is None or len(text) < MIN_CHARS:
+            return
+        if self._bound.exceeds(self._special.bare(text), self.most_tokens):
+            raise ContextTooLong(
+                f"This model's maximum context length is {self.most_tokens} tokens, and the prompt"
+                " has many more; shorten the prompt or the history",
+                "prompt",
+            )
+
+    @cached_property
+    def _bound(self) -> TokenBound:
+        return TokenBound(self.backend, self.special)
 
     def _spell(self, token: int) -> str:
         """A token as the text that it adds to an answer, a leading space included."""

@@ -247,7 +247,7 @@ def serve(load: Callable[[api.Settings], ChatModel], **settings: object) -> Iter
 
 
 def ready(url: str) -> str:
-    wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
+    wait_for(lambda: httpx.get(f"{url}/health").status_code == 200, 120)
     return url
 
 

@@ -36,8 +36,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.attention import flash_attention, keep_latent  # noqa: E402
+from engine.attention import flash_attention  # noqa: E402
 from engine.loading import attention_summary, start_runner  # noqa: E402
+from engine.packed_attention import keep_latent  # noqa: E402
 from engine.runner import Runner  # noqa: E402
 from engine.sampler import sample_tokens  # noqa: E402
 from engine.sampling_params import SamplingParams  # noqa: E402

@@ -281,6 +281,27 @@ def test_all_requests_get_503_when_the_engine_dies(tokenizer, end):
         assert time.monotonic() - started < 5
 
 
+def test_step_that_does_not_end_is_told_as_dead_and_as_ready_once_it_ends(
+    server, runner, monkeypatch
+):
+    monkeypatch.setattr(api, "STEP_TIMEOUT", 0.3)
+    health = lambda: httpx.get(f"{server}/health").json()["status"]  # noqa: E731
+    assert httpx.post(server, json={"prompt": "x"}).json()["response"] == "hello"
+    runner.hold()
+    asker = threading.Thread(target=httpx.post, args=(server,), kwargs={"json": {"prompt": "x"}})
+    asker.start()
+    wait_for(lambda: httpx.get(f"{server}/health").json()["running"] == 1)
+    wait_for(lambda: health() == "dead")
+    runner.free()
+    asker.join(20)
+    assert health() == "ready"
+
+
+def test_idle_server_is_not_dead(server, monkeypatch):
+    monkeypatch.setattr(api, "STEP_TIMEOUT", 0.0)
+    assert httpx.get(f"{server}/health").json()["status"] == "ready"
+
+
 def one_fails(url: str, bad: str) -> None:
     async def crowd() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=url, timeout=30) as client:
@@ -299,10 +320,10 @@ def one_fails(url: str, bad: str) -> None:
 def test_tokenizer_fault_fails_one_request(server, monkeypatch):
     encode = ChatTokenizer.encode
 
-    def broken(self, messages: list[Message]) -> list[int]:
+    def broken(self, messages: list[Message], *given: object, **named: object) -> list[int]:
         if "boom" in messages[-1]["content"]:
             raise RuntimeError("a secret")
-        return encode(self, messages)
+        return encode(self, messages, *given, **named)
 
     monkeypatch.setattr(ChatTokenizer, "encode", broken)
     one_fails(server, "boom")

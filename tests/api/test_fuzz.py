@@ -11,7 +11,7 @@ from conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import schemas
+import unknown_fields
 from engine.tokenizer import load_tokenizer
 
 ROUTES = ("/", "/v1/chat/completions", "/v1/completions")
@@ -180,7 +180,7 @@ def asked(draw) -> tuple[str, bytes, bool]:
             del body["messages" if "messages" in body else "prompt"]
         case "junk":
             refuse = False
-            for name in draw(st.lists(st.sampled_from([*sorted(body), *schemas.UNSUPPORTED]),
+            for name in draw(st.lists(st.sampled_from([*sorted(body), *unknown_fields.NEUTRAL]),
                                       min_size=1, max_size=4)):  # fmt: skip
                 body[name] = draw(JUNK)
         case "odd":

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import chat_model, ready, serve, tiny_llama, wait_for
 
-import api
+import replies
 from engine.guide import GuideCompiler
 from engine.runner import create_runner
 from engine.sampling_params import SamplingParams
@@ -176,7 +176,7 @@ def test_models_are_listed(client):
         ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages", "parts"),
         ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
-        ({"logit_bias": {"5": 1}}, 400, "logit_bias", "not supported"),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias", "-100 to 100"),
         ({"n": 17}, 400, "n", "16"),
         ({"n": 0}, 400, "n", "1"),
         ({"temperature": 3}, 400, "temperature", "2"),
@@ -184,7 +184,7 @@ def test_models_are_listed(client):
         ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "20"),
         ({"presence_penalty": 2.5}, 400, "presence_penalty", "2"),
         ({"max_tokens": 600}, 400, "max_tokens", "512"),
-        ({"max_tokens": 6, "max_completion_tokens": 6}, 400, "max_completion_tokens", "same"),
+        ({"max_tokens": 6, "max_completion_tokens": 7}, 400, "max_completion_tokens", "same"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "messages", "603"),
         ({"max_completion_tokens": 600}, 400, "max_completion_tokens", "512"),
         ({"max_length": 600}, 400, "max_length", "512"),
@@ -212,7 +212,8 @@ def test_what_asks_for_nothing_is_not_refused(client):
     [
         ("", "empty"),
         ([], "empty"),
-        (["a", "b"], "one request for each"),
+        (["a"] * 65, "at most 64"),
+        (["a", 1], "token ids"),
         ([1, 2.5], "token ids"),
         ([-1], "token ids"),
         ([99999], "the last is 259"),
@@ -338,14 +339,14 @@ def test_many_tokens_are_spelled_once_and_beside_the_event_loop(server, monkeypa
     assert text.spell(7) == text.spell(7)
     assert text.spell.cache_info().hits == 1
     wording = threading.Event()
-    whole = api.ChatCompletionReply.full_response
+    whole = replies.ChatCompletionReply.full_response
 
-    def slowly(self, choices: list[api.Choice]) -> dict[str, object]:
+    def slowly(self, choices: list[replies.Choice]) -> dict[str, object]:
         wording.set()
         time.sleep(1)
         return whole(self, choices)
 
-    monkeypatch.setattr(api.ChatCompletionReply, "full_response", slowly)
+    monkeypatch.setattr(replies.ChatCompletionReply, "full_response", slowly)
     with ThreadPoolExecutor(1) as pool:
         url = f"{server}/v1/chat/completions"
         answer = pool.submit(httpx.post, url, json={"messages": HELLO}, timeout=30)

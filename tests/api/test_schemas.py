@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 from pydantic import ValidationError
 
-import api
+import replies
 import schemas
 from engine import InvalidInput
 from engine.sampling_params import SamplingParams
@@ -59,6 +59,13 @@ def test_of_many_mistakes_the_first_is_looked_for(schema, body):
 
 
 TURN = {"role": "user", "content": "a"}
+ENOUGH = {
+    schemas.ChatRequest: {"prompt": "x"},
+    schemas.ChatCompletionRequest: {"messages": [TURN]},
+    schemas.CompletionRequest: {"prompt": "x"},
+    schemas.TokenizeRequest: {"prompt": "x"},
+    schemas.DetokenizeRequest: {"tokens": [1]},
+}
 
 
 @pytest.mark.parametrize(
@@ -71,9 +78,9 @@ TURN = {"role": "user", "content": "a"}
 )
 def test_of_turns_there_may_be_so_many(schema, field, turn):
     """Each costs far more in a template than its bytes in a body."""
-    schema.model_validate({"prompt": "x", field: [turn] * schemas.MAX_TURNS})
+    schema.model_validate({**ENOUGH[schema], field: [turn] * schemas.MAX_TURNS})
     with pytest.raises(ValidationError) as refusal:
-        schema.model_validate({"prompt": "x", field: [turn] * 300_000})
+        schema.model_validate({**ENOUGH[schema], field: [turn] * 300_000})
     told = schemas.validation_error(refusal.value)
     assert str(told) == f"{field} must have at most 4096 items, not 300000"
     assert told.argument == field
@@ -81,25 +88,50 @@ def test_of_turns_there_may_be_so_many(schema, field, turn):
 
 def test_millions_of_ids_are_checked_soon():
     """The event loop waits while they are."""
-    started = time.perf_counter()
+    started = time.thread_time()
     for ids in ([1] * 4_000_000, [*[1] * 4_000_000, -1]):
         with suppress(ValidationError):
             schemas.CompletionRequest.model_validate({"prompt": ids})
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
 
 
 def test_half_a_character_is_looked_for_soon():
-    started = time.perf_counter()
+    started = time.thread_time()
     assert schemas.ChatRequest(prompt="你" * 8_000_000)
-    assert time.perf_counter() - started < 0.4
+    assert time.thread_time() - started < 0.4
+
+
+@pytest.mark.parametrize(
+    ("schema", "field", "value"),
+    [
+        (schemas.ChatRequest, "logit_bias", {str(i): 1 for i in range(301)}),
+        (schemas.ChatRequest, "stop_token_ids", [1] * 257),
+        (schemas.ChatRequest, "chat_template_kwargs", {"a": "x" * 2**14}),
+        (schemas.CompletionRequest, "prompt", ["a"] * 65),
+        (schemas.TokenizeRequest, "prompt", "x" * (2**20 + 1)),
+        (schemas.DetokenizeRequest, "tokens", [1] * (2**20 + 1)),
+        (
+            schemas.ChatCompletionRequest,
+            "messages",
+            [{"role": "user", "content": [{"type": "text", "text": "a"}] * 1025}],
+        ),
+    ],
+)
+def test_every_list_and_text_has_a_limit(schema, field, value):
+    with pytest.raises(ValidationError) as refusal:
+        schema.model_validate({**ENOUGH[schema], field: value})
+    assert refusal.value.error_count() == 1
+    told = schemas.validation_error(refusal.value)
+    assert told.argument == field
+    assert "at most" in str(told)
 
 
 def test_a_sign_of_life_does_not_undo_an_ending():
-    choice = api.Choice(0)
+    choice = replies.Choice(0)
     choice.add(Delta("hi", finish_reason="length", prompt_tokens=3, completion_tokens=2))
     choice.add(Delta(""))
     assert (choice.text, choice.finish_reason) == ("hi", "length")
-    assert api.usage_of([choice])["completion_tokens"] == 2
+    assert replies.usage_of([choice])["completion_tokens"] == 2
 
 
 @pytest.mark.parametrize("stop", ["END", ["END"]])
@@ -146,24 +178,12 @@ def test_two_system_texts_are_refused():
         schemas.ChatRequest.model_validate(body)
 
 
-@pytest.mark.parametrize("name", schemas.UNSUPPORTED)
-def test_what_would_change_the_meaning_is_refused(name):
-    with pytest.raises(InvalidInput, match=name):
-        schemas.ChatRequest.model_validate({"prompt": "x", name: 2})
-    schemas.ChatRequest.model_validate({"prompt": "x", name: None, "user": "ignored"})
-
-
-@pytest.mark.parametrize("schema", [schemas.ChatRequest, schemas.CompletionRequest])
-def test_what_changes_nothing_is_not_refused(schema):
-    neutral = {"n": 1, "best_of": 1, "num_beams": 1, "response_format": {"type": "text"}}
-    assert schema.model_validate({"prompt": "x"} | neutral).overrides() == {}
-
-
-def test_every_knob_of_sampling_can_be_asked_for():
+def test_every_sampling_parameter_can_be_asked_for():
     """A parameter is declared twice, here and in SamplingParams, and the two agree."""
-    parameters = set(SamplingParams.__dataclass_fields__)
+    parameters = set(SamplingParams.__dataclass_fields__) - {"logprobs", "prompt_logprobs"}
     # How much is told of an answer is each call's own matter, as whether it streams is.
-    assert parameters - {"logprobs"} == set(schemas.SamplingFields.model_fields) - {"stream"}
+    others = {"model", "stream", "do_sample"}
+    assert parameters == set(schemas.SamplingFields.model_fields) - others
 
 
 @pytest.mark.parametrize("history", ["ab", ["ab"], [["a"]], [["a", "b", "c"]], [["a", 1]], {}])

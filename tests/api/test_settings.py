@@ -1,5 +1,6 @@
 """One field is one flag and one variable; a bad value is one sentence."""
 
+import os
 import subprocess
 import sys
 
@@ -26,9 +27,11 @@ def test_an_empty_variable_is_no_value(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--port", "banana"], ["--port", "valid integer", "banana"]),
-        (["--port", "70000"], ["--port", "65535"]),
-        (["--dtype", "int3"], ["--dtype", "bfloat16"]),
+        (["--port", "abc"], ["--port: must be a whole number from 1 to 65535, not 'abc'."]),
+        (["--port", "70000"], ["--port: must be a whole number from 1 to 65535, not '70000'."]),
+        (["--max-batch", "1.5"], ["--max-batch: must be a whole number, not '1.5'."]),
+        (["--request-timeout", "-1"], ["--request-timeout: must be greater than 0, not '-1'."]),
+        (["--dtype", "int3"], ["--dtype: must be", "bfloat16"]),
     ],
 )
 def test_a_bad_value_is_one_sentence_that_names_the_flag(arguments, words, capsys):
@@ -41,8 +44,53 @@ def test_a_bad_value_is_one_sentence_that_names_the_flag(arguments, words, capsy
 
 def test_a_bad_variable_is_one_sentence_too(monkeypatch):
     monkeypatch.setenv("CHAT_PORT", "banana")
-    with pytest.raises(SystemExit, match=r"--port: .*banana"):
+    with pytest.raises(SystemExit, match=r"CHAT_PORT: must be a whole number.*banana"):
         api.read_settings([])
+    with pytest.raises(SystemExit, match=r"--port: .*70000"):
+        api.read_settings(["--port", "70000"])
+
+
+def test_variable_of_kubernetes_is_explained(monkeypatch):
+    monkeypatch.setenv("CHAT_PORT", "tcp://10.96.0.17:6006")
+    told = r"CHAT_PORT: .*not 'tcp://10.*Kubernetes .* Service called chat: .*enableServiceLinks"
+    with pytest.raises(SystemExit, match=told):
+        api.read_settings([])
+    assert api.read_settings(["--port", "7000"]).port == 7000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prot", "1"], "there is no flag --prot; did you mean --port?"),
+        (["--cache_memory=1GiB"], "did you mean --cache-memory?"),
+        (["--no-check-page"], "did you mean --no-chat-page?"),
+        (["-port", "1"], "there is no flag -port; did you mean --port?"),
+        (["--port", "1", "--nonsense"], "there is no flag --nonsense; --help lists them."),
+    ],
+)
+def test_unknown_flag_is_one_sentence(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        api.read_settings(arguments)
+    assert str(stop.value) == f"api.py: {words}" or str(stop.value).endswith(words)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "gbk", "ascii"])
+def test_check_is_written_whatever_the_encoding_of_the_console(encoding):
+    """A prompt in Chinese, and a model that says anything."""
+    code = (
+        "import sys, api; api.check_files = api.load_served = lambda settings: None;"
+        "api.check_model = lambda model: '你好 \U0001f642 é\\n';"
+        "sys.argv = ['api.py', '--check']; api.main()"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.decode() == "你好 🙂 é\n"
 
 
 def test_help_names_every_field():

@@ -8,7 +8,7 @@ from conftest import ROOT, greedy
 from stand_ins import as_on_a_card
 
 from engine.checkpoint import load_model
-from engine.linear import Form, convert
+from engine.form import Form, convert
 from engine.loading import probes, reference_logits
 from engine.model_config import context_length
 from engine.runner import create_runner

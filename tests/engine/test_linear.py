@@ -7,9 +7,11 @@ import torch
 from alone import FAMILIES, FIXTURES
 from conftest import tiny_llama
 
-from engine import linear
+from engine import form, linear
 from engine.checkpoint import load_model
-from engine.linear import HalfExperts, HalfLinear, WideEmbedding, convert, fastest_form, settle_form
+from engine.form import convert, fastest_form, has_fused_experts, settle_form
+from engine.fused import Part, RMSNorm, plain_norm
+from engine.linear import HalfExperts, HalfLinear, WideEmbedding
 from engine.loading import probes, reference_logits
 
 
@@ -50,9 +52,42 @@ def test_each_family_has_its_logits_in_fp16_weights(name):
         assert error < (before.float() - wanted).norm() / wanted.norm()
 
 
+def test_layers_of_one_input_are_one_product_and_norms_are_torchs():
+    model = tiny_llama().bfloat16()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.rand_like(parameter)
+    exact = deepcopy(model).float()
+    convert(model, "fp16 weights")
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.shared is attention.k_proj.shared is attention.v_proj.shared
+    assert isinstance(model.model.norm, RMSNorm)
+    x = torch.randn(1, 3, 32)
+    other = torch.randn(1, 3, 32)
+    names = ("q_proj", "k_proj", "v_proj")
+    # In any order, and of several inputs in turn.
+    for name, given in ((names[2], x), (names[0], x), (names[1], other), (names[2], other)):
+        wanted = getattr(exact.model.layers[0].self_attn, name)(given)
+        torch.testing.assert_close(getattr(attention, name)(given), wanted, atol=1e-3, rtol=1e-3)
+    assert attention.q_proj.shared.given is None, "the last of them lets go"
+
+
+def test_a_norm_that_computes_something_else_stays():
+    class OnePlusRMSNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(8))
+            self.eps = 1e-6
+
+        def forward(self, x):
+            return torch.nn.functional.rms_norm(x, (8,), 1 + self.weight, self.eps)
+
+    assert plain_norm(OnePlusRMSNorm()) is None
+
+
 def test_experts_are_those_of_the_mixture():
     model, _ = load_model(FIXTURES / "deepseek_v2", dtype="float32")
-    experts = next(m for m in model.modules() if linear.has_fused_experts(m))
+    experts = next(m for m in model.modules() if has_fused_experts(m))
     torch.manual_seed(0)
     x = torch.randn(9, experts.gate_up_proj.shape[2])
     chosen = torch.stack([torch.randperm(len(experts.gate_up_proj))[:2] for _ in range(9)])
@@ -70,7 +105,7 @@ def test_weights_that_do_not_fit_fp16_stay_exact():
         layer.up_proj.weight[0, 0] = 1e6
         layer.down_proj.weight *= 1e-9
     convert(model, "fp16 weights")
-    assert isinstance(layer.gate_proj, HalfLinear)
+    assert isinstance(model.model.layers[1].mlp.gate_proj, Part)
     for kept in (layer.up_proj, layer.down_proj):
         assert type(kept) is torch.nn.Linear
         assert kept.weight.dtype == torch.float32
@@ -90,7 +125,7 @@ def test_weights_of_single_precision_are_kept():
 
 
 def test_a_torch_without_the_products_chooses_among_the_others(monkeypatch):
-    monkeypatch.setattr(linear, "is_available", lambda: False)
+    monkeypatch.setattr(form, "is_available", lambda: False)
     model = tiny_llama().bfloat16()
     assert "fp16" not in settle_form(model)
     assert not any(isinstance(module, HalfLinear) for module in model.modules())
@@ -105,21 +140,21 @@ def test_products_that_this_cpu_lacks_are_not_available(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("as_it_is", "fp16", "form"),
+    ("as_it_is", "fp16", "chosen"),
     [
         ([19.0, 222.0], [14.0, 41.0], "fp16 weights"),  # an AVX2 CPU
         ([10.0, 22.0], [14.0, 41.0], "as it is"),  # one with avx512_bf16
         ([10.0, 22.0], [9.0, 20.0], "as it is"),  # no clear difference
     ],
 )
-def test_the_fastest_form_is_chosen_if_it_clearly_is(as_it_is, fp16, form):
+def test_the_fastest_form_is_chosen_if_it_clearly_is(as_it_is, fp16, chosen):
     taken = {"as it is": as_it_is, "fp16 weights": fp16, "float32": [30.0, 90.0]}
-    assert fastest_form(taken) == form
+    assert fastest_form(taken) == chosen
 
 
 def test_the_start_log_says_what_was_chosen_and_why(monkeypatch):
     monkeypatch.setattr(
-        linear,
+        form,
         "measure_forms",
         lambda model: {"as it is": [19.0, 222.0], "fp16 weights": [14.0, 41.0]},
     )

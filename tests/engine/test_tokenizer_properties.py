@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from engine.special_tokens import secret_beside
 from engine.tokenizer import ChatTokenizer, load_tokenizer
 
 # An example that is the first of its tokenizer builds it.
@@ -252,3 +253,10 @@ def test_real_tokenizers_special_tokens_cannot_be_written(file, data):
     found = marked(text, text.encode(conversation(before + word + after)))
     plain = marked(text, text.encode(conversation("x")))
     assert [i for i in found if i != unknown] == [i for i in plain if i != unknown]
+
+
+def test_a_secret_completes_no_token_that_a_text_begins(monkeypatch):
+    """`reserved_` and a secret that began with 1 were the token `reserved_1`, now and then."""
+    offered = iter("a" * 16 + "z" * 16)
+    monkeypatch.setattr("engine.special_tokens.secrets.choice", lambda letters: next(offered))
+    assert secret_beside(["reserved_a", "reserved_1", "<unk>"]) == "z" * 16

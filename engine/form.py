@@ -1,0 +1,169 @@
+"""The form of a model on a CPU, chosen by measuring.
+
+Most CPUs have no instructions for half precision: there torch's products of it are slower than
+those of float32, and take longer in proportion to the batch. The weights may then be fp16 with
+sums in float32 (engine.linear), and single operations larger (engine.fused).
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from math import prod
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from engine.fused import fuse_norms, share_products
+from engine.linear import HalfExperts, HalfLinear, WideEmbedding, fits_fp16, is_available
+from engine.packed_attention import can_absorb
+
+Form = Literal["as it is", "fp16 weights", "float32"]
+
+# What is measured: the tokens in a step of one request, and of a full batch.
+TOKENS = (1, 16)
+# How much faster another form must be than the checkpoint's own, so that a start under load
+# chooses as an idle one does.
+CLEARLY = 1.2
+
+
+def has_fused_experts(module: Any) -> bool:
+    """Whether a module is a mixture's experts, as transformers stacks them: [experts, out, in]."""
+    matrices = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    stacked = all(isinstance(x, torch.nn.Parameter) and x.dim() == 3 for x in matrices)
+    plain = not getattr(module, "is_transposed", False) and not getattr(module, "has_bias", False)
+    return stacked and plain and hasattr(module, "act_fn") and len(list(module.parameters())) == 2
+
+
+def replaceable(model: Any) -> dict[str, Any]:
+    """The linear layers and stacks of experts that may change their form, by their names.
+
+    MLA's up-projection is not among them: attention reads its matrix.
+    """
+    absorbed = {f"{name}.kv_b_proj" for name, module in model.named_modules() if can_absorb(module)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name not in absorbed and (type(module) is torch.nn.Linear or has_fused_experts(module))
+    }
+
+
+def matrices_of(module: Any) -> list[torch.Tensor]:
+    """The weights of a linear layer, or of all experts of a stack, [out, in] each."""
+    if isinstance(module, torch.nn.Linear):
+        return [module.weight]
+    return [*module.gate_up_proj, *module.down_proj]
+
+
+def products_of(form: Form, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A matrix's product in a form, [tokens, in] to [tokens, out]."""
+    if form == "fp16 weights":
+        return HalfLinear(weight)
+    kept = weight if form == "as it is" else weight.float()
+    return lambda x: F.linear(x, kept)
+
+
+def milliseconds_of(
+    product: Callable[[torch.Tensor], torch.Tensor], width: int, dtype: torch.dtype, tokens: int
+) -> float:
+    """The shortest of a few calls."""
+    x = torch.ones(tokens, width, dtype=dtype)
+    product(x)
+    taken: list[float] = []
+    while len(taken) < 3 or (len(taken) < 20 and sum(taken) < 0.03):
+        started = time.perf_counter()
+        product(x)
+        taken.append(time.perf_counter() - started)
+    return 1000 * min(taken)
+
+
+@torch.inference_mode()
+def measure_forms(model: Any) -> dict[Form, list[float]]:
+    """The milliseconds of a step's products in each form, for each number of TOKENS.
+
+    Measured on one matrix of each of the model's widths, and multiplied up.
+    """
+    counts: Counter[tuple[int, ...]] = Counter()
+    examples: dict[tuple[int, ...], torch.Tensor] = {}
+    for module in replaceable(model).values():
+        for matrix in matrices_of(module):
+            counts[tuple(matrix.shape)] += 1
+            examples[tuple(matrix.shape)] = matrix
+    forms: list[Form] = ["as it is", "fp16 weights", "float32"]
+    if not is_available():
+        forms.remove("fp16 weights")
+    taken = {}
+    for form in forms:
+        dtype = model.dtype if form == "as it is" else torch.float32
+        made = {width: products_of(form, matrix) for width, matrix in examples.items()}
+        taken[form] = [
+            sum(
+                count * milliseconds_of(made[width], width[1], dtype, tokens)
+                for width, count in counts.items()
+            )
+            for tokens in TOKENS
+        ]
+    return taken
+
+
+def fastest_form(taken: dict[Form, list[float]]) -> Form:
+    """The form whose times are the least, all numbers of tokens counting alike."""
+    scores = {form: prod(times) for form, times in taken.items()}
+    fastest = min(scores, key=lambda form: scores[form])
+    if scores["as it is"] <= CLEARLY ** len(TOKENS) * scores[fastest]:
+        return "as it is"
+    return fastest
+
+
+@torch.inference_mode()
+def convert(model: Any, form: Form) -> None:
+    """Give a model's linear layers a form, one after the other, and the rest float32.
+
+    A layer whose weights do not fit fp16 has them in float32.
+    """
+    if form == "as it is":
+        return
+    if form == "fp16 weights":
+        for module in list(model.modules()):
+            share_products(module)
+        layers = replaceable(model)
+        while layers:  # each is freed before the next is made
+            name, layer = layers.popitem()
+            if not all(map(fits_fp16, matrices_of(layer))):
+                continue
+            if isinstance(layer, torch.nn.Linear):
+                model.set_submodule(name, HalfLinear(layer.weight, layer.bias))
+            else:
+                model.set_submodule(name, HalfExperts(layer))
+        model.set_input_embeddings(WideEmbedding(model.get_input_embeddings()))
+    for module in model.modules():
+        if not isinstance(module, WideEmbedding):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+    fuse_norms(model)
+
+
+def computes_exactly(model: Any) -> bool:
+    """Whether activations and sums are float32."""
+    return isinstance(model.get_input_embeddings(), WideEmbedding) or model.dtype == torch.float32
+
+
+def settle_form(model: Any, dtype: str = "auto") -> str:
+    """Convert a model on the CPU to its fastest form; in words, what its weights are and why.
+
+    A dtype that was asked for is kept, and so is one that is no half precision.
+    """
+    kept = str(model.dtype).removeprefix("torch.")
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    if dtype != "auto" or not on_cpu or model.dtype not in (torch.bfloat16, torch.float16):
+        return kept
+    taken = measure_forms(model)
+    form = fastest_form(taken)
+    convert(model, form)
+    figures = [
+        f"{kept if other == 'as it is' else other} {' and '.join(f'{ms:.0f}' for ms in times)} ms"
+        for other, times in taken.items()
+    ]
+    tokens = " and ".join(map(str, TOKENS))
+    named = kept if form == "as it is" else form
+    return f"{named} (products of {tokens} tokens here: {', '.join(figures)})"

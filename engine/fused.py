@@ -1,0 +1,92 @@
+"""Fewer and larger operations for a model on a CPU, where each costs as much as the work in it."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from engine.linear import HalfLinear, fits_fp16
+
+# Layers of one module that have the same input, by their names in transformers.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class SharedProduct:
+    """Several linear layers of one input as a single product, computed for the first of them."""
+
+    def __init__(self, layers: list[torch.nn.Linear]):
+        self.widths = [layer.out_features for layer in layers]
+        biases: list[Any] = [layer.bias for layer in layers]
+        bias = None if biases[0] is None else torch.cat(biases)
+        weights: list[torch.Tensor] = [layer.weight for layer in layers]
+        self.product = HalfLinear(torch.cat(weights), bias)
+        self.given: torch.Tensor | None = None
+        self.parts: tuple[torch.Tensor, ...] = ()
+
+    def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """What the layer of that index makes of x; the product is kept until the last asks."""
+        if x is not self.given:
+            self.given = x
+            self.parts = self.product(x).split(self.widths, dim=-1)
+        part = self.parts[index]
+        if index == len(self.widths) - 1:
+            self.given = None
+            self.parts = ()
+        return part
+
+
+class Part(torch.nn.Module):
+    """One of the layers of a SharedProduct."""
+
+    def __init__(self, shared: SharedProduct, index: int):
+        super().__init__()
+        self.shared = shared
+        self.index = index
+        self.in_features = shared.product.in_features
+        self.out_features = shared.widths[index]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.shared.part(x, self.index)
+
+
+class RMSNorm(torch.nn.Module):
+    """A model's RMSNorm as torch's own."""
+
+    def __init__(self, weight: torch.nn.Parameter, eps: float):
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def share_products(module: Any) -> None:
+    """Let a module's linear layers of one input be computed together, where all fit fp16."""
+    for names in SIBLINGS:
+        layers: list[Any] = [getattr(module, name, None) for name in names]
+        plain = all(type(layer) is torch.nn.Linear for layer in layers)
+        if not plain or len({(x.in_features, x.bias is None) for x in layers}) > 1:
+            continue
+        if all(fits_fp16(layer.weight) for layer in layers):
+            shared = SharedProduct(layers)
+            for index, name in enumerate(names):
+                setattr(module, name, Part(shared, index))
+
+
+def plain_norm(module: Any) -> RMSNorm | None:
+    """Torch's RMSNorm in place of a module, if it computes the same: some models add 1."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not type(module).__name__.endswith("RMSNorm") or weight is None or eps is None:
+        return None
+    norm = RMSNorm(weight, eps)
+    probe = torch.linspace(-3, 3, 2 * weight.numel()).reshape(1, 2, -1)
+    return norm if torch.allclose(norm(probe), module(probe), atol=1e-5, rtol=1e-5) else None
+
+
+def fuse_norms(model: Any) -> None:
+    """Replace a model's norms by torch's, where they are the same."""
+    for name, module in list(model.named_modules()):
+        if norm := plain_norm(module):
+            model.set_submodule(name, norm)

@@ -1,0 +1,99 @@
+"""What a model's layers call for attention, by transformers' interface.
+
+The model's own cache is not used: new rows are written to ours, and the old ones read there.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from engine.attention import Group
+from engine.errors import StartError
+from engine.step import Step
+
+
+def packed_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    step: Step,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of each group's tokens to their own rows, by transformers' interface.
+
+    Takes [1, heads, tokens, width], returns [1, tokens, heads, width]. Raises StartError for
+    options that it does not implement.
+    """
+    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise StartError(f"the model's attention uses {name}, which this server does not do")
+    step.attended += 1
+    here = step.on(query.device)
+    layer = step.pool.layers[module.layer_idx]
+    query = query[0].transpose(0, 1)
+    if keeps_latent(module):
+        rows, _ = layer.write(here.write, torch.cat([key, value], dim=-1), None)
+        parts = [
+            attend_latent(module, group, query[group.tokens], group.select(rows), scaling)
+            for group in here.groups
+        ]
+    else:
+        keys, values = layer.write(here.write, key, value)
+        parts = [
+            group.attend(query[group.tokens], group.select(keys), group.select(values), scaling)
+            for group in here.groups
+        ]
+    return torch.cat(parts)[None], None
+
+
+def attend_latent(
+    module: Any, group: Group, query: torch.Tensor, rows: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """Multi-head latent attention over rows [rows, 1, rank + rope width]: latent, rotated key.
+
+    In prefill, keys and values are expanded from the latents, as many queries share them. In
+    decode that would dominate the step, so the up-projections are absorbed into the query and
+    the output instead: q · (W c) = (Wᵀ q) · c (section 2.1.2 of arXiv 2405.04434, DeepSeek-V2).
+    """
+    rank = module.kv_lora_rank
+    if group.is_prefill:
+        given = (x.transpose(0, 1)[None] for x in (rows[..., :rank], rows[..., rank:]))
+        key, value = (x[0].transpose(0, 1) for x in type(module).expand_kv(module, *given))
+        return group.attend(query, key, value, scale)
+    widths = [module.qk_nope_head_dim, module.v_head_dim]
+    make_key, make_value = module.kv_b_proj.weight.unflatten(0, (-1, sum(widths))).split(widths, 1)
+    plain, turned = query.split([widths[0], rows.shape[-1] - rank], dim=-1)
+    query = torch.cat([torch.einsum("thw,hwr->thr", plain, make_key), turned], dim=-1)
+    out = group.attend(query, rows, rows[..., :rank], scale)
+    return torch.einsum("thr,hwr->thw", out, make_value)
+
+
+def keep_latent(latent: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replaces MLA's expand_kv: the cache then holds latents, and attend_latent expands them."""
+    return latent, rotated
+
+
+def keeps_latent(module: Any) -> bool:
+    return getattr(module, "expand_kv", None) is keep_latent
+
+
+def can_absorb(module: Any) -> bool:
+    """Whether a module is MLA whose up-projection is a plain matrix, loaded on this device."""
+    up = getattr(module, "kv_b_proj", None)
+    plain = type(up) is torch.nn.Linear and up.bias is None and not up.weight.is_meta
+    return plain and hasattr(module, "expand_kv")
+
+
+def use_packed_attention(model: Any) -> None:
+    """Let a model's layers call `packed_attention`; those of MLA then cache their latents."""
+    AttentionInterface.register("packed", packed_attention)
+    # cuDNN makes a plan for each new length, and copied keys have a new one at every step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    for module in model.modules():
+        if can_absorb(module):
+            module.expand_kv = keep_latent
+    model.set_attn_implementation("packed")

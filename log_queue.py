@@ -1,0 +1,68 @@
+"""Logging that never waits for its reader: a bounded queue, and a thread that writes.
+
+A stderr that is a pipe which nobody reads would stop whoever logs: the event loop and the engine.
+"""
+
+import logging
+import queue
+from logging.handlers import QueueHandler, QueueListener
+from typing import Any
+
+# Lines that wait to be written; further ones are dropped.
+MAX_LINES = 1000
+# Most seconds that the end of the program waits for them.
+FLUSH_TIMEOUT = 2.0
+
+
+class LogQueue(QueueHandler):
+    """Puts records into a queue that a thread writes out; counts those that it drops."""
+
+    def __init__(self, writer: logging.Handler):
+        self.lines: queue.Queue[Any] = queue.Queue(MAX_LINES)
+        super().__init__(self.lines)
+        self.num_dropped = 0
+        QueueListener(self.lines, writer).start()
+
+    def prepare(self, record: logging.LogRecord) -> Any:
+        # The writer makes text of it, with its traceback and its fields: it is in this process.
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.lines.put_nowait(record)
+        except queue.Full:
+            self.num_dropped += 1
+
+    def flush(self) -> None:
+        """Wait until all lines are written, for FLUSH_TIMEOUT at most."""
+        with self.lines.all_tasks_done:
+            self.lines.all_tasks_done.wait_for(
+                lambda: not self.lines.unfinished_tasks, FLUSH_TIMEOUT
+            )
+
+
+def start_log(as_json: bool) -> None:
+    """Log plain text lines, or JSON lines, to stderr."""
+    shape = "%(asctime)s %(levelname)s %(message)s"
+    writer = logging.StreamHandler()
+    writer.setFormatter(logging.Formatter(shape))
+    if as_json:
+        from pythonjsonlogger.json import JsonFormatter
+
+        writer.setFormatter(JsonFormatter(shape))
+    logging.basicConfig(level=logging.INFO, handlers=[LogQueue(writer)])
+
+
+def log_queues() -> list[LogQueue]:
+    return [handler for handler in logging.getLogger().handlers if isinstance(handler, LogQueue)]
+
+
+def num_dropped() -> int:
+    """Lines that were dropped since the start."""
+    return sum(handler.num_dropped for handler in log_queues())
+
+
+def flush_log() -> None:
+    """Write what waits, before the process ends without the interpreter's own exit."""
+    for handler in log_queues():
+        handler.flush()

@@ -1,0 +1,72 @@
+"""What a schema may take to compile is bounded, by a process that is ended."""
+
+import os
+import signal
+import threading
+
+import pytest
+from conftest import byte_tokenizer, wait_for
+
+from engine import InvalidInput
+from engine.schema_trial import TrialCompiler
+from engine.tokenizer import ChatTokenizer
+
+EASY = {"type": "integer", "multipleOf": 7}
+# It takes a minute and gigabytes where nothing ends it.
+HARD = {"type": "integer", "multipleOf": 3_000_017}
+
+
+@pytest.fixture
+def compiler():
+    compiler = TrialCompiler(ChatTokenizer(byte_tokenizer()).backend, (), {256})
+    yield compiler
+    compiler.close()
+
+
+def test_schema_that_takes_too_much_is_refused_and_the_next_is_compiled(compiler):
+    compiler.compile(EASY)
+    worker = compiler._process
+    with pytest.raises(InvalidInput, match="takes more than 2 seconds or 256 MiB") as refused:
+        compiler.compile(HARD)
+    assert refused.value.argument == "schema"
+    assert worker.poll() is not None
+    assert compiler.compile(EASY).allowed().any()
+
+
+def test_schema_that_takes_too_much_memory_is_refused(compiler, monkeypatch):
+    monkeypatch.setattr("engine.schema_trial.COMPILE_TIMEOUT", 600)  # here, and not over there
+    with pytest.raises(InvalidInput, match="256 MiB"):
+        compiler.compile(HARD)
+
+
+def test_invalid_schema_is_named_and_keeps_the_process(compiler):
+    with pytest.raises(InvalidInput, match="bogus"):
+        compiler.compile({"type": "bogus"})
+    worker = compiler._process
+    compiler.compile(EASY)
+    assert compiler._process is worker
+
+
+def test_process_that_died_is_started_again(compiler):
+    compiler.compile(EASY)
+    os.kill(compiler._process.pid, signal.SIGKILL)
+    wait_for(lambda: compiler._process.poll() is not None)
+    compiler.compile(EASY)
+
+
+def test_closing_ends_what_is_compiled(compiler):
+    compiler.compile(EASY)
+    worker = compiler._process
+    refused = []
+
+    def ask() -> None:
+        with pytest.raises(InvalidInput):
+            compiler.compile(HARD)
+        refused.append(True)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    compiler.close()
+    thread.join(10)
+    assert refused
+    wait_for(lambda: worker.poll() is not None)
