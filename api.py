@@ -18,7 +18,7 @@ Read it from top to bottom: each section uses only what stands above it. Errors 
 first, then the docs, the metrics, the routes, and the start. What requests and responses look like
 is in schemas.py, how an answer is formatted in replies.py, what a socket may bring in
 connection.py, what would block the event loop goes to workers.py, and the model and its batch are
-in engine/.
+in engine/. docs/how-it-works.md follows one POST / through all of them.
 """
 
 import sys

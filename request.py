@@ -28,7 +28,7 @@ def post(body: dict[str, Any], url: str, api_key: str) -> requests.Response:
     except requests.ConnectionError as error:
         raise requests.ConnectionError(
             f"no server answers at {url}; start it with `python api.py`, or forward the port of a"
-            " rented machine with `ssh -CNg -L 6006:127.0.0.1:6006 -p PORT USER@HOST`"
+            " rented machine with `ssh -CN -L 6006:127.0.0.1:6006 -p PORT USER@HOST`"
         ) from error
     if answer.ok:
         return answer

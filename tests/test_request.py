@@ -171,7 +171,7 @@ def test_unreachable_server_is_told_with_how_to_start_one():
         port = probe.getsockname()[1]
     message = failed(run("hi", "--url", f"http://127.0.0.1:{port}"))
     assert "python api.py" in message
-    assert "ssh -CNg -L 6006:127.0.0.1:6006" in message
+    assert "ssh -CN -L 6006:127.0.0.1:6006" in message
 
 
 def test_key_is_taken_from_flag_or_variable(runner, tokenizer):
