@@ -21,10 +21,10 @@ from transformers import GenerationConfig
 
 import api
 import model_download
-import schemas
 from engine.families import FAMILIES, checkpoint_defaults
 from engine.form import computes_exactly
 from engine.sampling_params import SamplingParams
+from serving import schemas
 
 NAMES = ("README.md", "README.zh.md")
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -46,7 +46,13 @@ FOREIGN = {
     *("--generate", "--head", "--address", "--http-host", "--http-port"),  # ray, serve
     *("--index-url", "--system-site-packages"),  # pip, venv
     *("--no-binary", "--no-deps", "--build", "--target", "--outtype", "--outfile"),  # llama.cpp
-    *("--tasks", "--batch", "--model", "--apply", "--now"),  # lm-eval (--apply_chat_template), systemctl
+    *(
+        "--tasks",
+        "--batch",
+        "--model",
+        "--apply",
+        "--now",
+    ),  # lm-eval (--apply_chat_template), systemctl
     *("--continuous-batching", "--data-binary"),  # transformers serve, curl
 }
 FAMILY_OF = {
