@@ -15,9 +15,10 @@
     GET  /docs                     the fields of every call
 
 Read it from top to bottom: each section uses only what stands above it. Errors and settings come
-first, then the docs, the metrics, the routes, and the start. What requests and responses look like,
-how an answer is formatted, what a socket may bring, and what would block the event loop are rooms of
-serving/; the model and its batch are in engine/.
+first, then the docs, the metrics, the routes, and the start. What requests and responses look
+like, how an answer is formatted, what a socket may bring, and what would block the event loop are
+rooms of serving/; the model and its batch are in engine/. docs/how-it-works.md follows one POST /
+through all of them.
 """
 
 import sys
