@@ -979,7 +979,9 @@ class ChatService:
         try:
             body = await read_body(request, schema)
             info.field_of = body.field_of
-            work = asyncio.to_thread(body.result, self.model(body.model))
+            model = self.model(body.model)
+            self.check_queue(model)
+            work = self.workers.run(partial(body.result, model))
             return JSONText(await while_connected(request, work))
         except ClientDisconnect:
             return Response(status_code=499)

@@ -122,8 +122,8 @@ class ChatModel:
         default = min(self.defaults.max_new_tokens, self.context_length // 2)
         answer = given.get("max_new_tokens", default)
         dropped = self._turns_to_drop(messages, answer, encode) if truncate else 0
-        ids = encode(drop_turns(messages, dropped))
-        prompt = self._with_length(ids, given, whole_context)
+        kept = drop_turns(messages, dropped)
+        prompt = self._with_length(encode(kept), given, whole_context)
         return replace(prompt, dropped_turns=dropped, continues=continue_final)
 
     def prepare_text(self, prompt: str | list[int], given: dict[str, Any]) -> Prompt:
@@ -213,11 +213,11 @@ class ChatModel:
     ) -> int:
         """The fewest of the oldest turns to drop so that the answer fits."""
 
-        def encode_if_short(kept: list[Message]) -> list[int] | None:
+        def encode_short(kept: list[Message]) -> list[int] | None:
             try:
                 return encode(kept)
             except ContextTooLong:
                 return None
 
         room = min(self.prompt_length, self.context_length - answer)
-        return turns_to_drop(messages, room, self.tokenizer.num_tokens, encode_if_short)
+        return turns_to_drop(messages, room, self.tokenizer.num_tokens, encode_short)

@@ -232,7 +232,7 @@ class ChatTokenizer:
             return
         if self._bound.exceeds(self._special.bare(text), self.most_tokens):
             raise ContextTooLong(
-                f"This model's maximum context length is {self.most_tokens} tokens, and the prompt"
+                f"This model's maximum context length is {self.most_tokens} tokens. The prompt"
                 " has many more; shorten the prompt or the history",
                 "prompt",
             )

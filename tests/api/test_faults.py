@@ -320,10 +320,10 @@ def one_fails(url: str, bad: str) -> None:
 def test_tokenizer_fault_fails_one_request(server, monkeypatch):
     encode = ChatTokenizer.encode
 
-    def broken(self, messages: list[Message], *given: object, **named: object) -> list[int]:
+    def broken(self, messages: list[Message], *given: object, **options: bool) -> list[int]:
         if "boom" in messages[-1]["content"]:
             raise RuntimeError("a secret")
-        return encode(self, messages, *given, **named)
+        return encode(self, messages, *given, **options)
 
     monkeypatch.setattr(ChatTokenizer, "encode", broken)
     one_fails(server, "boom")

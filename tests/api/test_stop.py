@@ -40,9 +40,9 @@ def wait_less() -> None:
     uvicorn.Config = impatient
 
 
-def slowly(self, *given, encode=ChatTokenizer.encode):
+def slowly(self, *given, encode=ChatTokenizer.encode, **options):
     time.sleep(3 * GRACE)
-    return encode(self, *given)
+    return encode(self, *given, **options)
 
 
 def load_scripted(
