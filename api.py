@@ -15,10 +15,9 @@
     GET  /docs                     the fields of every call
 
 Read it from top to bottom: each section uses only what stands above it. Errors and settings come
-first, then the docs, the metrics, the routes, and the start. What requests and responses look like
-is in schemas.py, how an answer is formatted in replies.py, what a socket may bring in
-connection.py, what would block the event loop goes to workers.py, and the model and its batch are
-in engine/. docs/how-it-works.md follows one POST / through all of them.
+first, then the docs, the metrics, the routes, and the start. What requests and responses look like,
+how an answer is formatted, what a socket may bring, and what would block the event loop are rooms of
+serving/; the model and its batch are in engine/.
 """
 
 import sys
@@ -76,7 +75,6 @@ try:
 
     import chat_page
     import engine
-    from connection import KEEP_ALIVE, Connection
     from engine import (
         ChatModel,
         ContextTooLong,
@@ -89,9 +87,10 @@ try:
         StepFailed,
         TimedOut,
     )
-    from log_queue import flush_log, num_dropped, start_log
     from model_download import DownloadError, find_model
-    from replies import (
+    from serving.connection import KEEP_ALIVE, Connection
+    from serving.log_queue import flush_log, num_dropped, start_log
+    from serving.replies import (
         ChatCompletionReply,
         Choice,
         ClassicReply,
@@ -106,7 +105,7 @@ try:
         local_time,
         usage_of,
     )
-    from schemas import (
+    from serving.schemas import (
         ChatCompletionRequest,
         ChatRequest,
         ChatResponse,
@@ -122,7 +121,7 @@ try:
         TokenizeResponse,
         validation_error,
     )
-    from workers import Workers
+    from serving.workers import Workers
 except ImportError as missing:
     sys.exit(f"api.py cannot start ({missing}); run `pip install -r requirements.txt`.")
 

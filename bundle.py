@@ -12,20 +12,7 @@ import zipapp
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PARTS = (
-    "api.py",
-    "chat_page.py",
-    "chat_page",
-    "connection.py",
-    "engine",
-    "log_queue.py",
-    "model_download.py",
-    "replies.py",
-    "schemas.py",
-    "field_types.py",
-    "unknown_fields.py",
-    "workers.py",
-)
+PARTS = ("api.py", "chat_page.py", "chat_page", "engine", "model_download.py", "serving")
 # As `python api.py` would start it.
 START = 'import runpy\n\nrunpy.run_module("api", run_name="__main__", alter_sys=True)\n'
 

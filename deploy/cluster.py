@@ -20,7 +20,7 @@ from ray.serve.request_router import PendingRequest, RunningReplica
 
 import api
 from engine import ChatModel
-from log_queue import start_log
+from serving.log_queue import start_log
 
 Load = Callable[[api.Settings], ChatModel]
 

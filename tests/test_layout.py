@@ -46,13 +46,14 @@ ORDER = [
     "chat_page.markdown",
     "chat_page.renderer",
     "chat_page",
-    "connection",
-    "log_queue",
-    "workers",
-    "unknown_fields",
-    "field_types",
-    "schemas",
-    "replies",
+    "serving",
+    "serving.connection",
+    "serving.log_queue",
+    "serving.workers",
+    "serving.unknown_fields",
+    "serving.field_types",
+    "serving.schemas",
+    "serving.replies",
     "api",
     "deploy.cluster",
     "request",
@@ -64,10 +65,10 @@ CEILINGS = {
     "api": 1500,
     "chat_page": 200,
     "model_download": 500,
-    "schemas": 700,
-    "field_types": 300,
-    "replies": 450,
-    "unknown_fields": 250,
+    "serving.schemas": 700,
+    "serving.field_types": 300,
+    "serving.replies": 450,
+    "serving.unknown_fields": 250,
 }
 ENGINE_CEILING = 320
 # A table of routes is as long as it has rows.
@@ -81,7 +82,7 @@ def name_of(path: Path) -> str:
 
 
 def program_files() -> list[Path]:
-    folders = (ROOT, ROOT / "engine", ROOT / "chat_page", ROOT / "deploy")
+    folders = (ROOT, ROOT / "engine", ROOT / "serving", ROOT / "chat_page", ROOT / "deploy")
     return [path for folder in folders for path in sorted(folder.glob("*.py"))]
 
 
@@ -187,7 +188,11 @@ def test_an_import_loads_no_torch(name):
 @pytest.mark.parametrize("name", SOURCES)
 def test_no_module_is_longer_than_its_ceiling(name):
     """If this pinches, a module is missing: name it."""
-    ceiling = ENGINE_CEILING if name in ENGINE else CEILINGS.get(name.split(".")[0], 150)
+    ceiling = (
+        ENGINE_CEILING
+        if name in ENGINE
+        else CEILINGS.get(name, CEILINGS.get(name.split(".")[0], 150))
+    )
     length = len(SOURCES[name].splitlines())
     assert length <= ceiling
 

@@ -13,7 +13,7 @@ import pytest
 from benchmark import free_port
 from conftest import ROOT, wait_for
 
-from log_queue import MAX_LINES, LogQueue
+from serving.log_queue import MAX_LINES, LogQueue
 
 
 class Stuck(logging.Handler):
@@ -33,7 +33,7 @@ def record(number: int) -> logging.LogRecord:
 
 
 def test_lines_beyond_the_queue_are_dropped_and_counted(monkeypatch):
-    monkeypatch.setattr("log_queue.FLUSH_TIMEOUT", 0.1)
+    monkeypatch.setattr("serving.log_queue.FLUSH_TIMEOUT", 0.1)
     writer = Stuck()
     lines = LogQueue(writer)
     lines.handle(record(0))
@@ -46,7 +46,7 @@ def test_lines_beyond_the_queue_are_dropped_and_counted(monkeypatch):
     assert lines.num_dropped == 5
     lines.flush()
     writer.released.set()
-    monkeypatch.setattr("log_queue.FLUSH_TIMEOUT", 20)
+    monkeypatch.setattr("serving.log_queue.FLUSH_TIMEOUT", 20)
     lines.flush()
     assert writer.written == [f"line {number}" for number in range(MAX_LINES + 1)]
 

@@ -21,10 +21,10 @@ from transformers import GenerationConfig
 
 import api
 import model_download
-import schemas
 from engine.families import FAMILIES, checkpoint_defaults
 from engine.form import computes_exactly
 from engine.sampling_params import SamplingParams
+from serving import schemas
 
 NAMES = ("README.md", "README.zh.md")
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))

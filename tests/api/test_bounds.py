@@ -8,10 +8,8 @@ import pytest
 from conftest import ROOT
 
 import api
-import connection
-import log_queue
-import schemas
 from engine import InvalidInput, guide, schema_trial
+from serving import connection, log_queue, schemas
 
 STATED = {
     "headers, and what stands between them and the body": (

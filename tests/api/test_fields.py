@@ -11,8 +11,8 @@ import pytest
 from conftest import byte_tokenizer, chat_model, ready, serve
 
 import api
-import schemas
 from engine import ChatModel, InvalidInput, StartError
+from serving import schemas
 
 HELLO = [{"role": "user", "content": "hi"}]
 BODIES = {

@@ -11,8 +11,8 @@ from conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import unknown_fields
 from engine.tokenizer import load_tokenizer
+from serving import unknown_fields
 
 ROUTES = ("/", "/v1/chat/completions", "/v1/completions")
 # What an error must not tell: our language, our libraries, our files.

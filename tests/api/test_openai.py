@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import chat_model, ready, serve, tiny_llama, wait_for
 
-import replies
 from engine.guide import GuideCompiler
 from engine.runner import create_runner
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import ChatTokenizer
+from serving import replies
 
 HELLO = [{"role": "user", "content": "hi"}]
 

@@ -6,11 +6,10 @@ from contextlib import suppress
 import pytest
 from pydantic import ValidationError
 
-import replies
-import schemas
 from engine import InvalidInput
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta
+from serving import replies, schemas
 
 
 def test_the_old_names_mean_new_tokens():

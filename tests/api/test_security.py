@@ -314,7 +314,7 @@ HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
 
 @pytest.mark.parametrize("head", [b"", b"POST / HT", HEAD, HEAD + b"X-Long: a"])
 def test_a_caller_who_does_not_say_what_is_wanted_is_cut_off(server, monkeypatch, head):
-    monkeypatch.setattr("connection.HEADER_TIMEOUT", 0.3)
+    monkeypatch.setattr("serving.connection.HEADER_TIMEOUT", 0.3)
     with peer(server) as connection:
         connection.sendall(head)
         started = time.monotonic()
@@ -323,7 +323,7 @@ def test_a_caller_who_does_not_say_what_is_wanted_is_cut_off(server, monkeypatch
 
 
 def test_a_second_request_is_waited_for_no_longer(server, monkeypatch):
-    monkeypatch.setattr("connection.HEADER_TIMEOUT", 0.3)
+    monkeypatch.setattr("serving.connection.HEADER_TIMEOUT", 0.3)
     with peer(server) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b"ready" in connection.recv(65536)
@@ -340,7 +340,7 @@ def test_a_second_request_is_waited_for_no_longer(server, monkeypatch):
 )
 def test_a_crumb_after_an_answer_holds_no_connection(server, monkeypatch, request_, crumb):
     """uvicorn waits for the next request with a patience that any byte ends."""
-    monkeypatch.setattr("connection.KEEP_ALIVE", 0.3)
+    monkeypatch.setattr("serving.connection.KEEP_ALIVE", 0.3)
     with peer(server) as connection:
         connection.sendall(request_)
         assert connection.recv(65536).startswith(b"HTTP/1.1 ")
@@ -349,7 +349,7 @@ def test_a_crumb_after_an_answer_holds_no_connection(server, monkeypatch, reques
 
 
 def test_between_requests_a_connection_is_kept_for_longer(server, monkeypatch):
-    monkeypatch.setattr("connection.HEADER_TIMEOUT", 0.2)
+    monkeypatch.setattr("serving.connection.HEADER_TIMEOUT", 0.2)
     with peer(server) as connection:
         for _ in range(2):
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -358,7 +358,7 @@ def test_between_requests_a_connection_is_kept_for_longer(server, monkeypatch):
 
 
 def test_an_answer_may_take_longer_than_a_question(server, runner, monkeypatch):
-    monkeypatch.setattr("connection.HEADER_TIMEOUT", 0.2)
+    monkeypatch.setattr("serving.connection.HEADER_TIMEOUT", 0.2)
     runner.pause, runner.say = 0.05, "x" * 20
     answer = httpx.post(server, json={"prompt": "hi", "stream": True}, timeout=30)
     assert answer.text.endswith("data: [DONE]\n\n")

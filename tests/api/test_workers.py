@@ -16,7 +16,7 @@ from server_process import server_process
 import api
 from engine import ChatModel, EngineStopped
 from engine.tokenizer import ChatTokenizer
-from workers import NUM_THREADS, Workers
+from serving.workers import NUM_THREADS, Workers
 
 # ---- The class
 

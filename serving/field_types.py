@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from unknown_fields import printable
+from serving.unknown_fields import printable
 
 
 class StrictModel(BaseModel):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from engine import ChatModel, Delta, FinishReason, Prompt, Token
-from schemas import ChatCompletionRequest, ChatRequest, CompletionRequest, OpenAIRequest
+from serving.schemas import ChatCompletionRequest, ChatRequest, CompletionRequest, OpenAIRequest
 
 __version__ = "0.1.0"
 

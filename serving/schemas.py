@@ -26,7 +26,7 @@ from engine import (
     Prompt,
     SamplingParams,
 )
-from field_types import (
+from serving.field_types import (
     MAX_TURNS,
     Biases,
     ClosedModel,
@@ -42,7 +42,7 @@ from field_types import (
     join_text_parts,
     parse_prompts,
 )
-from unknown_fields import asks_for_nothing, refusal_of
+from serving.unknown_fields import asks_for_nothing, refusal_of
 
 LENGTH_NAMES = ("max_length", "max_new_tokens", "max_tokens", "max_completion_tokens", "n_predict")
 
