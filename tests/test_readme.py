@@ -46,13 +46,7 @@ FOREIGN = {
     *("--generate", "--head", "--address", "--http-host", "--http-port"),  # ray, serve
     *("--index-url", "--system-site-packages"),  # pip, venv
     *("--no-binary", "--no-deps", "--build", "--target", "--outtype", "--outfile"),  # llama.cpp
-    *(
-        "--tasks",
-        "--batch",
-        "--model",
-        "--apply",
-        "--now",
-    ),  # lm-eval (--apply_chat_template), systemctl
+    *("--tasks", "--apply", "--batch", "--now"),  # lm-eval (--apply_chat_template), systemctl
     *("--continuous-batching", "--data-binary"),  # transformers serve, curl
 }
 FAMILY_OF = {
