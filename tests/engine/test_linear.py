@@ -145,6 +145,7 @@ def test_products_that_this_cpu_lacks_are_not_available(monkeypatch):
         ([19.0, 222.0], [14.0, 41.0], "fp16 weights"),  # an AVX2 CPU
         ([10.0, 22.0], [14.0, 41.0], "as it is"),  # one with avx512_bf16
         ([10.0, 22.0], [9.0, 20.0], "as it is"),  # no clear difference
+        ([11.8, 20.9], [6.6, 25.4], "as it is"),  # faster for one, slower for many
     ],
 )
 def test_the_fastest_form_is_chosen_if_it_clearly_is(as_it_is, fp16, chosen):
