@@ -1059,7 +1059,7 @@ class ChatService:
         lines = model.facts | {
             "calls": f"{url} (prompt and history), {url}/v1 (OpenAI's), {url}/docs",
             **({"chat page": f"{url}/chat"} if self.settings.chat_page else {}),
-            "from a laptop": f"ssh -CNg -L {port}:{here}:{port} -p PORT USER@THIS-MACHINE",
+            "from a laptop": f"ssh -CN -L {port}:{here}:{port} -p PORT USER@THIS-MACHINE",
         }
         for name, fact in lines.items():
             log.info("%s: %s", name, fact)

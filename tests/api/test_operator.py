@@ -231,7 +231,7 @@ def test_the_start_says_what_is_served_and_how_to_reach_it(demo_folder):
     assert "weights: " in text
     assert re.search(r"context: 8,192 tokens; the cache holds [\d,]+", text)
     assert f"http://127.0.0.1:{port}/v1" in text
-    assert f"ssh -CNg -L {port}:127.0.0.1:{port}" in text
+    assert f"ssh -CN -L {port}:127.0.0.1:{port}" in text
     assert f"anyone who reaches port {port}" in text
 
 
@@ -270,7 +270,7 @@ def test_the_address_told_is_one_that_works(runner, tokenizer, caplog, host, add
     with serve(lambda settings: chat_model(runner, tokenizer), host=host, port=7000) as url:
         ready(url)
     assert f"http://{address}:7000/v1 (OpenAI's)" in caplog.text
-    assert f"ssh -CNg -L 7000:{address}:7000 " in caplog.text
+    assert f"ssh -CN -L 7000:{address}:7000 " in caplog.text
     assert ("anyone who reaches port 7000" in caplog.text) == warned
 
 
