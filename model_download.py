@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -483,14 +484,22 @@ def _read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def stop(*_: object) -> None:
+    """End at once: an exception could leave a lock of a hub's client taken, and it would hang."""
+    sys.stderr.write(
+        "\nmodel_download.py: stopped; run the same command again to go on from here\n"
+    )
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def main() -> None:
+    signal.signal(signal.SIGINT, stop)
     wish = _read_arguments()
     try:
         folder = fetch(wish.name, wish.source, wish.dir.expanduser() if wish.dir else MODELS)
     except DownloadError as error:
         sys.exit(f"model_download.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\nmodel_download.py: stopped; run the same command again to go on from here")
     print(f"The model is in {folder}")
     print(f"Serve it with: python api.py --model {folder if wish.dir else wish.name}")
 

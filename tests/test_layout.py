@@ -64,7 +64,7 @@ TENSORS = {"accelerate", "safetensors", "tokenizers", "torch", "transformers"}
 CEILINGS = {
     "api": 1500,
     "chat_page": 200,
-    "model_download": 500,
+    "model_download": 510,
     "serving.schemas": 700,
     "serving.field_types": 300,
     "serving.replies": 450,

@@ -396,7 +396,10 @@ def test_interrupted_download_says_how_to_resume(download, folder, repository, h
     with download(popen=True) as process:
         wait_for(lambda: SHARDS[0] in hub.sent)
         process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=20)
+        try:
+            out, error = process.communicate(timeout=20)
+        finally:
+            process.kill()
     hub.flowing.set()
     assert "run the same command again" in sentence(Run(process.returncode, out, error))
     download(check=True)
