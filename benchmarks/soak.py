@@ -585,13 +585,6 @@ async def half_a_body(url: str, reader: asyncio.StreamReader, writer: asyncio.St
     await unanswered(reader)
 
 
-async def tokenizing(url: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    writer.write(request_of("/", {"prompt": " ".join(WORDS) * 40_000}))
-    await writer.drain()
-    await asyncio.sleep(0.1)
-    await unanswered(reader)
-
-
 async def prefill(url: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     _, most = await whole_cache(url)
     ids = random.Random(time.monotonic()).choices(range(40, 200), k=most - 20)
@@ -618,7 +611,7 @@ async def last_token(url: str, reader: asyncio.StreamReader, writer: asyncio.Str
     await reader.readuntil(b'"finish_reason"')
 
 
-STAGES = [half_a_body, tokenizing, prefill, mid_stream, whole, *[last_token] * 5]
+STAGES = [half_a_body, prefill, mid_stream, whole, *[last_token] * 5]
 
 
 async def settled(url: str, files: int) -> bool:

@@ -5,6 +5,7 @@ needed, least recently used first. Prefixes are found by the chained hashes of t
 vLLM's automatic prefix caching, in a few look-ups however many there are.
 """
 
+import secrets
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from itertools import islice
@@ -14,6 +15,8 @@ from engine.sequence import Sequence, Span
 
 # Tokens in a hashed block. A shorter prefix is computed again rather than kept or copied.
 BLOCK = 16
+# Where the chain of hashes begins: unknown to callers, so that none can make hashes collide.
+SEED = secrets.randbits(62)
 # Most prefixes of finished requests that are kept.
 MAX_PREFIXES = 256
 # Spans that share a block are compared token by token; of many, so many of the newest.
@@ -66,7 +69,7 @@ def block_hashes(span: Span, count: int) -> list[int]:
     """The hashes of a span's first `count` blocks, each over all tokens up to its end."""
     hashes = span.block_hashes
     for n in range(len(hashes), count):
-        before = hashes[-1] if hashes else 0
+        before = hashes[-1] if hashes else SEED
         hashes.append(hash((before, *span.tokens[n * BLOCK : (n + 1) * BLOCK])))
     return hashes[:count]
 
@@ -92,9 +95,10 @@ class PrefixIndex(Generic[S]):
 
     def remove(self, span: S) -> None:
         for key in block_hashes(span, self.num_blocks.pop(span, 0)):
-            del self.spans[key][span]
-            if not self.spans[key]:
-                del self.spans[key]
+            sharing = self.spans.get(key, {})
+            sharing.pop(span, None)  # of two blocks with one hash it went with the first
+            if not sharing:
+                self.spans.pop(key, None)
 
     def longest(self, span: Span) -> int:
         """How many of a span's blocks another one begins with, its last token left out."""

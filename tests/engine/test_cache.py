@@ -93,6 +93,10 @@ def test_colliding_hashes_reuse_nothing(monkeypatch):
     seq = sequence([2] * 64, max_new_tokens=10)
     assert cache.place(seq)
     assert seq.num_cached == 0
+    seq.num_cached = 64
+    cache.advance(seq)
+    cache.release(seq)
+    assert len(cache.kept) == 2
 
 
 @settings(max_examples=200, deadline=None)
