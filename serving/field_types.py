@@ -141,7 +141,7 @@ StopStrings = Annotated[
 class TextPart(ClosedModel):
     type: Literal["text"]
     text: str
-    cache_control: dict[str, Any] | None = None  # other servers'; it cannot change the answer
+    cache_control: Any = None  # other servers'; it cannot change the answer
 
 
 Content = str | list[TextPart]
