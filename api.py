@@ -89,7 +89,7 @@ try:
         TimedOut,
     )
     from model_download import DownloadError, find_model
-    from serving.connection import KEEP_ALIVE, Connection
+    from serving.connection import Connection
     from serving.log_queue import flush_log, num_dropped, start_log
     from serving.replies import (
         ChatCompletionReply,
@@ -1251,7 +1251,6 @@ def main() -> None:
         log_level="warning",
         http=Connection,
         ws="none",
-        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=CLOSE_TIMEOUT,
     )
     Server(config, app.state.service).run(sockets)

@@ -9,7 +9,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 # Limits on what precedes the body.
 MAX_HEADER_BYTES = 64 * 2**10
 HEADER_TIMEOUT = 30.0
-# Longer than the 60 seconds for which load balancers commonly reuse idle connections.
+# Longer than clients and load balancers reuse idle connections, commonly 5 and 60 seconds; whoever
+# reuses one at the moment in which it is closed is told of a reset connection.
 KEEP_ALIVE = 75
 
 
@@ -38,6 +39,7 @@ class Connection(H11Protocol):
         super().__init__(*args, **kwargs)
         # h11 bounds with it whatever comes in lines: headers, trailers, and sizes of chunks.
         self.conn = RequestParser(h11.SERVER, MAX_HEADER_BYTES)
+        self.timeout_keep_alive = KEEP_ALIVE
         self.has_begun = False  # some of the next request's bytes have come
 
     @property

@@ -4,6 +4,10 @@ Nothing is downloaded but the demo model, once, into models/demo.
 """
 
 import os
+
+# Before torch is imported: several processes test at once, so each computes on one core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import threading
 import time
 from collections.abc import Callable, Iterator

@@ -1,5 +1,6 @@
 """A server that is told to stop loses nothing that it has begun."""
 
+import asyncio
 import json
 import signal
 import socket
@@ -11,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,10 +20,12 @@ import uvicorn
 from benchmark import free_port
 from conftest import ROOT, ScriptedRunner, byte_tokenizer, chat_model, wait_for
 from server_process import ServerProcess, server_process
+from uvicorn.server import ServerState
 
 import api
 from engine import ChatModel
 from engine.tokenizer import ChatTokenizer
+from serving.connection import Connection
 
 # What uvicorn waits for connections that stay open after the requests are drained; it is told to
 # wait less here than api.py tells it to, so that tests outlast it sooner.
@@ -196,16 +198,14 @@ def test_a_second_signal_ends_at_once():
     assert client.cut_off
 
 
-def test_a_connection_is_kept_for_longer_than_a_load_balancer_keeps_it(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["api.py", "--no-chat-page"])
-    monkeypatch.setattr(api, "bind_socket", lambda *_: None)
-    monkeypatch.setattr(api.os, "_exit", lambda _: None)
-    configs = []
-    monkeypatch.setattr(
-        api, "Server", lambda config, _: configs.append(config) or SimpleNamespace(run=id)
-    )
-    api.main()
-    assert configs[0].timeout_keep_alive > 60
+def test_an_idle_connection_is_kept_for_longer_than_who_reuses_it_keeps_it():
+    """However uvicorn is configured; its own 5 seconds are just those of httpx."""
+
+    async def connection() -> Connection:
+        config = uvicorn.Config(api.build_app, factory=True, timeout_keep_alive=5)
+        return Connection(config, ServerState(), {})
+
+    assert asyncio.run(connection()).timeout_keep_alive > 60
 
 
 @pytest.mark.parametrize("load", [0, 60])
