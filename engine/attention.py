@@ -1,16 +1,19 @@
 """Attention of packed tokens to the cache: each sequence's reads the rows of its own span alone."""
 
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 
-from engine.sequence import Work
+from engine.sequence import Span, Work
 
 # The FlashAttention kernel itself: torch's wrapper, varlen_attn, has no seqused_k before 2.13, and
 # on some GPUs dispatches to cuDNN, which does not support it.
 flash_attention: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
+# On a CPU, reading so many rows for nothing costs about what a call of sdpa does.
+PADDING = 128
 
 
 class Group(Protocol):
@@ -78,16 +81,45 @@ class ChunkAttention(NamedTuple):
 
 
 class SlicedAttention(NamedTuple):
-    """Decode tokens of several sequences, one after the other, each over its own span."""
+    """Decode tokens of sequences whose spans lie at equal distances: one view, and no copy.
+
+    A shorter span is read on up to the length of the longest, and what is not its own is masked.
+    """
 
     tokens: slice
-    spans: tuple[tuple[int, int], ...]  # the first row and the number of rows of each
+    start: int  # the first span's first row
+    distance: int  # from a span's first row to the next one's
+    counts: tuple[int, ...]  # the number of rows of each
+    hidden: torch.Tensor | None  # bool, [spans, 1, 1, longest]; none if all are as long
+    masks: dict[torch.dtype, torch.Tensor]  # as sdpa adds it, made once a step
     is_prefill: bool = False
 
     @classmethod
     def of(cls, work: Work, token: int) -> Self:
-        spans = tuple((span.start, span.num_cached + 1) for span, _ in work)
-        return cls(slice(token, token + len(work)), spans)
+        starts = [span.start for span, _ in work]
+        counts = tuple(span.num_cached + 1 for span, _ in work)
+        distance = starts[1] - starts[0] if len(work) > 1 else 0
+        hidden = None
+        if min(counts) < max(counts):
+            hidden = torch.arange(max(counts)) >= torch.tensor(counts)[:, None, None, None]
+        return cls(slice(token, token + len(work)), starts[0], distance, counts, hidden, {})
+
+    @staticmethod
+    def runs(work: Work) -> Iterator[Work]:
+        """Work in the order of its rows, cut where the distance changes or padding would cost."""
+        run: list[tuple[Span, int]] = []
+        shortest = longest = 0
+        for span, new in work:
+            count = span.num_cached + 1
+            low, high = min(shortest, count), max(longest, count)
+            # A span has no more rows than its room, and behind the last one the pool may end.
+            if not (is_next(span, run) and high - low <= PADDING and high <= span.room):
+                if run:
+                    yield run
+                run, low, high = [], count, count
+            run.append((span, new))
+            shortest, longest = low, high
+        yield run
 
     def select(self, pool: torch.Tensor) -> torch.Tensor:
         return pool
@@ -95,16 +127,34 @@ class SlicedAttention(NamedTuple):
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
-        key, value = (x.transpose(0, 1)[None] for x in (key, value))
         # The query heads of a group become the query's length, [tokens, kv heads, sharing, width].
-        queries = query.unflatten(1, (key.shape[1], -1)).split(1)
-        outs = [
-            F.scaled_dot_product_attention(
-                one, key.narrow(2, start, count), value.narrow(2, start, count), scale=scale
-            )
-            for one, (start, count) in zip(queries, self.spans, strict=True)
-        ]
-        return torch.cat(outs).flatten(1, 2)
+        query = query.unflatten(1, (key.shape[1], -1))
+        mask = self._mask(query.dtype)
+        out = F.scaled_dot_product_attention(
+            query, self._view(key), self._view(value), mask, scale=scale
+        )
+        return out.flatten(1, 2)
+
+    def _view(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [rows, heads, width] as [spans, heads, longest, width]."""
+        row, head, one = rows.stride()
+        size = (len(self.counts), rows.shape[1], max(self.counts), rows.shape[2])
+        first = rows.storage_offset() + self.start * row
+        return rows.as_strided(size, (self.distance * row, head, row, one), first)
+
+    def _mask(self, dtype: torch.dtype) -> torch.Tensor | None:
+        if self.hidden is not None and dtype not in self.masks:
+            mask = torch.zeros_like(self.hidden, dtype=dtype)
+            self.masks[dtype] = mask.masked_fill_(self.hidden, -torch.inf)
+        return self.masks.get(dtype)
+
+
+def is_next(span: Span, run: Work) -> bool:
+    """Whether a span lies behind the last of a run, as far as that one behind the one before."""
+    if len(run) < 2:
+        return len(run) == 1
+    (before, _), (last, _) = run[-2:]
+    return span.start - last.start == last.start - before.start
 
 
 class CopiedAttention(NamedTuple):

@@ -9,6 +9,7 @@ from copy import copy
 from itertools import accumulate, groupby
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 
@@ -21,12 +22,14 @@ from engine.attention import (
 )
 from engine.sequence import Span, Work
 
-# How decode reads the cache: by FlashAttention where the rows lie, one span after the other where
-# they lie (best on a CPU, where a call is cheap), or all spans together from copies of their rows.
+# How decode reads the cache: by FlashAttention where the rows lie, by sdpa over views of spans at
+# equal distances (best on a CPU), or by sdpa over copies of all spans' rows.
 Way = Literal["in place", "sliced", "copied"]
-
-
 DECODE = {"in place": InPlaceAttention, "sliced": SlicedAttention, "copied": CopiedAttention}
+
+
+# In place of an infinity in the cache; any dtype holds it.
+HUGE = 60_000.0
 
 
 class Step:
@@ -69,9 +72,11 @@ class Step:
             kind: Any = DECODE[self.way]
             if is_prefill and self.way != "in place":
                 kind = ChunkAttention
-            group = kind.of(items, token)
-            token = group.tokens.stop
-            yield group
+            runs = kind.runs(items) if kind is SlicedAttention else [items]
+            for run in runs:
+                group = kind.of(run, token)
+                token = group.tokens.stop
+                yield group
 
     def on(self, device: torch.device) -> "Step":
         """The step with its tensors on a device, copied there once for all layers."""
@@ -103,9 +108,9 @@ class LayerRows:
         if not hasattr(self, "keys"):
             self.keys = self._create(key)
             self.values = self.keys if value is None else self._create(value)
-        self.keys.index_copy_(0, where, key[0].transpose(0, 1))
+        self._write(self.keys, where, key)
         if value is not None:
-            self.values.index_copy_(0, where, value[0].transpose(0, 1))
+            self._write(self.values, where, value)
         return self.keys, self.values
 
     @property
@@ -118,11 +123,22 @@ class LayerRows:
         for x in {id(x): x for x in (self.keys, self.values)}.values():
             x[target : target + count] = x[source : source + count]
 
+    def _write(self, rows: torch.Tensor, where: torch.Tensor, new: torch.Tensor) -> None:
+        if rows.device.type == "cpu":
+            # A masked row must be finite, or its weight of zero times it is not a number. What is
+            # not finite here is also in the token's own logits, which end its answer.
+            new = new.nan_to_num(0.0, HUGE, -HUGE)
+        rows.index_copy_(0, where, new[0].transpose(0, 1))
+
     def _create(self, like: torch.Tensor) -> torch.Tensor:
-        # Not zeroed: no row is read before it is written, and untouched pages cost no memory.
         heads, width = like.shape[1], like.shape[3]
-        if like.device.type == "cpu":  # a head's rows side by side, as sdpa reads them there
-            return like.new_empty((heads, self.rows, width)).transpose(0, 1)
+        if like.device.type == "cpu":
+            # A head's rows side by side, as sdpa reads them there. They are zeros, as masked rows
+            # must be finite, by calloc: until a page is written it costs no memory.
+            size = heads * self.rows * width * like.itemsize
+            zeros = torch.from_numpy(np.zeros(size, np.uint8)).view(like.dtype)
+            return zeros.view(heads, self.rows, width).transpose(0, 1)
+        # Not zeroed: no row is read before it is written.
         return like.new_empty((self.rows, heads, width))
 
 
