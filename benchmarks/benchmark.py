@@ -23,6 +23,7 @@ import asyncio
 import json
 import math
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -143,8 +144,20 @@ class Target(Protocol):
     """What the clients can be let loose on."""
 
     name: str
+    process: subprocess.Popen[Any] | None  # with its children a process group; none if not ours
 
     def load(self, clients: int, requests: int, tokens: int, first: int) -> Outcome: ...
+
+
+def stop(process: subprocess.Popen[Any] | None) -> None:
+    """Take the cores from a server: some poll for work, or spin in their threads, when idle."""
+    if process and process.poll() is None:
+        os.killpg(process.pid, signal.SIGSTOP)
+
+
+def go_on(process: subprocess.Popen[Any] | None) -> None:
+    if process and process.poll() is None:
+        os.killpg(process.pid, signal.SIGCONT)
 
 
 @dataclass
@@ -154,6 +167,7 @@ class Server:
     name: str
     url: str
     model: str | None = None
+    process: subprocess.Popen[Any] | None = None
 
     def load(self, clients: int, requests: int, tokens: int, first: int) -> Outcome:
         return asyncio.run(self._load(clients, requests, tokens, first))
@@ -174,15 +188,18 @@ def started(name: str, command: list[str], port: int, model: str | None = None) 
     """Start a server, wait until it is healthy, and end it afterwards."""
     url = f"http://127.0.0.1:{port}"
     with tempfile.NamedTemporaryFile("w", prefix="benchmark-", delete=False) as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ, cwd=ROOT)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ, cwd=ROOT, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + 240
         while not asyncio.run(healthy(url)):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"{name} does not start; see {log.name}")
             time.sleep(0.1)
-        yield Server(name, url, model)
+        yield Server(name, url, model, process)
     finally:
+        go_on(process)
         process.terminate()
         process.wait(60)
 
@@ -273,9 +290,11 @@ class EngineAlone:
     def __init__(self, folder: str, stack: ExitStack):
         command = [sys.executable, __file__, "--serve-pipe", "--model", folder]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, start_new_session=True
+        )
         stack.enter_context(self.process)
-        stack.callback(self.process.terminate)
+        stack.callback(self.process.kill)
 
     def load(self, clients: int, requests: int, tokens: int, first: int) -> Outcome:
         assert self.process.stdin
@@ -362,15 +381,18 @@ Row = tuple[str, int]  # a target's name, and how many clients
 
 
 def measure(targets: list[Target], options: argparse.Namespace) -> dict[Row, dict[str, float]]:
-    """All targets are up, but one is loaded at a time, in turns: noise comes to all alike."""
+    """All targets are up, but one at a time has the cores, in turns: noise comes to all alike."""
     seen: dict[Row, list[dict[str, float]]] = {}
     for target in targets:
         target.load(1, 1, 8, 0)
+        stop(target.process)
     repeats = range(1, options.repeats + 1)
     turns = [(t, n, 1000 * r) for r in repeats for n in options.clients for t in targets]
     for target, clients, first in tqdm(turns, unit="run"):
         # Other prompts each time, so that nobody gains by remembering them.
+        go_on(target.process)
         outcome = target.load(clients, clients * options.rounds, options.tokens, first)
+        stop(target.process)
         seen.setdefault((target.name, clients), []).append(figures(outcome))
     return {
         row: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
