@@ -33,6 +33,14 @@ from engine.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Four, which mostly wait; but each takes its time to import torch, so none for one file."""
+    if len(config.args) == 1 and ".py" in config.args[0]:
+        return 0
+    return 4
+
+
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
