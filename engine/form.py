@@ -143,10 +143,11 @@ def convert(model: Any, form: Form) -> None:
             else:
                 model.set_submodule(name, HalfExperts(layer))
         model.set_input_embeddings(WideEmbedding(model.get_input_embeddings()))
-    for module in model.modules():
-        if not isinstance(module, WideEmbedding):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.float()
+    embedding = model.get_input_embeddings()
+    kept = {*embedding.parameters()} if isinstance(embedding, WideEmbedding) else set()
+    for parameter in model.parameters():
+        if parameter not in kept:
+            parameter.data = parameter.data.float()
     fuse_norms(model)
 
 

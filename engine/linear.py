@@ -51,14 +51,21 @@ class HalfExperts(torch.nn.Module):
 
 
 class WideEmbedding(torch.nn.Module):
-    """An embedding that stays as it is in memory and gives float32."""
+    """An embedding that stays as it is in memory and gives float32.
+
+    It is kept whole, as some models have embeddings of their own that scale what they give.
+    """
 
     def __init__(self, embedding: torch.nn.Embedding):
         super().__init__()
-        self.weight = embedding.weight
+        self.embedding = embedding
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.embedding.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids, self.weight).float()
+        return self.embedding(ids).float()
 
 
 def is_available() -> bool:

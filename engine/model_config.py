@@ -1,6 +1,7 @@
 """What a checkpoint's config.json says, and whether the engine can run such a model."""
 
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,35 @@ def load_config(folder: Path) -> Any:
     check_quantisation(config, folder)
     if ratio := getattr(config, "rope_ratio", None):  # Index's model for long texts
         config.rope_parameters["rope_theta"] *= ratio
-    widen_window(config)
     return config
 
 
-def check_architecture(config: Any) -> None:
-    """Raise StartError if transformers has no causal model of the kind, or none that uses sdpa."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+def not_supported(config: Any, reason: str) -> StartError:
+    """The error for a model of a kind that the engine does not do."""
     named = (getattr(config, "architectures", None) or [config.model_type])[0]
+    return StartError(f"{named} is not supported: {reason}; take another model")
+
+
+def check_architecture(config: Any) -> None:
+    """Raise StartError if transformers has no causal model of the kind, or a layer has a state."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None:
-        raise StartError(
-            f"{named} is not supported: it is no causal language model, which answers by"
-            " continuing its prompt; take another model"
+        raise not_supported(
+            config, "it is no causal language model, which answers by continuing its prompt"
         )
-    if not getattr(kind, "_supports_sdpa", False):
-        raise StartError(
-            f"{named} is not supported: its attention, if it has any, cannot be computed by"
-            " PyTorch's scaled_dot_product_attention, as with soft caps, ALiBi or attention sinks;"
-            " take another model"
-        )
+    takes = signature(kind.forward).parameters
+    if missing := sorted({"position_ids", "logits_to_keep", "kwargs"} - takes.keys()):
+        raise not_supported(config, f"its forward pass takes no {' and no '.join(missing)}")
+    layers = getattr(config.get_text_config(), "layer_types", None) or ()
+    if other := sorted({*layers} - {"full_attention", "sliding_attention"}):
+        raise not_supported(config, f"it has layers of {' and '.join(other)}")
+
+
+def plain_attention(config: Any) -> str:
+    """By which of transformers' attentions a model computes its own forward pass."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # Soft caps and sinks are done by the eager one alone.
+    return "sdpa" if kind._supports_sdpa else "eager"
 
 
 def check_quantisation(config: Any, folder: Path) -> None:
@@ -82,29 +93,23 @@ def quantisation_of(config: Any, folder: Path) -> str | None:
     return method.upper() or None
 
 
-def widen_window(config: Any) -> None:
-    """Take a sliding window out of the configuration that is no shorter than the context."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or window < context_length(config):
-        return
-    layers = getattr(config, "layer_types", None) or []
-    # Gemma 3's layers with a window have a RoPE of their own, so they must stay what they are.
-    if any(kind in (getattr(config, "rope_parameters", None) or {}) for kind in layers):
-        return
-    config.sliding_window = None
-    if layers:
-        config.layer_types = ["full_attention" if "sliding" in kind else kind for kind in layers]
-
-
 def context_length(config: Any) -> int:
-    """Most tokens of prompt and answer together.
+    """Most tokens of prompt and answer together."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    stated = int(getattr(config, "max_position_embeddings", None) or 2048)
+    # Layers of several kinds may have one each.
+    each = [inner for inner in rope.values() if isinstance(inner, dict)] or [rope]
+    return min(rope_length(parameters, stated) for parameters in each)
+
+
+def rope_length(rope: dict[str, Any], stated: int) -> int:
+    """How many positions a rotary embedding is for.
 
     Dynamic and longrope RoPE depend on the longest sequence in the batch beyond the original
     length; up to it, their frequencies are constant. YaRN's are always, and it multiplies the
     length, which many a config.json leaves as it was.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    stated = int(getattr(config, "max_position_embeddings", None) or 2048)
     original = int(rope.get("original_max_position_embeddings") or stated)
     if rope.get("rope_type") in ("dynamic", "longrope"):
         return original

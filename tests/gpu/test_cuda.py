@@ -53,7 +53,7 @@ def attended(step: Step, query, keys, values, device) -> torch.Tensor:
     """Attention as a layer has it: query [tokens, heads, width], and the pool's rows."""
     groups = step.on(device).groups
     return torch.cat(
-        [g.attend(query[g.tokens], g.select(keys), g.select(values), None) for g in groups]
+        [g.attend(query[g.tokens], g.select(keys), g.select(values), Scoring()) for g in groups]
     )
 
 

@@ -1,0 +1,142 @@
+"""What a model's layers ask of attention, found by a forward pass that computes none.
+
+A short comparison of logits would not notice a window that is longer than its texts. So the masks
+are read: transformers makes each from a function of positions, which can be asked about any.
+"""
+
+import logging
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+
+from engine.errors import StartError
+from engine.model_config import context_length, not_supported
+
+log = logging.getLogger("chat")
+
+# What a layer may ask for: that which changes nothing in inference, and that which
+# `packed_attention` does. A window is read from the mask, as transformers' own sdpa does.
+HARMLESS = {"dropout", "position_ids", "position_embeddings", "cache_position", "use_cache"}
+HARMLESS |= {"is_causal", "output_attentions", "output_hidden_states", "output_router_logits"}
+DONE = {"sliding_window", "softcap", "s_aux"}
+
+# Whether a query at a position sees a key at another; both may be tensors.
+MaskFunction = Callable[..., torch.Tensor]
+
+
+class Trial:
+    """Stands in for a Step, and keeps what each layer asks for."""
+
+    def __init__(self) -> None:
+        self.masks: dict[Any, MaskFunction | None] = {}  # by attention module
+        self.calls = 0
+
+    def attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        value: torch.Tensor,
+        mask: MaskFunction | torch.Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[torch.Tensor, None]:
+        """Take note of a call, and answer it with zeros [1, tokens, heads, width]."""
+        self.calls += 1
+        asked = {name for name, given in options.items() if given is not None}
+        if unknown := asked - HARMLESS - DONE:
+            raise StartError(f"its attention uses {', '.join(sorted(unknown))}")
+        if isinstance(mask, torch.Tensor):
+            raise StartError("its attention has a mask of its own")
+        if options.get("is_causal") is False:
+            raise StartError("its attention is not causal")
+        self.masks[module] = mask
+        return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def trial_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    step: Trial | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """By transformers' interface; a layer that was not given the step is none to be packed."""
+    if step is None:
+        raise StartError("its attention is not given what the model's forward pass is")
+    return step.attend(module, query, value, attention_mask, kwargs)
+
+
+def trial_mask(*_: Any, mask_function: MaskFunction, **__: Any) -> MaskFunction:
+    """The function instead of a mask that is made by it."""
+    return mask_function
+
+
+def window_of(mask: MaskFunction, context: int) -> int | None:
+    """The most keys that a query sees; None if it sees all up to its own.
+
+    Raises StartError if the mask is neither causal nor a sliding window.
+    """
+    zero = torch.zeros(1, 1, dtype=torch.long)
+    places = torch.arange(context)
+    sees = lambda query: mask(zero, zero, zero + query, places[None]).expand(1, context)[0]  # noqa: E731
+    window = int(sees(context - 1).sum())
+    for query in {context - 1, context - 2, context // 2, context // 3, min(window, context - 1)}:
+        expected = (places <= query) & (places > query - window)
+        if query >= 0 and not torch.equal(sees(query), expected):
+            raise StartError("its attention's mask is neither causal nor a sliding window")
+    return None if window == context else window
+
+
+@torch.inference_mode()
+def try_attention(model: Any, device: torch.device | str) -> Trial:
+    """What the layers ask for, by a forward pass of two tokens. Leaves its attention changed."""
+    AttentionInterface.register("trial", trial_attention)
+    AttentionMaskInterface.register("trial", trial_mask)
+    model.set_attn_implementation("trial")
+    trial = Trial()
+    places = torch.arange(2, device=device)[None]
+    model(
+        input_ids=places, position_ids=places, use_cache=False, step=trial, logits_to_keep=places[0]
+    )
+    return trial
+
+
+def attention_windows(
+    model: Any, context: int, device: torch.device | str
+) -> dict[Any, int | None]:
+    """The window of each attention module, None where it sees all.
+
+    Raises StartError for what the engine does not do. Leaves the model's attention changed.
+    """
+    trial = try_attention(model, device)
+    number = model.config.get_text_config().num_hidden_layers
+    reached = sorted(getattr(module, "layer_idx", -1) for module in trial.masks)
+    if trial.calls != number or reached != list(range(number)):
+        raise StartError(
+            f"{number - trial.calls} of its {number} layers do not compute attention by transformers' interface"
+        )
+    return {
+        module: None if mask is None else window_of(mask, context)
+        for module, mask in trial.masks.items()
+    }
+
+
+def check_attention(config: Any) -> None:
+    """Raise StartError for a model that the engine does not do, before its weights are read.
+
+    On tensors without data; where a model's code needs data, nothing is found out.
+    """
+    config = deepcopy(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        attention_windows(model, context_length(config), "meta")
+    except StartError as error:
+        raise not_supported(config, str(error)) from error
+    except Exception as error:  # the libraries raise almost every kind
+        log.debug("%s was not tried without its weights: %s", config.model_type, error)
