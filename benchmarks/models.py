@@ -15,16 +15,12 @@ Each is tried in a process of its own, which ends no other.
 import argparse
 import asyncio
 import contextlib
-import json
-import logging
 import multiprocessing
 import os
 import re
 import sys
 import tempfile
-import time
 import traceback
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -41,6 +37,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import engine
 from engine.checkpoint import load_model
 from engine.form import convert
+from engine.model_config import load_config
 from engine.sequence import Span
 
 VOCABULARY = 260
@@ -57,7 +54,7 @@ SIZES: list[tuple[str, int]] = [
     (r"kv_lora_rank|mamba_n_heads|linear_num_value_heads|mamba_num_heads", 16),
     (r"q_lora_rank|qk_nope_head_dim|v_head_dim|head_dim|global_head_dim|swa_head_dim", 16),
     (r"swa_v_head_dim|kv_channels|attention_head_dim|index_head_dim|d_kv", 16),
-    (r"qk_rope_head_dim|rotary_dim|qk_head_dim", 8),
+    (r"qk_rope_head_dim|rotary_dim", 8),
     (r"num_key_value_heads|num_kv_heads|swa_num_key_value_heads|num_query_groups", 2),
     (r"(\w+_)?num_attention_heads|n_heads?|num_heads|(en|de)coder_attention_heads", 4),
     (r"index_n_heads|num_global_key_value_heads", 2),
@@ -66,42 +63,94 @@ SIZES: list[tuple[str, int]] = [
     (r"n_group|topk_group|num_nextn_predict_layers", 1),
     (r"n_routed_experts|num_experts|num_local_experts|moe_num_experts|zero_expert_num", 4),
     (r"num_experts_per_tok|moe_topk|top_k_experts|moe_k|moe_top_k|experts_per_token", 2),
-    (r"hidden_size|d_model|n_embd|embed_dim|n_embed|word_embed_proj_dim|embedding_size|dim", 64),
+    (r"hidden_size(_global)?|d_model|n_embd|embed_dim|n_embed|embedding_size|dim", 64),
+    (r"word_embed_proj_dim", 64),
     (r"(\w+_)?intermediate_size|ffn_dim|(en|de)coder_ffn_dim|d_ff|ffn_hidden_size|n_inner", 64),
     (r"hidden_size_per_layer_input|expert_ffn_hidden_size|moe_hidden_size", 32),
     (r"mamba_d_state|state_size|ssm_state_size|mamba_d_head|mamba_head_dim|mamba_d_conv", 16),
 ]
-# Where sizes alone make no model.
-CHANGES: dict[str, dict[str, Any]] = {}
+# Where sizes alone make no model, or not all of one.
+WITH_HEADS = {"head_dim": 16, "num_key_value_heads": 2}
+WINDOWS_FROM_THE_THIRD_LAYER = {"use_sliding_window": True, "max_window_layers": 2}
+CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
+SHARED_KEYS = {
+    "num_kv_shared_layers": 2,
+    "per_layer_config": {"1": {"head_dim": 32}, "3": {"head_dim": 32}},
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10_000.0}}
+    },
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 2,
+        "intermediate_size": 64,
+        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+    },
+    "gemma4_text": SHARED_KEYS,
+    "gemma4_unified_text": SHARED_KEYS,
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "hunyuan_v1_dense": WITH_HEADS,
+    "hunyuan_v1_moe": WITH_HEADS,
+    "lfm2": CONVOLUTIONS,
+    "lfm2_moe": CONVOLUTIONS,
+    "ministral": WITH_HEADS,
+    "nemotron": WITH_HEADS,
+    "qwen2": WINDOWS_FROM_THE_THIRD_LAYER,
+    "qwen2_moe": WINDOWS_FROM_THE_THIRD_LAYER,
+    "qwen3": WINDOWS_FROM_THE_THIRD_LAYER,
+    "qwen3_moe": WINDOWS_FROM_THE_THIRD_LAYER,
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
+    "xmod": {"default_language": "en_XX"},
+}
+# What a configuration cannot be made without.
+NO_LAYER_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+GIVEN = {"gemma4_assistant": {"text_config": NO_LAYER_INPUTS}}
 
 
-def shrunk(kind: str, default: Any, bound: int) -> dict[str, Any]:
+def size_of(name: str, default: Any, bound: int) -> int | None:
+    """A setting's size in a tiny configuration; None if it stays as it is."""
+    value = default.to_dict()[name]
+    sizes = [size for pattern, size in SIZES if re.fullmatch(pattern, name)]
+    if isinstance(value, bool) or not isinstance(value, int | None) or not sizes:
+        return None
+    if sizes[0] == 0:
+        return bound
+    if value is None:
+        return None
+    shares = vars(default).get("num_attention_heads") != value
+    return 4 if name == "num_key_value_heads" and not shares else sizes[0]
+
+
+def shrunk(default: Any, bound: int) -> dict[str, Any]:
     """The arguments for a tiny configuration like a default one."""
     changed: dict[str, Any] = {}
     for name, value in default.to_dict().items():
-        inner = getattr(default, name, None)
+        inner = vars(default).get(name)
         if isinstance(inner, transformers.PreTrainedConfig):
-            changed[name] = shrunk(kind, inner, bound)
-        elif isinstance(value, int | None) and not isinstance(value, bool):
-            sizes = (size for pattern, size in SIZES if re.fullmatch(pattern, name))
-            size = next(sizes, None)
-            if size == 0:
-                changed[name] = bound
-            elif size is not None and value is not None:
-                changed[name] = size
-        elif name.endswith("layer_types") or name.endswith("_layer_type"):
-            changed[name] = None
+            changed[name] = shrunk(inner, bound)
+        elif (size := size_of(name, default, bound)) is not None:
+            changed[name] = size
+        elif name.endswith("layer_types") and value:
+            kinds = list(dict.fromkeys(value))
+            changed[name] = None if kinds == ["full_attention"] else (kinds * 4)[:4]
     if "qk_rope_head_dim" in changed and "head_dim" in changed:
         changed["head_dim"] = changed["qk_rope_head_dim"]
     known = {"initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    changed |= {name: known[name] for name in known if hasattr(default, name)}
-    return changed | CHANGES.get(kind, {})
+    known["is_decoder"] = True
+    changed |= {name: known[name] for name in known if name in vars(default)}
+    return changed | CHANGES.get(default.model_type, {})
 
 
 def tiny_config(kind: str, bound: int) -> Any:
     """A configuration of a model_type, of a few thousand weights."""
     of_kind = CONFIG_MAPPING[kind]
-    return of_kind(**shrunk(kind, of_kind(), bound))
+    return of_kind(**shrunk(of_kind(**GIVEN.get(kind, {})), bound))
 
 
 def words() -> PreTrainedTokenizerFast:
@@ -124,12 +173,21 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     """What transformers' own `generate` says."""
     ids = torch.tensor([prompt])
     how = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **how)[0, len(prompt) :].tolist()
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    return said[0, len(prompt) :].tolist()
 
 
 @torch.inference_mode()
 def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
     return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+
+
+def greedy_without_cache(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The same, each token by a forward pass over all before it."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + count:
+        ids.append(int(logits_of(model, ids)[-1].argmax()))
+    return ids[len(prompt) :]
 
 
 @torch.inference_mode()
@@ -157,9 +215,9 @@ async def answers(model: Any, prompts: list[list[int]], count: int) -> list[list
 
     async def answer(prompt: list[int]) -> list[int]:
         given = {"max_new_tokens": count, "temperature": 0.0, "ignore_eos": True}
-        given |= {"repetition_penalty": 1.0}
+        given |= {"repetition_penalty": 1.0, "logprobs": 0}
         deltas = model.answer(model.prepare_text(prompt, given))
-        return [int(word) for word in "".join([delta.text async for delta in deltas]).split()]
+        return [delta.token.id async for delta in deltas if delta.token]
 
     return await asyncio.gather(*map(answer, prompts))
 
@@ -175,6 +233,8 @@ def compare(folder: Path, plain: Any) -> str:
         if not (error := largest_error(runner, wanted)) < 1e-3:
             return f"WRONG logits, by {error:.0%}"
         alone = [greedy(plain, prompt, 12) for prompt in texts()]
+        if alone != [greedy_without_cache(plain, prompt, 12) for prompt in texts()]:
+            return "NOT COMPARED: its own `generate` differs from its own forward pass"
         for prompts in (texts(), texts(), texts()[:1]):  # the second time from the prefix cache
             if asyncio.run(answers(model, prompts, 12)) != alone[: len(prompts)]:
                 return "WRONG answers"
@@ -187,13 +247,25 @@ def compare(folder: Path, plain: Any) -> str:
     return "runs" + "".join(f", {name}" for name, has in parts if has)
 
 
-def compare_form(folder: Path, plain: Any) -> str | None:
+def compare_form(folder: Path) -> str | None:
     """What is wrong with the form for a CPU without bfloat16; None if nothing is."""
+    plain, _ = load_model(folder, dtype="bfloat16", device_map="cpu")
     model, _ = load_model(folder, dtype="bfloat16", device_map="cpu")
     convert(model, "fp16 weights")
-    wanted = logits_of(plain.bfloat16().float(), texts()[0])
+    wanted = logits_of(plain.float(), texts()[0])
     error = (logits_of(model, texts()[0]) - wanted).norm() / wanted.norm()
     return None if error < 0.05 else f"WRONG in fp16 weights, by {error:.0%}"
+
+
+def why_refused(kind: str) -> str | None:
+    """Why a model is refused by its configuration alone, as it is by default."""
+    with tempfile.TemporaryDirectory() as name, contextlib.suppress(TypeError, ValueError):
+        CONFIG_MAPPING[kind](**GIVEN.get(kind, {})).save_pretrained(name)
+        try:
+            load_config(Path(name))
+        except engine.StartError as error:
+            return str(error)
+    return None
 
 
 def tried(kind: str, bound: int) -> str:
@@ -201,6 +273,8 @@ def tried(kind: str, bound: int) -> str:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     try:
+        if refused := why_refused(kind):
+            return f"refused: {refused}"
         config = tiny_config(kind, bound)
         plain = AutoModelForCausalLM.from_config(config).float().eval()
         logits_of(plain, texts()[2])
@@ -212,7 +286,7 @@ def tried(kind: str, bound: int) -> str:
         try:
             said = compare(Path(name), plain)
             if said.startswith("runs"):
-                said = compare_form(Path(name), plain) or said
+                said = compare_form(Path(name)) or said
             return said
         except engine.StartError as error:
             return f"refused: {error}"
@@ -247,8 +321,45 @@ def in_a_child(kind: str, bound: int, seconds: float, loud: bool = False) -> str
 
 
 def outcome(kind: str, options: argparse.Namespace) -> str:
+    """What becomes of one model, whatever bounds what its tokens see."""
     each = [in_a_child(kind, bound, options.timeout, options.loud) for bound in options.bounds]
-    return each[0] if len({*each}) == 1 else " | ".join(each)
+    return " | ".join(dict.fromkeys(each))
+
+
+def reason_of(said: str) -> str:
+    """Why a model is refused, without its name."""
+    said = re.sub(r"^refused: (\S+ is not supported: )?|; take another model$", "", said)
+    said = re.sub(r"the logits of \w+ come out \d+% off", "its logits come out wrong", said)
+    return re.sub(r"its \d+ layers", "its layers", said)
+
+
+def table_of(results: dict[str, str]) -> str:
+    """The results as docs/models.md has them."""
+    runs = {kind: said for kind, said in results.items() if said.startswith("runs")}
+    refused: dict[str, list[str]] = {}
+    for kind, said in results.items():
+        if said.startswith("refused"):
+            refused.setdefault(reason_of(said), []).append(f"`{kind}`")
+    number = sum(map(len, refused.values()))
+    lines = [
+        f"Of the {len(results)} types of causal language models of transformers"
+        f" {transformers.__version__}, {len(runs)} run and {number} are refused.",
+        "",
+        "| runs | class | beyond plain attention |",
+        "| --- | --- | --- |",
+    ]
+    for kind, said in runs.items():
+        beyond = said.removeprefix("runs").removeprefix(", ")
+        lines.append(f"| `{kind}` | `{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]}` | {beyond} |")
+    lines += ["", "| refused, because | types |", "| --- | --- |"]
+    for reason, kinds in sorted(refused.items(), key=lambda item: -len(item[1])):
+        lines.append(f"| {reason} | {', '.join(kinds)} |")
+    others = {kind: said for kind, said in results.items() if kind not in runs}
+    others = {kind: said for kind, said in others.items() if not said.startswith("refused")}
+    if others:
+        lines += ["", "| neither | what happens |", "| --- | --- |"]
+        lines += [f"| `{kind}` | {said.splitlines()[0]} |" for kind, said in others.items()]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -256,13 +367,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("kinds", nargs="*", default=sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     parser.add_argument("--bounds", type=int, nargs="*", default=BOUNDS)
-    parser.add_argument("--timeout", type=float, default=120)
+    parser.add_argument("--timeout", type=float, default=120, help="seconds for a model")
     parser.add_argument("--loud", action="store_true", help="show what the libraries print")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="how many at once")
+    parser.add_argument("--table", action="store_true", help="in Markdown, once all are done")
     options = parser.parse_args()
+    results: dict[str, str] = {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        for kind, said in zip(options.kinds, pool.map(lambda k: outcome(k, options), options.kinds)):
-            print(f"{kind:28} {said}", flush=True)
+        each = pool.map(lambda kind: outcome(kind, options), options.kinds)
+        for kind, said in zip(options.kinds, each, strict=True):
+            results[kind] = said
+            print(f"{kind:28} {said}", file=sys.stderr if options.table else sys.stdout, flush=True)
+    if options.table:
+        print(table_of(results))
 
 
 if __name__ == "__main__":

@@ -20,18 +20,36 @@ log = logging.getLogger("chat")
 # What a layer may ask for: that which changes nothing in inference, and that which
 # `packed_attention` does. A window is read from the mask, as transformers' own sdpa does.
 HARMLESS = {"dropout", "position_ids", "position_embeddings", "cache_position", "use_cache"}
-HARMLESS |= {"is_causal", "output_attentions", "output_hidden_states", "output_router_logits"}
+HARMLESS |= {"is_causal", "logits_to_keep", "output_attentions", "output_hidden_states"}
+HARMLESS |= {"output_router_logits"}
 DONE = {"sliding_window", "softcap", "s_aux"}
 
-# Whether a query at a position sees a key at another; both may be tensors.
-MaskFunction = Callable[..., torch.Tensor]
+
+class Mask:
+    """Stands in for a mask, of which a layer may do no more than pass it on.
+
+    `sees` says whether a query at a position sees a key at another; both may be tensors.
+    """
+
+    def __init__(self, sees: Callable[..., torch.Tensor]):
+        self.sees = sees
+
+    def __getattr__(self, name: str) -> Any:
+        raise StartError("its layers change their attention's mask")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise StartError("its layers change their attention's mask")
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> Any:
+        raise StartError("its layers change their attention's mask")
 
 
 class Trial:
     """Stands in for a Step, and keeps what each layer asks for."""
 
     def __init__(self) -> None:
-        self.masks: dict[Any, MaskFunction | None] = {}  # by attention module
+        self.masks: dict[Any, Mask | None] = {}  # by attention module
         self.calls = 0
 
     def attend(
@@ -39,7 +57,7 @@ class Trial:
         module: Any,
         query: torch.Tensor,
         value: torch.Tensor,
-        mask: MaskFunction | torch.Tensor | None,
+        mask: Mask | torch.Tensor | None,
         options: dict[str, Any],
     ) -> tuple[torch.Tensor, None]:
         """Take note of a call, and answer it with zeros [1, tokens, heads, width]."""
@@ -67,27 +85,28 @@ def trial_attention(
 ) -> tuple[torch.Tensor, None]:
     """By transformers' interface; a layer that was not given the step is none to be packed."""
     if step is None:
-        raise StartError("its attention is not given what the model's forward pass is")
+        raise StartError("its layers do not pass on what its forward pass is given")
     return step.attend(module, query, value, attention_mask, kwargs)
 
 
-def trial_mask(*_: Any, mask_function: MaskFunction, **__: Any) -> MaskFunction:
-    """The function instead of a mask that is made by it."""
-    return mask_function
+def trial_mask(*_: Any, mask_function: Callable[..., torch.Tensor], **__: Any) -> Mask:
+    """By transformers' interface."""
+    return Mask(mask_function)
 
 
-def window_of(mask: MaskFunction, context: int) -> int | None:
+def window_of(mask: Mask, context: int) -> int | None:
     """The most keys that a query sees; None if it sees all up to its own.
 
     Raises StartError if the mask is neither causal nor a sliding window.
     """
     zero = torch.zeros(1, 1, dtype=torch.long)
     places = torch.arange(context)
-    sees = lambda query: mask(zero, zero, zero + query, places[None]).expand(1, context)[0]  # noqa: E731
-    window = int(sees(context - 1).sum())
-    for query in {context - 1, context - 2, context // 2, context // 3, min(window, context - 1)}:
-        expected = (places <= query) & (places > query - window)
-        if query >= 0 and not torch.equal(sees(query), expected):
+    window = context
+    for query in sorted({context - 1, context - 2, context // 2, context // 3, 1}, reverse=True):
+        seen = mask.sees(zero, zero, zero + query, places[None]).expand(1, context)[0]
+        if query == context - 1:
+            window = int(seen.sum())
+        if not torch.equal(seen, (places <= query) & (places > query - window)):
             raise StartError("its attention's mask is neither causal nor a sliding window")
     return None if window == context else window
 
@@ -98,6 +117,8 @@ def try_attention(model: Any, device: torch.device | str) -> Trial:
     AttentionInterface.register("trial", trial_attention)
     AttentionMaskInterface.register("trial", trial_mask)
     model.set_attn_implementation("trial")
+    if model.config.get_text_config()._attn_implementation != "trial":
+        raise StartError("its attention is code of its own, not transformers' common one")
     trial = Trial()
     places = torch.arange(2, device=device)[None]
     model(
@@ -113,17 +134,16 @@ def attention_windows(
 
     Raises StartError for what the engine does not do. Leaves the model's attention changed.
     """
-    trial = try_attention(model, device)
-    number = model.config.get_text_config().num_hidden_layers
-    reached = sorted(getattr(module, "layer_idx", -1) for module in trial.masks)
-    if trial.calls != number or reached != list(range(number)):
-        raise StartError(
-            f"{number - trial.calls} of its {number} layers do not compute attention by transformers' interface"
-        )
-    return {
-        module: None if mask is None else window_of(mask, context)
-        for module, mask in trial.masks.items()
-    }
+    try:
+        trial = try_attention(model, device)
+        number = model.config.get_text_config().num_hidden_layers
+        reached = sorted(getattr(module, "layer_idx", -1) for module in trial.masks)
+        if trial.calls != number or reached != list(range(number)):
+            raise StartError(f"its {number} layers do not compute attention once each")
+        masks = trial.masks.items()
+        return {module: window_of(mask, context) if mask else None for module, mask in masks}
+    except StartError as error:
+        raise not_supported(model.config, str(error)) from error
 
 
 def check_attention(config: Any) -> None:
@@ -136,7 +156,7 @@ def check_attention(config: Any) -> None:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         attention_windows(model, context_length(config), "meta")
-    except StartError as error:
-        raise not_supported(config, str(error)) from error
+    except StartError:
+        raise
     except Exception as error:  # the libraries raise almost every kind
         log.debug("%s was not tried without its weights: %s", config.model_type, error)

@@ -7,7 +7,6 @@ more than in float32 itself, so activations are float32 too.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 # The largest relative error of a layer's weights in fp16, by their norms.
 MAX_ERROR = 1e-4
@@ -22,6 +21,11 @@ class HalfLinear(torch.nn.Module):
         bias = None if bias is None else bias.detach().float()
         packed = weight.detach().float().contiguous()
         self.packed = torch.ops.quantized.linear_prepack_fp16(packed, bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weights in float32, unpacked for a model that multiplies by them itself."""
+        return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # By its overload: choosing one takes as long as a small product.

@@ -1,11 +1,12 @@
 """What a checkpoint's config.json says, and whether the engine can run such a model."""
 
+from importlib.metadata import version
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from engine.errors import StartError
 
@@ -19,12 +20,26 @@ def load_config(folder: Path) -> Any:
     Raises StartError if the engine cannot run the model, or whatever transformers raises where the
     file is no configuration.
     """
+    check_model_type(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     check_architecture(config)
     check_quantisation(config, folder)
     if ratio := getattr(config, "rope_ratio", None):  # Index's model for long texts
         config.rope_parameters["rope_theta"] *= ratio
     return config
+
+
+def check_model_type(folder: Path) -> None:
+    """Raise StartError if transformers itself has no model of the kind."""
+    said, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+    kind = said.get("model_type")
+    if kind is None or kind in CONFIG_MAPPING:
+        return
+    named = (said.get("architectures") or [kind])[0]
+    reason = f"transformers {version('transformers')} has no model of the type {kind}"
+    if "auto_map" in said:
+        reason += ", and code in a model's folder is never executed"
+    raise StartError(f"{named} is not supported: {reason}; take another model")
 
 
 def not_supported(config: Any, reason: str) -> StartError:
@@ -42,8 +57,14 @@ def check_architecture(config: Any) -> None:
         )
     takes = signature(kind.forward).parameters
     if missing := sorted({"position_ids", "logits_to_keep", "kwargs"} - takes.keys()):
-        raise not_supported(config, f"its forward pass takes no {' and no '.join(missing)}")
-    layers = getattr(config.get_text_config(), "layer_types", None) or ()
+        names = " and no ".join(missing)
+        raise not_supported(
+            config, f"its forward pass takes no {names}, so that requests cannot share a step"
+        )
+    try:
+        layers = getattr(config.get_text_config(), "layer_types", None) or ()
+    except ValueError as error:  # of several texts' configurations it takes none
+        raise not_supported(config, "it is made of several models") from error
     if other := sorted({*layers} - {"full_attention", "sliding_attention"}):
         raise not_supported(config, f"it has layers of {' and '.join(other)}")
 

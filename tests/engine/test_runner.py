@@ -9,11 +9,11 @@ import torch
 from conftest import tiny_llama
 from transformers import LlamaConfig
 
+from engine.attention import Scoring
 from engine.errors import StartError
 from engine.model_config import context_length
 from engine.runner import cache_budget, create_runner, padded_size, why_not_in_place
 from engine.sequence import Span
-from engine.attention import Scoring
 from engine.step import LayerRows, Step
 
 

@@ -18,6 +18,7 @@ from stand_ins import as_on_a_card
 from test_devices import some_sequences
 from tokenizers import Tokenizer, models
 
+from engine.attention import Scoring
 from engine.checkpoint import load_model
 from engine.engine import Engine
 from engine.loading import start_runner
