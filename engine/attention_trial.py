@@ -121,9 +121,10 @@ def try_attention(model: Any, device: torch.device | str) -> Trial:
         raise StartError("its attention is code of its own, not transformers' common one")
     trial = Trial()
     places = torch.arange(2, device=device)[None]
-    model(
-        input_ids=places, position_ids=places, use_cache=False, step=trial, logits_to_keep=places[0]
-    )
+    given = {"input_ids": places, "position_ids": places, "logits_to_keep": places[0]}
+    if places.is_meta:  # transformers would else look into the positions for packed texts
+        given["attention_mask"] = torch.ones_like(places)
+    model(**given, use_cache=False, step=trial)
     return trial
 
 
