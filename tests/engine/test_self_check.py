@@ -25,7 +25,8 @@ def test_model_with_attention_of_its_own_is_refused():
         start(model.eval())
 
 
-def test_sliding_window_is_checked_too(monkeypatch):
+def tiny_mistral() -> MistralForCausalLM:
+    """With a window that the check at the start feels."""
     config = MistralConfig(
         vocab_size=60,
         hidden_size=16,
@@ -37,10 +38,17 @@ def test_sliding_window_is_checked_too(monkeypatch):
         initializer_range=0.2,
         sliding_window=4,
     )
-    assert start(MistralForCausalLM(config).eval()).difference < 1e-5
+    return MistralForCausalLM(config).eval()
+
+
+def test_model_with_a_window_passes_the_self_check():
+    assert start(tiny_mistral()).difference < 1e-5
+
+
+def test_wrong_window_fails_the_self_check(monkeypatch):
     monkeypatch.setattr("engine.attention_trial.window_of", lambda mask, context: 5)
     with pytest.raises(StartError, match="does not batch"):
-        start(MistralForCausalLM(config).eval())
+        start(tiny_mistral())
 
 
 def test_wrong_attention_fails_the_self_check(monkeypatch):
