@@ -189,7 +189,7 @@ class SlicedAttention(NamedTuple):
         return scaled_dot_product(query, key, value, mask, scoring).flatten(1, 2)
 
     def _view(self, rows: torch.Tensor, first: int) -> torch.Tensor:
-        """Rows [rows, heads, width] as [spans, heads, longest, width], from the first of each on."""
+        """Rows [rows, heads, width] as [spans, heads, longest, width], each from its `first` on."""
         row, head, one = rows.stride()
         size = (len(self.counts), rows.shape[1], max(self.counts) - first, rows.shape[2])
         offset = rows.storage_offset() + (self.start + first) * row
