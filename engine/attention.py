@@ -16,6 +16,50 @@ flash_attention: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
 PADDING = 128
 
 
+class Scoring(NamedTuple):
+    """How a layer's queries score keys."""
+
+    scale: float | None = None
+    window: int | None = None  # the most keys that a query sees, its own token's the last
+    softcap: float | None = None  # scores s become c tanh(s / c), as Gemma 2's (arXiv 2408.00118)
+    # A score for each query head beside the keys', whose weight goes to no value, as gpt-oss's.
+    sinks: torch.Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch's kernels do it."""
+        return self.softcap is None and self.sinks is None
+
+
+def scaled_dot_product(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """Attention of [batch, kv heads, queries, width], a mask for all that may not be seen.
+
+    A key head's queries are those of the query heads that share it, one head after the other.
+    """
+    if scoring.is_plain:
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scoring.scale)
+    scale = query.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+    scores = (query @ key.mT).float() * scale
+    if scoring.softcap is not None:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.float().unflatten(0, (key.shape[1], -1))
+        each = sinks.repeat_interleave(query.shape[2] // sinks.shape[1], dim=1)
+        scores = torch.cat([scores, each[..., None].expand(len(scores), -1, -1, -1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : key.shape[2]]
+    return weights.to(value.dtype) @ value
+
+
 class Group(Protocol):
     """Part of a step's tokens, whose attention is one call or one loop."""
 
@@ -29,7 +73,7 @@ class Group(Protocol):
         """The rows that `attend` takes, of a layer's [rows, heads, width]."""
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
     ) -> torch.Tensor:
         """Attention of queries [tokens, heads, width] to the selected rows."""
 
@@ -40,7 +84,8 @@ class ChunkAttention(NamedTuple):
     tokens: slice
     rows: slice
     mask: torch.Tensor  # bool, [new, total], causal and aligned bottom-right
-    masks: dict[int, torch.Tensor]  # as sdpa takes it, by how many query heads share a key head
+    # As sdpa takes it, by how many query heads share a key head, and by the window.
+    masks: dict[tuple[int, int | None], torch.Tensor]
     is_prefill: bool = True
 
     @classmethod
@@ -55,29 +100,36 @@ class ChunkAttention(NamedTuple):
         return pool[self.rows]
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
     ) -> torch.Tensor:
         new, num_heads = query.shape[:2]
         num_groups = key.shape[1]
+        if scoring.window is not None:  # none of the new tokens sees what lies before
+            seen = new + scoring.window - 1
+            key, value = key[-seen:], value[-seen:]
         key, value = (x.transpose(0, 1)[None] for x in (key, value))
         # The query heads of a group become the query's length, [1, kv heads, sharing * new, width],
         # so that no key head is repeated: enable_gqa with a mask is slow on CUDA.
         query = query.unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)[None]
-        mask = self._mask(num_heads // num_groups, query)
-        out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+        mask = self._mask(num_heads // num_groups, scoring.window, query)
+        out = scaled_dot_product(query, key, value, mask, scoring)
         return out[0].unflatten(1, (-1, new)).permute(2, 0, 1, 3).flatten(1, 2)
 
-    def _mask(self, sharing: int, query: torch.Tensor) -> torch.Tensor:
+    def _mask(self, sharing: int, window: int | None, query: torch.Tensor) -> torch.Tensor:
         """The mask for stacked queries, made once a step and not in each layer.
 
         On a CPU it is to be added, as sdpa would otherwise convert it each time.
         """
-        if sharing not in self.masks:
-            mask = self.mask.repeat(sharing, 1)
+        if (sharing, window) not in self.masks:
+            mask = self.mask
+            if window is not None:
+                new, total = mask.shape
+                mask = mask.triu(total - new - window + 1)[:, -(new + window - 1) :]
+            mask = mask.repeat(sharing, 1)
             if query.device.type == "cpu":
                 mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-            self.masks[sharing] = mask
-        return self.masks[sharing]
+            self.masks[sharing, window] = mask
+        return self.masks[sharing, window]
 
 
 class SlicedAttention(NamedTuple):
@@ -91,7 +143,8 @@ class SlicedAttention(NamedTuple):
     distance: int  # from a span's first row to the next one's
     counts: tuple[int, ...]  # the number of rows of each
     hidden: torch.Tensor | None  # bool, [spans, 1, 1, longest]; none if all are as long
-    masks: dict[torch.dtype, torch.Tensor]  # as sdpa adds it, made once a step
+    # As sdpa adds it, by dtype and window, made once a step.
+    masks: dict[tuple[torch.dtype, int | None], torch.Tensor]
     is_prefill: bool = False
 
     @classmethod
@@ -125,28 +178,33 @@ class SlicedAttention(NamedTuple):
         return pool
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
     ) -> torch.Tensor:
         # The query heads of a group become the query's length, [tokens, kv heads, sharing, width].
         query = query.unflatten(1, (key.shape[1], -1))
-        mask = self._mask(query.dtype)
-        out = F.scaled_dot_product_attention(
-            query, self._view(key), self._view(value), mask, scale=scale
-        )
-        return out.flatten(1, 2)
+        # All lie before it that no token of the group sees.
+        first = 0 if scoring.window is None else max(0, min(self.counts) - scoring.window)
+        mask = self._mask(query.dtype, first, scoring.window)
+        key, value = self._view(key, first), self._view(value, first)
+        return scaled_dot_product(query, key, value, mask, scoring).flatten(1, 2)
 
-    def _view(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows [rows, heads, width] as [spans, heads, longest, width]."""
+    def _view(self, rows: torch.Tensor, first: int) -> torch.Tensor:
+        """Rows [rows, heads, width] as [spans, heads, longest, width], each from its `first` on."""
         row, head, one = rows.stride()
-        size = (len(self.counts), rows.shape[1], max(self.counts), rows.shape[2])
-        first = rows.storage_offset() + self.start * row
-        return rows.as_strided(size, (self.distance * row, head, row, one), first)
+        size = (len(self.counts), rows.shape[1], max(self.counts) - first, rows.shape[2])
+        offset = rows.storage_offset() + (self.start + first) * row
+        return rows.as_strided(size, (self.distance * row, head, row, one), offset)
 
-    def _mask(self, dtype: torch.dtype) -> torch.Tensor | None:
-        if self.hidden is not None and dtype not in self.masks:
-            mask = torch.zeros_like(self.hidden, dtype=dtype)
-            self.masks[dtype] = mask.masked_fill_(self.hidden, -torch.inf)
-        return self.masks.get(dtype)
+    def _mask(self, dtype: torch.dtype, first: int, window: int | None) -> torch.Tensor | None:
+        if self.hidden is not None and (dtype, window) not in self.masks:
+            hidden = self.hidden
+            if window is not None:
+                counts = torch.tensor(self.counts, device=hidden.device)[:, None, None, None]
+                places = torch.arange(hidden.shape[-1], device=hidden.device)
+                hidden = (hidden | (places < counts - window))[..., first:]
+            mask = torch.zeros_like(hidden, dtype=dtype)
+            self.masks[dtype, window] = mask.masked_fill_(hidden, -torch.inf)
+        return self.masks.get((dtype, window))
 
 
 def is_next(span: Span, run: Work) -> bool:
@@ -178,11 +236,16 @@ class CopiedAttention(NamedTuple):
         return pool.index_select(0, self.rows)
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
     ) -> torch.Tensor:
         key, value = (x.unflatten(0, (len(query), -1)).transpose(1, 2) for x in (key, value))
         query = query.unflatten(1, (key.shape[1], -1))
-        out = F.scaled_dot_product_attention(query, key, value, self.mask, scale=scale)
+        mask = self.mask
+        if scoring.window is not None:
+            # What lies before the window is what the mask shows of a span that much shorter.
+            before = mask[..., scoring.window :]
+            mask = mask ^ F.pad(before, (0, mask.shape[-1] - before.shape[-1]))
+        out = scaled_dot_product(query, key, value, mask, scoring)
         return out.flatten(1, 2)
 
 
@@ -218,10 +281,13 @@ class InPlaceAttention(NamedTuple):
         return pool
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
     ) -> torch.Tensor:
         # The causal mask is aligned bottom-right. A single token needs none, and without one the
         # kernel can split long sequences over more of the card, if heads share keys.
+        window = scoring.window
+        if window is not None and window >= self.max_k:
+            window = None
         out: torch.Tensor = flash_attention(
             query,
             key,
@@ -233,7 +299,9 @@ class InPlaceAttention(NamedTuple):
             0.0,  # dropout
             self.is_prefill,  # causal
             False,  # return_debug_mask
-            scale=scale,
+            scale=scoring.scale,
+            window_size_left=None if window is None else window - 1,
+            window_size_right=None if window is None else 0,
             seqused_k=self.seqused_k,
         )[0]
         return out

@@ -27,9 +27,10 @@ from transformers import (
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
+from engine.attention_trial import check_attention
 from engine.errors import StartError
 from engine.families import format_of
-from engine.model_config import load_config
+from engine.model_config import load_config, plain_attention
 from engine.tokenizer import ChatTokenizer, load_tokenizer
 
 log = logging.getLogger("chat")
@@ -216,6 +217,7 @@ def load_model(
     register_families()
     placement = read_device_map(device_map)
     config = load_config(Path(folder))
+    check_attention(config)
     if device_map == "auto":
         placement = best_placement(config, dtype)
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -225,7 +227,7 @@ def load_model(
         device_map=placement,
         offload_folder=tempfile.mkdtemp(prefix="chat-api-") if "disk" in device_map else None,
         # InternLM2's config asks for eager attention, which is slow.
-        attn_implementation="sdpa",
+        attn_implementation=plain_attention(config),
         trust_remote_code=False,
         local_files_only=True,
         # Missing or mismatched tensors would otherwise be random, with only a line in the log.

@@ -34,6 +34,7 @@ def has_fused_experts(module: Any) -> bool:
     matrices = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
     stacked = all(isinstance(x, torch.nn.Parameter) and x.dim() == 3 for x in matrices)
     plain = not getattr(module, "is_transposed", False) and not getattr(module, "has_bias", False)
+    plain = plain and all(name == "act_fn" for name, _ in module.named_children())
     return stacked and plain and hasattr(module, "act_fn") and len(list(module.parameters())) == 2
 
 
@@ -122,6 +123,19 @@ def fastest_form(taken: dict[Form, list[float]]) -> Form:
     return chosen
 
 
+def computes_alike(half: HalfExperts, experts: Any) -> bool:
+    """Whether a mixture's experts do no more than HalfExperts does: some clamp, or shift."""
+    weight = experts.gate_up_proj
+    choices = torch.tensor([[0, 1], [len(weight) - 1, 0]])
+    weights = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    for scale in (1.0, 100.0):
+        x = scale * torch.linspace(-1, 1, 2 * weight.shape[2]).reshape(2, -1)
+        wanted = experts(x.to(weight.dtype), choices, weights.to(weight.dtype)).float()
+        if not (half(x, choices, weights) - wanted).norm() < 0.05 * wanted.norm():
+            return False
+    return True
+
+
 @torch.inference_mode()
 def convert(model: Any, form: Form) -> None:
     """Give a model's linear layers a form, one after the other, and the rest float32.
@@ -140,13 +154,14 @@ def convert(model: Any, form: Form) -> None:
                 continue
             if isinstance(layer, torch.nn.Linear):
                 model.set_submodule(name, HalfLinear(layer.weight, layer.bias))
-            else:
-                model.set_submodule(name, HalfExperts(layer))
+            elif computes_alike(half := HalfExperts(layer), layer):
+                model.set_submodule(name, half)
         model.set_input_embeddings(WideEmbedding(model.get_input_embeddings()))
-    for module in model.modules():
-        if not isinstance(module, WideEmbedding):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.float()
+    embedding = model.get_input_embeddings()
+    kept = {*embedding.parameters()} if isinstance(embedding, WideEmbedding) else set()
+    for parameter in model.parameters():
+        if parameter not in kept:
+            parameter.data = parameter.data.float()
     fuse_norms(model)
 
 

@@ -7,7 +7,6 @@ more than in float32 itself, so activations are float32 too.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 # The largest relative error of a layer's weights in fp16, by their norms.
 MAX_ERROR = 1e-4
@@ -22,6 +21,11 @@ class HalfLinear(torch.nn.Module):
         bias = None if bias is None else bias.detach().float()
         packed = weight.detach().float().contiguous()
         self.packed = torch.ops.quantized.linear_prepack_fp16(packed, bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weights in float32, unpacked for a model that multiplies by them itself."""
+        return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # By its overload: choosing one takes as long as a small product.
@@ -51,14 +55,21 @@ class HalfExperts(torch.nn.Module):
 
 
 class WideEmbedding(torch.nn.Module):
-    """An embedding that stays as it is in memory and gives float32."""
+    """An embedding that stays as it is in memory and gives float32.
+
+    It is kept whole, as some models have embeddings of their own that scale what they give.
+    """
 
     def __init__(self, embedding: torch.nn.Embedding):
         super().__init__()
-        self.weight = embedding.weight
+        self.embedding = embedding
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.embedding.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids, self.weight).float()
+        return self.embedding(ids).float()
 
 
 def is_available() -> bool:

@@ -1,5 +1,6 @@
 """How a chat model is loaded, checked and started."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from engine.errors import StartError
 from engine.families import checkpoint_defaults
 from engine.form import computes_exactly, settle_form
 from engine.model import ChatModel
-from engine.model_config import context_length
+from engine.model_config import context_length, not_supported
 from engine.runner import Runner, create_runner, input_device
 from engine.sequence import Span
 from engine.tokenizer import ChatTokenizer
@@ -57,18 +58,21 @@ def self_check(runner: Runner, alone: list[torch.Tensor]) -> float:
         )
     # In half precision two right answers differ by a few percent; a wrong one is far off.
     if not worst < (1e-3 if computes_exactly(runner.model) else 0.1):
-        raise StartError(f"this model does not batch: its logits come out {worst:.0%} off")
+        raise StartError(
+            f"this model does not batch: the logits of {type(runner.model).__name__} come out"
+            f" {worst:.0%} off; take another model"
+        )
     return worst
 
 
 def start_runner(model: Any, cache_memory: str = "auto", max_batch: int = 64) -> Runner:
     """A runner whose logits were checked against the model's own. Raises StartError otherwise."""
-    alone = [reference_logits(model, ids) for ids in probes(model)]
     try:
+        alone = [reference_logits(model, ids) for ids in probes(model)]
         most = max_batch * context_length(model.config)
         runner = create_runner(model, cache_memory, most)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise StartError(f"{type(model).__name__} cannot be batched: {error}") from error
+    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        raise not_supported(model.config, f"its code fails in a batch: {error}") from error
     runner.capture_graphs(max_batch, min(context_length(model.config), runner.rows))
     try:
         runner.difference = self_check(runner, alone)
@@ -81,6 +85,14 @@ def start_runner(model: Any, cache_memory: str = "auto", max_batch: int = 64) ->
 
 
 def attention_summary(runner: Runner) -> str:
+    """How attention is computed, and how far it reaches."""
+    scorings = [layer.scoring for layer in runner.pool.layers]
+    windows = Counter(scoring.window for scoring in scorings if scoring.window is not None)
+    reach = [f"; {n} of {len(scorings)} layers see {size:,} tokens" for size, n in windows.items()]
+    return kernel_summary(runner) + "".join(reach)
+
+
+def kernel_summary(runner: Runner) -> str:
     if runner.fallback_reason:
         how = "the rows in place" if runner.way == "sliced" else "copied rows"
         return f"sdpa over {how} ({runner.fallback_reason})"

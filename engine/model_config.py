@@ -1,10 +1,12 @@
 """What a checkpoint's config.json says, and whether the engine can run such a model."""
 
+from importlib.metadata import version
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from engine.errors import StartError
 
@@ -18,30 +20,60 @@ def load_config(folder: Path) -> Any:
     Raises StartError if the engine cannot run the model, or whatever transformers raises where the
     file is no configuration.
     """
+    check_model_type(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     check_architecture(config)
     check_quantisation(config, folder)
     if ratio := getattr(config, "rope_ratio", None):  # Index's model for long texts
         config.rope_parameters["rope_theta"] *= ratio
-    widen_window(config)
     return config
 
 
-def check_architecture(config: Any) -> None:
-    """Raise StartError if transformers has no causal model of the kind, or none that uses sdpa."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+def check_model_type(folder: Path) -> None:
+    """Raise StartError if transformers itself has no model of the kind."""
+    said, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+    kind = said.get("model_type")
+    if kind is None or kind in CONFIG_MAPPING:
+        return
+    named = (said.get("architectures") or [kind])[0]
+    reason = f"transformers {version('transformers')} has no model of the type {kind}"
+    if "auto_map" in said:
+        reason += ", and code in a model's folder is never executed"
+    raise StartError(f"{named} is not supported: {reason}; take another model")
+
+
+def not_supported(config: Any, reason: str) -> StartError:
+    """The error for a model of a kind that the engine does not do."""
     named = (getattr(config, "architectures", None) or [config.model_type])[0]
+    return StartError(f"{named} is not supported: {reason}; take another model")
+
+
+def check_architecture(config: Any) -> None:
+    """Raise StartError if transformers has no causal model of the kind, or a layer has a state."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None:
-        raise StartError(
-            f"{named} is not supported: it is no causal language model, which answers by"
-            " continuing its prompt; take another model"
+        raise not_supported(
+            config, "it is no causal language model, which answers by continuing its prompt"
         )
-    if not getattr(kind, "_supports_sdpa", False):
-        raise StartError(
-            f"{named} is not supported: its attention, if it has any, cannot be computed by"
-            " PyTorch's scaled_dot_product_attention, as with soft caps, ALiBi or attention sinks;"
-            " take another model"
+    takes = signature(kind.forward).parameters
+    if missing := sorted({"position_ids", "logits_to_keep", "kwargs"} - takes.keys()):
+        names = " and no ".join(missing)
+        raise not_supported(
+            config, f"its forward pass takes no {names}, so that requests cannot share a step"
         )
+    try:
+        layers = getattr(config.get_text_config(), "layer_types", None) or ()
+    except ValueError as error:  # of several texts' configurations it takes none
+        raise not_supported(config, "it is made of several models") from error
+    if other := sorted({*layers} - {"full_attention", "sliding_attention"}):
+        raise not_supported(config, f"it has layers of {' and '.join(other)}")
+
+
+def plain_attention(config: Any) -> str:
+    """By which of transformers' attentions a model computes its own forward pass."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # Soft caps and sinks are done by the eager one alone.
+    return "sdpa" if kind._supports_sdpa else "eager"
 
 
 def check_quantisation(config: Any, folder: Path) -> None:
@@ -82,29 +114,23 @@ def quantisation_of(config: Any, folder: Path) -> str | None:
     return method.upper() or None
 
 
-def widen_window(config: Any) -> None:
-    """Take a sliding window out of the configuration that is no shorter than the context."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or window < context_length(config):
-        return
-    layers = getattr(config, "layer_types", None) or []
-    # Gemma 3's layers with a window have a RoPE of their own, so they must stay what they are.
-    if any(kind in (getattr(config, "rope_parameters", None) or {}) for kind in layers):
-        return
-    config.sliding_window = None
-    if layers:
-        config.layer_types = ["full_attention" if "sliding" in kind else kind for kind in layers]
-
-
 def context_length(config: Any) -> int:
-    """Most tokens of prompt and answer together.
+    """Most tokens of prompt and answer together."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    stated = int(getattr(config, "max_position_embeddings", None) or 2048)
+    # Layers of several kinds may have one each.
+    each = [inner for inner in rope.values() if isinstance(inner, dict)] or [rope]
+    return min(rope_length(parameters, stated) for parameters in each)
+
+
+def rope_length(rope: dict[str, Any], stated: int) -> int:
+    """How many positions a rotary embedding is for.
 
     Dynamic and longrope RoPE depend on the longest sequence in the batch beyond the original
     length; up to it, their frequencies are constant. YaRN's are always, and it multiplies the
     length, which many a config.json leaves as it was.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    stated = int(getattr(config, "max_position_embeddings", None) or 2048)
     original = int(rope.get("original_max_position_embeddings") or stated)
     if rope.get("rope_type") in ("dynamic", "longrope"):
         return original

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from engine.attention import Group
-from engine.errors import StartError
+from engine.attention import Group, Scoring
 from engine.step import Step
 
 
@@ -25,33 +24,33 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of each group's tokens to their own rows, by transformers' interface.
 
-    Takes [1, heads, tokens, width], returns [1, tokens, heads, width]. Raises StartError for
-    options that it does not implement.
+    Takes [1, heads, tokens, width], returns [1, tokens, heads, width]. What a layer may ask for,
+    `attention_windows` has checked.
     """
-    for name in ("sliding_window", "softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise StartError(f"the model's attention uses {name}, which this server does not do")
+    window = module.attention_window
+    scoring = Scoring(scaling, window, kwargs.get("softcap"), kwargs.get("s_aux"))
     step.attended += 1
     here = step.on(query.device)
     layer = step.pool.layers[module.layer_idx]
+    layer.scoring = scoring
     query = query[0].transpose(0, 1)
     if keeps_latent(module):
         rows, _ = layer.write(here.write, torch.cat([key, value], dim=-1), None)
         parts = [
-            attend_latent(module, group, query[group.tokens], group.select(rows), scaling)
+            attend_latent(module, group, query[group.tokens], group.select(rows), scoring)
             for group in here.groups
         ]
     else:
         keys, values = layer.write(here.write, key, value)
         parts = [
-            group.attend(query[group.tokens], group.select(keys), group.select(values), scaling)
+            group.attend(query[group.tokens], group.select(keys), group.select(values), scoring)
             for group in here.groups
         ]
     return torch.cat(parts)[None], None
 
 
 def attend_latent(
-    module: Any, group: Group, query: torch.Tensor, rows: torch.Tensor, scale: float | None
+    module: Any, group: Group, query: torch.Tensor, rows: torch.Tensor, scoring: Scoring
 ) -> torch.Tensor:
     """Multi-head latent attention over rows [rows, 1, rank + rope width]: latent, rotated key.
 
@@ -63,12 +62,12 @@ def attend_latent(
     if group.is_prefill:
         given = (x.transpose(0, 1)[None] for x in (rows[..., :rank], rows[..., rank:]))
         key, value = (x[0].transpose(0, 1) for x in type(module).expand_kv(module, *given))
-        return group.attend(query, key, value, scale)
+        return group.attend(query, key, value, scoring)
     widths = [module.qk_nope_head_dim, module.v_head_dim]
     make_key, make_value = module.kv_b_proj.weight.unflatten(0, (-1, sum(widths))).split(widths, 1)
     plain, turned = query.split([widths[0], rows.shape[-1] - rank], dim=-1)
     query = torch.cat([torch.einsum("thw,hwr->thr", plain, make_key), turned], dim=-1)
-    out = group.attend(query, rows, rows[..., :rank], scale)
+    out = group.attend(query, rows, rows[..., :rank], scoring)
     return torch.einsum("thr,hwr->thw", out, make_value)
 
 
@@ -89,7 +88,10 @@ def can_absorb(module: Any) -> bool:
 
 
 def use_packed_attention(model: Any) -> None:
-    """Let a model's layers call `packed_attention`; those of MLA then cache their latents."""
+    """Let a model's layers call `packed_attention`; those of MLA then cache their latents.
+
+    Each attention module has an `attention_window` by then.
+    """
     AttentionInterface.register("packed", packed_attention)
     # cuDNN makes a plan for each new length, and copied keys have a new one at every step.
     torch.backends.cuda.enable_cudnn_sdp(False)

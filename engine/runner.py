@@ -10,9 +10,11 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 
 from engine.attention import flash_attention
+from engine.attention_trial import attention_windows
 from engine.cuda_graph import DecodeGraph
 from engine.errors import StartError
 from engine.form import computes_exactly
+from engine.model_config import context_length
 from engine.packed_attention import use_packed_attention
 from engine.sequence import Span, Work
 from engine.step import LayerRows, Pool, Step, Way
@@ -31,6 +33,8 @@ def why_not_in_place(layers: list[LayerRows]) -> str | None:
     """Why FlashAttention cannot read these keys and values in place; None if it can."""
     if flash_attention is None or "seqused_k" not in str(flash_attention.default._schema):
         return f"torch {torch.__version__} has no FlashAttention for it"
+    if not all(layer.scoring.is_plain for layer in layers):
+        return "FlashAttention does not do soft caps or sinks"
     for keys, values in ((layer.keys, layer.values) for layer in layers):
         if keys.device.type != "cuda":
             return f"layers on {keys.device}"
@@ -57,14 +61,14 @@ def prepare_model(model: Any) -> None:
 
     Raises StartError for a model that cannot be batched this way.
     """
-    config = model.config.get_text_config()
-    if other := {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
-        raise StartError(f"the model has layers of {', '.join(other)}, which cannot be packed")
     for module in model.modules():
         # Up to its original length, to which context_length holds it, dynamic rope is constant;
         # its check for longer sequences would synchronise with the GPU in every step.
         if getattr(module, "rope_type", None) == "dynamic":
             module.rope_type = "default"
+    windows = attention_windows(model, context_length(model.config), input_device(model))
+    for module, window in windows.items():
+        module.attention_window = window
     use_packed_attention(model)
 
 

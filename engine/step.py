@@ -18,6 +18,7 @@ from engine.attention import (
     CopiedAttention,
     Group,
     InPlaceAttention,
+    Scoring,
     SlicedAttention,
 )
 from engine.sequence import Span, Work
@@ -94,6 +95,7 @@ class LayerRows:
 
     keys: torch.Tensor
     values: torch.Tensor
+    scoring = Scoring()  # as the layer's attention last asked for it
 
     def __init__(self, rows: int):
         self.rows = rows + 1  # the last one is for padding

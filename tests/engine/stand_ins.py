@@ -18,6 +18,8 @@ def flash_attention(
     return_debug_mask,
     *,
     scale,
+    window_size_left,
+    window_size_right,
     seqused_k,
 ):
     """What the documentation of torch.nn.attention.varlen says of its kernel, in plain words."""
@@ -34,9 +36,12 @@ def flash_attention(
     assert max_q == max(end - begin for begin, end in pairwise(begins))
     outs = []
     for (begin, end), start, total in zip(pairwise(begins), starts, used, strict=False):
-        mask = None
-        if is_causal:
-            mask = torch.ones(end - begin, total).tril(total - (end - begin)).bool()
+        aligned = total - (end - begin)
+        mask = torch.ones(end - begin, total, dtype=torch.bool)
+        if is_causal or window_size_right is not None:
+            mask = mask.tril(aligned + (window_size_right or 0))
+        if window_size_left is not None:
+            mask = mask.triu(aligned - window_size_left)
         states = query[begin:end], key[start : start + total], value[start : start + total]
         q, k, v = (x.transpose(0, 1)[None] for x in states)
         out = torch.nn.functional.scaled_dot_product_attention(

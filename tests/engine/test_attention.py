@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.attention import PADDING, SlicedAttention
+from engine.attention import PADDING, Scoring, SlicedAttention
 from engine.sequence import Span
 from engine.step import LayerRows, Step
 
@@ -35,8 +35,8 @@ def regular(*counts: int, room: int) -> list[tuple[Span, int]]:
     return [(Span([1] * n, place * room, room, n - 1), 1) for place, n in enumerate(counts)]
 
 
-@given(spans)
-def test_spans_read_together_are_read_as_if_alone(drawn):
+@given(spans, st.none() | st.integers(1, 45))
+def test_spans_read_together_are_read_as_if_alone(drawn, window):
     work = work_of(drawn)
     rows = max(span.start + span.room for span, _ in work)
     torch.manual_seed(0)
@@ -45,11 +45,14 @@ def test_spans_read_together_are_read_as_if_alone(drawn):
     query = torch.randn(len(work), HEADS * SHARING, WIDTH)
     groups = Step(work, "sliced").groups
     together = torch.cat(
-        [group.attend(query[group.tokens], keys, values, None) for group in groups]
+        [
+            group.attend(query[group.tokens], keys, values, Scoring(window=window))
+            for group in groups
+        ]
     )
     for place, (span, _) in enumerate(work):
-        own = slice(span.start, span.start + span.num_cached + 1)
-        key, value = (x[own].transpose(0, 1)[None] for x in (keys, values))
+        own = range(span.start, span.start + span.num_cached + 1)[-window if window else None :]
+        key, value = (x[list(own)].transpose(0, 1)[None] for x in (keys, values))
         one = query[place].unflatten(0, (HEADS, SHARING))[None]
         alone = F.scaled_dot_product_attention(one, key, value).flatten(1, 2)
         torch.testing.assert_close(together[place], alone[0])
@@ -82,6 +85,6 @@ def test_what_is_not_finite_in_the_cache_stays_with_its_own():
     assert values.isfinite().all()
     work = regular(3, 9, room=10)
     (group,) = Step(work, "sliced").groups
-    out = group.attend(torch.ones(2, 1, 1), keys, values, None)
+    out = group.attend(torch.ones(2, 1, 1), keys, values, Scoring())
     assert out.isfinite().all()
     assert out[0] == 0  # its own rows, none of which is written

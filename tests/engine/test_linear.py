@@ -6,10 +6,11 @@ import pytest
 import torch
 from alone import FAMILIES, FIXTURES
 from conftest import tiny_llama
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from engine import form, linear
 from engine.checkpoint import load_model
-from engine.form import convert, fastest_form, has_fused_experts, settle_form
+from engine.form import computes_alike, convert, fastest_form, has_fused_experts, settle_form
 from engine.fused import Part, RMSNorm, plain_norm
 from engine.linear import HalfExperts, HalfLinear, WideEmbedding
 from engine.loading import probes, reference_logits
@@ -96,6 +97,38 @@ def test_experts_are_those_of_the_mixture():
         wanted = experts(x, chosen, weights)
         found = HalfExperts(experts)(x, chosen, weights)
     assert (found - wanted).norm() < 1e-2 * wanted.norm()
+
+
+def test_experts_that_clamp_are_not_those_of_a_plain_mixture():
+    """Only large activations show it."""
+    model, _ = load_model(FIXTURES / "deepseek_v2", dtype="bfloat16")
+    experts = next(m for m in model.modules() if has_fused_experts(m))
+    with torch.inference_mode():
+        assert computes_alike(HalfExperts(experts), experts)
+        act = experts.act_fn
+        experts.act_fn = lambda x: act(x).clamp(max=0.5)
+        half = HalfExperts(experts)
+        half.act_fn = act
+        assert not computes_alike(half, experts)
+
+
+def test_embedding_that_scales_what_it_gives_keeps_doing_so():
+    """As Gemma's does; the check at the start compares with what it says by then."""
+    config = Gemma2Config(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).eval().bfloat16()
+    exact = deepcopy(model).float()
+    convert(model, "fp16 weights")
+    wanted = reference_logits(exact, probes(model)[0])
+    assert (reference_logits(model, probes(model)[0]) - wanted).norm() < 0.05 * wanted.norm()
 
 
 def test_weights_that_do_not_fit_fp16_stay_exact():

@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_llama
 from transformers import LlamaConfig
 
+from engine.attention import Scoring
 from engine.errors import StartError
 from engine.model_config import context_length
 from engine.runner import cache_budget, create_runner, padded_size, why_not_in_place
@@ -90,7 +91,7 @@ def test_flash_attention_takes_our_arguments(news):
     (group,) = Step(work, "in place").on(torch.device("meta")).groups
     query = torch.empty(sum(news), 4, 64, dtype=torch.bfloat16, device="meta")
     keys = torch.empty(50, 2, 64, dtype=torch.bfloat16, device="meta")
-    assert group.attend(query, keys, keys, 0.5).shape == query.shape
+    assert group.attend(query, keys, keys, Scoring(0.5)).shape == query.shape
 
 
 def test_half_precision_steps_are_padded_to_few_sizes(monkeypatch):

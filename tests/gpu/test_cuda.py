@@ -18,6 +18,7 @@ from stand_ins import as_on_a_card
 from test_devices import some_sequences
 from tokenizers import Tokenizer, models
 
+from engine.attention import Scoring
 from engine.checkpoint import load_model
 from engine.engine import Engine
 from engine.loading import start_runner
@@ -53,7 +54,7 @@ def attended(step: Step, query, keys, values, device) -> torch.Tensor:
     """Attention as a layer has it: query [tokens, heads, width], and the pool's rows."""
     groups = step.on(device).groups
     return torch.cat(
-        [g.attend(query[g.tokens], g.select(keys), g.select(values), None) for g in groups]
+        [g.attend(query[g.tokens], g.select(keys), g.select(values), Scoring()) for g in groups]
     )
 
 
