@@ -7,7 +7,7 @@ from conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from serving.replies import ThoughtParser
+from serving.thoughts import ThoughtParser
 
 HELLO = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"
