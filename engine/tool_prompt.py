@@ -34,6 +34,7 @@ class ToolPrompt:
         self, messages: list[Message], tools: list[Any]
     ) -> tuple[list[Message], dict[str, Any]]:
         """The messages for the format, and what a chat template is to be given beside them."""
+        messages = with_results_in_order(messages)
         if not self.by_template or not self.form.native:
             messages = calls_as_text(messages, self.form, self.roles)
         elif self.form.arguments_as_text:
@@ -49,6 +50,36 @@ class ToolPrompt:
             return [*messages[:first], turn, *messages[first:]], {}
         help_text = HELP.format("\n".join(listed), self.form.spell([EXAMPLE]))
         return with_help(messages, help_text, self.form.takes_system), {}
+
+
+def is_result(message: Message) -> bool:
+    return bool(message["role"] == "tool")
+
+
+def with_results_in_order(messages: list[Message]) -> list[Message]:
+    """The messages with results in the order of their calls, which tell them apart in most formats.
+
+    Each has the name of its tool.
+    """
+    turns: list[Message] = []
+    order: dict[str, int] = {}
+    names: dict[str, str] = {}
+    for are_results, group in groupby(messages, is_result):
+        some = list(group)
+        if are_results:
+            some.sort(key=lambda result: order.get(result.get("tool_call_id", ""), len(order)))
+            some = [named(result, names) for result in some]
+        calls = some[-1].get("tool_calls") or []
+        order = {call.get("id", ""): at for at, call in enumerate(calls)}
+        names |= {call.get("id", ""): call["function"]["name"] for call in calls}
+        turns += some
+    return turns
+
+
+def named(result: Message, names: dict[str, str]) -> Message:
+    """A result with the name of the tool that was called, where it is known and not there."""
+    name = names.get(result.get("tool_call_id", ""))
+    return {"name": name, **result} if name else result
 
 
 def with_help(messages: list[Message], help_text: str, takes_system: bool) -> list[Message]:
@@ -68,8 +99,8 @@ def calls_as_text(
 ) -> list[Message]:
     """The messages in the roles that every format has; results that follow one another are one."""
     turns: list[Message] = []
-    for is_result, group in groupby(messages, lambda message: message["role"] == "tool"):
-        if not is_result:
+    for are_results, group in groupby(messages, is_result):
+        if not are_results:
             turns += [with_written_calls(message, form) for message in group]
         elif "tool" in roles:
             turns += [{"role": "tool", "content": message["content"]} for message in group]

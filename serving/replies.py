@@ -293,7 +293,7 @@ class ChatCompletionReply(OpenAIReply):
         if said.content or not (message or self.prompt.calls_tools):
             message["content"] = said.content
         if not choice.started:
-            message = {"role": "assistant", "content": ""} | message
+            message = {"role": "assistant"} | (message or {"content": ""})
         choice.started = True
         tokens = [delta.token] if delta.token else []
         if not (message or tokens or choice.finish_reason):

@@ -5,6 +5,7 @@ shortest call of the first one, to a result with the text "done"; the model's na
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Iterable
 
@@ -20,7 +21,7 @@ TOOL_TEMPLATE = (
     "{% for m in messages %}<|{{ 'user' if m.role == 'tool' else m.role }}|>"
     "{% if m.role == 'tool' %}<tool_response>{{ m.content }}</tool_response>"
     "{% else %}{{ m.content }}{% endif %}"
-    "{% for c in m.tool_calls or [] %}{% if not loop.first or m.content %}\n{% endif %}"
+    "{% for c in m.tool_calls or [] %}{% if not loop.first or m.content %}{{ '\n' }}{% endif %}"
     '<tool_call>\n{"name": "{{ c.function.name }}", "arguments": '
     "{{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -76,6 +77,7 @@ if __name__ == "__main__":
     text = tool_tokenizer()
     caller = ToolCaller(text)
     with serve(lambda _: chat_model(caller, text, 4096), port=given.port) as url:
-        print(url, flush=True)
+        sys.stdout.write(f"{url}/v1\n")
+        sys.stdout.flush()
         while True:
             time.sleep(3600)
