@@ -50,6 +50,22 @@ class Guide:
             raise InvalidInput(f"the JSON schema: {reason}", self.argument)
 
 
+def with_known_spaces(spec: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json in which llguidance finds how spaces are written.
+
+    It knows them by a decoder that replaces a character, as Llama's, and not by Metaspace, as
+    XVERSE's, which does the same.
+    """
+    decoder = spec["decoder"]
+    if decoder and decoder["type"] == "Sequence":
+        for node in decoder["decoders"]:
+            if node["type"] == "Metaspace":
+                pattern = {"String": node["replacement"]}
+                node.clear()
+                node |= {"type": "Replace", "pattern": pattern, "content": " "}
+    return spec
+
+
 def spell_schema(schema: dict[str, Any]) -> str:
     """A schema as JSON. Raises InvalidInput if it is too long."""
     spelled = json.dumps(schema)
@@ -107,6 +123,6 @@ class GuideCompiler:
         """The tokens as a trie, which takes a second or two: it is built on first use."""
         with self._lock:
             if self._trie is None:
-                spec = self.tokenizer.to_str()
+                spec = json.dumps(with_known_spaces(json.loads(self.tokenizer.to_str())))
                 self._trie = LLTokenizer(spec, eos_token=self.ends, slices=[])
             return self._trie

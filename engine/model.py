@@ -103,7 +103,6 @@ class ChatModel:
         `required` says that it must be calls, `parallel` that there may be several. Each tool has
         the shape of OpenAI's, with parameters. Raises InvalidInput if their schemas are invalid.
         """
-        check_size(tools)
         grammar = self._tool_grammar.write(
             tools, ToolChoice(required, parallel), self._thoughts(prompt)
         )
@@ -210,6 +209,7 @@ class ChatModel:
         tools: Sequence[Any] = (),
     ) -> list[int]:
         """The token ids of a conversation. Raises InvalidInput where the format refuses it."""
+        check_size(tools)
         variables = {**self.template_kwargs, **(template_kwargs or {})}
         return self.tokenizer.encode(
             messages, variables, continue_final=continue_final, tools=tools

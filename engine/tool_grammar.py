@@ -5,7 +5,7 @@ Its syntax is that of https://github.com/guidance-ai/llguidance/blob/main/docs/s
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,7 @@ class ToolGrammar:
         )
 
 
-def check_size(tools: list[Any]) -> None:
+def check_size(tools: Sequence[Any]) -> None:
     """Raise InvalidInput if the tools' schemas are too long to compile."""
     spelled = sum(len(json.dumps(tool["function"]["parameters"])) for tool in tools)
     if spelled > MAX_SCHEMAS_CHARS:

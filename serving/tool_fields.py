@@ -6,7 +6,7 @@ https://platform.openai.com/docs/guides/function-calling
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationError
 
 from serving.field_types import ClosedModel, Text, reject_lone_surrogates
 
@@ -119,14 +119,16 @@ class NamedTool(ClosedModel):
     function: NamedFunction
 
 
-def check_choice(choice: Any) -> Any:
-    if choice in ("none", "auto", "required") or isinstance(choice, dict):
+def parse_choice(choice: Any) -> Any:
+    if choice in ("none", "auto", "required"):
         return choice
-    raise ValueError(
-        'must be none, auto, required, or {"type": "function", "function": {"name": …}}'
-    )
+    try:
+        return NamedTool.model_validate(choice)
+    except ValidationError:
+        raise ValueError(
+            'must be none, auto, required, or {"type": "function", "function": {"name": …}}'
+        ) from None
 
 
-ToolChoice = Annotated[
-    Literal["none", "auto", "required"] | NamedTool, BeforeValidator(check_choice)
-]
+Choice = Literal["none", "auto", "required"] | NamedTool
+ToolChoice = Annotated[Choice, PlainValidator(parse_choice, json_schema_input_type=Choice)]

@@ -1,7 +1,8 @@
 """A model that calls tools, without weights: guided decoding makes valid calls of its few wishes.
 
-`python tests/tool_caller.py --port 6100` serves it. To a question with tools it answers with the
-shortest call of the first one, to a result with the text "done"; the model's name is "test".
+`python tests/tool_caller.py --port 6100` serves it under the name "test". To a question with tools
+it answers with a short call of the one whose name is first in the alphabet, and to a result with
+the text "done".
 """
 
 import argparse
@@ -49,19 +50,20 @@ class ToolCaller(ScriptedRunner):
     ):
         super().__init__(tokenizer, say)
         self.vocabulary = len(tokenizer)
-        self.begin = tokenizer.encode(begin, add_special_tokens=False)
+        self.begin = begin
         ids = [256, *tokenizer.encode(wishes, add_special_tokens=False)]
         self.likely = torch.full((self.vocabulary,), -5.0)
         self.likely[ids] = torch.arange(len(ids), 0, -1).float()
 
     def forward(self, work: list[tuple[Span, int]]) -> torch.Tensor:
         logits = super().forward(work)
+        begin = self.tokenizer.encode(self.begin, add_special_tokens=False)
         for row, (seq, _) in zip(logits, work, strict=True):
             if isinstance(seq, Sequence) and seq.guide and not self.has_result(seq):
                 said = len(seq.tokens) - seq.num_prompt
                 row[:] = self.likely
-                if said < len(self.begin):
-                    row[self.begin[said]] = 50.0
+                if said < len(begin):
+                    row[begin[said]] = 50.0
         return logits
 
     def has_result(self, seq: Sequence) -> bool:
