@@ -102,7 +102,7 @@ def main() -> None:
     timed("128 tools, tried and compiled", lambda: model.with_tools(prompt, tools_of(128)))
     prompt = model.with_tools(prompt, tools)
     story = "Once upon a time there was a ship, and the sea was blue. " * 10
-    arguments = {"path": "/home/me/some/file.txt", "lines": list(range(20)), "mode": "write"}
+    arguments = {"path": "/home/me/some/file.txt", "lines": list(range(1, 21)), "mode": "write"}
     call = {"function": {"name": "tool_3", "arguments": arguments}}
     for what, text in (("text", story), ("a call", model.tokenizer.tools.form.spell([call]))):
         each = milliseconds_per_mask(model, prompt, text)
