@@ -52,7 +52,8 @@ async def milliseconds_per_token(model: engine.ChatModel, prompts: list[engine.P
         if delta.completion_tokens:
             tokens[delta.index] = delta.completion_tokens
         if not started and all(tokens.values()):
-            started, at_start = time.perf_counter(), sum(tokens.values())
+            started = time.perf_counter()
+            at_start = sum(tokens.values())
     return (time.perf_counter() - started) * 1000 / (sum(tokens.values()) - at_start)
 
 

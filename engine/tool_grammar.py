@@ -51,7 +51,8 @@ class ToolGrammar:
     """
 
     def __init__(self, form: ToolFormat, special: Mapping[str, int]):
-        self.form, self.special = form, special
+        self.form = form
+        self.special = special
         words = sorted(special, key=len, reverse=True)
         self.pattern = re.compile(f"({'|'.join(map(re.escape, words)) or '(?!)'})")
         texts = (form.head, form.middle, form.tail, form.between or "")
@@ -82,8 +83,8 @@ class ToolGrammar:
         """A call of one tool, without what stands before its name and behind its arguments."""
         function = tool["function"]
         schema = function["parameters"] | {"x-guidance": WRITING}
-        begin = self._words(function["name"] + self.form.middle)
-        return f"{rule}: {begin} %json {json.dumps(schema)}"
+        name = json.dumps(function["name"])  # a text, even where a special token has that name
+        return f"{rule}: {name} {self._words(self.form.middle)} %json {json.dumps(schema)}"
 
     def _required(self, thoughts: Thoughts | None) -> list[str]:
         body = f"{self._words(self.form.head)} calls"
@@ -111,7 +112,9 @@ class ToolGrammar:
 
         The text begins with nothing that an excluded pattern matches.
         """
-        head, trigger, text = self.form.head, self.form.trigger, rule.upper()
+        head = self.form.head
+        trigger = self.form.trigger
+        text = rule.upper()
         if not trigger:
             # Where only its beginning can tell a call from a text, a text begins otherwise.
             begins = "".join(f" & ~/{word}(.|\\n)*/" for word in (*excluded, as_regex(head[0])))
@@ -129,7 +132,9 @@ class ToolGrammar:
         """A text in a grammar, in which special tokens stand apart."""
         parts = (part for part in self.pattern.split(text) if part)
         return " ".join(
-            f"<[{self.special[part]}]>" if part in self.special else json.dumps(part)
+            f"<[{self.special[part]}]>"
+            if part in self.special
+            else json.dumps(part, ensure_ascii=False)
             for part in parts
         )
 

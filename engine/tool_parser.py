@@ -30,7 +30,8 @@ class ToolCallParser:
         self._state = "start"
         self._depth = 0
         self._quoted = self._escaped = False
-        self._trigger, self._first_char = shown(form.trigger), form.head[0]
+        self._trigger = shown(form.trigger)
+        self._first_char = form.head[0]
         name = rf"([\w.-]+?){re.escape(shown(form.middle))}"
         between = form.between or form.tail + form.head
         self._first = re.compile(re.escape(shown(form.head)) + name, re.ASCII)
@@ -77,7 +78,8 @@ class ToolCallParser:
 
     def _num_sure(self) -> int:
         """How many characters are content, whatever follows."""
-        held, trigger = self._held, self._trigger
+        held = self._held
+        trigger = self._trigger
         if not trigger:
             return len(held)
         sizes = range(min(len(held), len(trigger)), 0, -1)
@@ -112,5 +114,6 @@ class ToolCallParser:
         return len(self._held)
 
     def _take(self, count: int) -> str:
-        taken, self._held = self._held[:count], self._held[count:]
+        taken = self._held[:count]
+        self._held = self._held[count:]
         return taken

@@ -28,7 +28,8 @@ class ToolPrompt:
         if family is None:
             self.form = learn_format(render)
         elif family.tools and family.tools.trigger in special:
-            self.form, self.roles = family.tools, family.turns
+            self.form = family.tools
+            self.roles = family.turns
 
     def arrange(
         self, messages: list[Message], tools: list[Any]

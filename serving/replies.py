@@ -214,7 +214,8 @@ class AnswerParser:
     """Parts an answer into thoughts, content and calls of tools, piece by piece."""
 
     def __init__(self, thoughts: ThoughtParser | None, calls: ToolCallParser | None):
-        self.thoughts, self.calls = thoughts, calls
+        self.thoughts = thoughts
+        self.calls = calls
 
     def push(self, text: str, choice: Choice) -> Said:
         """The next text of a choice, to which it has been added; the last if that has ended.
@@ -227,7 +228,8 @@ class AnswerParser:
             reasoning, text = self.thoughts.push(text)
             if last:
                 rest = self.thoughts.flush()
-                reasoning, text = reasoning + rest.reasoning, text + rest.content
+                reasoning += rest.reasoning
+                text += rest.content
         if not self.calls:
             return Said(reasoning, text, [])
         content, parts = self.calls.push(text, last)

@@ -269,15 +269,18 @@ def test_answer_that_is_cut_within_a_call_says_so(client, caller):
     assert part["reason"] == "length"
 
 
-def test_stop_string_ends_the_text_and_is_not_looked_for_in_special_tokens(client, caller, begin):
+def test_stop_string_ends_the_text_before_a_call(client, caller, begin):
     caller.begin = f"one two {begin}"
     choice = ask(client, stop="two").choices[0]
     assert (choice.finish_reason, choice.message.content) == ("stop", "one ")
-    # A secret name stands for a special token, and has letters.
-    letters = [letter for letter in "bcdfghijklmnpqrsuvwxyz" if letter not in "city weather zone"]
-    caller.begin = begin
-    choice = ask(client, stop=[letter for letter in letters if letter not in "namegutols_"][:16])
-    assert choice.choices[0].finish_reason == "tool_calls"
+
+
+def test_stop_string_is_not_looked_for_in_special_tokens(client):
+    """They are decoded as secret names, which have letters."""
+    written = '<tool_call> {"name": "weather", "arguments": {"city": ""}} </tool_call>'
+    others = set("abcdefghijklmnopqrstuvwxyz0123456789") - set(written)
+    choice = ask(client, stop=sorted(others)[-16:]).choices[0]
+    assert choice.finish_reason == "tool_calls"
 
 
 def test_call_that_a_stop_string_cuts_is_no_whole_one(client):

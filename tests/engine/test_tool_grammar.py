@@ -29,6 +29,7 @@ FORMATS = {
     ),
     "without a tail": ToolFormat("[TOOL_CALLS]", "<|args|>", "", "[TOOL_CALLS]"),
     "one call": ToolFormat("<function=", ">", "</function>"),
+    "other letters": ToolFormat('<工具🙂>"', '"：', "</工具>", '</工具><工具🙂>"'),
 }
 THOUGHTS = {
     "none": None,
@@ -262,6 +263,17 @@ def test_further_calls_may_come_where_they_are_allowed(name, parallel):
     call = {"function": {"name": "get", "arguments": {}}}
     assert may_end(held, form.spell([call]))
     assert allows(held, form.spell([call, call])) == bool(parallel and form.between)
+
+
+def test_function_may_be_called_as_a_special_token_is():
+    text = ChatTokenizer(byte_tokenizer(["<|end|>", "reserved_0"]))
+    compiler = GuideCompiler(text.plain, text.special.values(), {256})
+    grammar = ToolGrammar(COMMON, text.special)
+    written = grammar.write([function("reserved_0", NOTHING)], ToolChoice())
+    held = compiler.compile_grammar(written, grammar.marks)
+    for token in text.plain.encode(COMMON.head + "reserved_0" + COMMON.middle + "{}").ids:
+        assert held.allowed()[token]
+        held.matcher.consume_token(token)
 
 
 def test_tail_that_ends_the_answer_is_left_out():
