@@ -602,9 +602,9 @@ class Metrics:
 
 
 def finish_reason_of(choices: list[Choice]) -> str:
-    """Why a request's answers ended; length if any of them was cut."""
-    cut = any(choice.finish_reason == "length" for choice in choices)
-    return "length" if cut else "stop"
+    """Why a request's answers ended; length if any was cut, else tool_calls if any called tools."""
+    reasons = {choice.finish_reason for choice in choices}
+    return next((reason for reason in ("length", "tool_calls") if reason in reasons), "stop")
 
 
 def observed(histogram: Any, seconds: float) -> float:
@@ -1050,6 +1050,8 @@ class ChatService:
             os._exit(1)
         self._model = model
         self._greet(model)
+        # Meanwhile it serves; the first request with tools would wait for it.
+        model.warm_up()
 
     def _greet(self, model: ChatModel) -> None:
         """Log what is served, where, and how to reach it from elsewhere."""

@@ -32,11 +32,13 @@ from engine.families import Message
 from engine.model import ChatModel
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta, FinishReason, Prompt, Token
+from engine.tool_parser import CallPart, ToolCallParser
 
 if TYPE_CHECKING:
     from engine.loading import load
 
 __all__ = [
+    "CallPart",
     "ChatModel",
     "ContextTooLong",
     "Delta",
@@ -52,6 +54,7 @@ __all__ = [
     "StepFailed",
     "TimedOut",
     "Token",
+    "ToolCallParser",
     "load",
 ]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,9 +45,15 @@ class Event(NamedTuple):
 class AnswerText:
     """Makes Deltas of an answer's tokens, on the event loop."""
 
-    def __init__(self, answer: Answer, tokenizer: Tokenizer, context: list[int]):
+    def __init__(
+        self,
+        answer: Answer,
+        tokenizer: Tokenizer,
+        context: list[int],
+        shown_ids: Collection[int] = (),
+    ):
         self.answer, self.num_tokens, self.ended = answer, 0, False
-        self.detokenizer = Detokenizer(tokenizer, answer.params.stop, context)
+        self.detokenizer = Detokenizer(tokenizer, answer.params.stop, context, shown_ids)
 
     def take(self, event: Event) -> Delta | None:
         """The Delta for the next token, None if there is nothing to tell.

@@ -1,6 +1,6 @@
 """Token ids become text again, as they come."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -11,24 +11,33 @@ class Detokenizer:
 
     `context_ids` are the last ids of a text that the answer continues. Many tokenizers leave out
     the space at the beginning of a text, and an answer that continues one does not begin it.
+    `shown_ids` are the special tokens that are text here too, in which no stop string is looked
+    for; without any, special tokens are left out.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), context_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        context_ids: Sequence[int] = (),
+        shown_ids: Collection[int] = (),
     ):
-        self.tokenizer, self.stop = tokenizer, stop
+        self.tokenizer, self.stop, self.shown_ids = tokenizer, stop, shown_ids
         self.stopped = False
         self._most, self._firsts = max(map(len, stop), default=0), {s[0] for s in stop}
         self._shown: list[int] = []
         self._pending: list[int] = []
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = self._decode_stream()
         self._held = ""
         for token in context_ids:
             self._decode(token)
 
     def push(self, token: int) -> str:
         """Add the next id; return the text that can be sent now, often none or one word."""
-        self._held += self._decode(token)
+        text = self._decode(token)
+        if token in self.shown_ids:
+            return self.flush() + text
+        self._held += text
         starts = [at for at in map(self._held.find, self.stop) if at >= 0]
         if starts:
             self.stopped = True
@@ -50,6 +59,9 @@ class Detokenizer:
         ready, self._held = self._held[:count], self._held[count:]
         return ready
 
+    def _decode_stream(self) -> DecodeStream:
+        return DecodeStream(skip_special_tokens=not self.shown_ids)
+
     def _decode(self, token: int) -> str:
         try:
             text = self._stream.step(self.tokenizer, token)
@@ -57,7 +69,7 @@ class Detokenizer:
             # Invalid UTF-8, which a model may sample at a high temperature, is dropped. What was
             # shown last stays in front: without it, the next word would lose its space.
             self._pending = []
-            self._stream = DecodeStream(skip_special_tokens=True)
+            self._stream = self._decode_stream()
             for shown in self._shown:
                 self._stream.step(self.tokenizer, shown)
             text = self._stream.step(self.tokenizer, token)

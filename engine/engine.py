@@ -78,8 +78,8 @@ class Engine:
         answers = [self._answer(*pair, index, outbox) for index, pair in enumerate(each)]
         contexts = [prompt.ids[-CONTEXT:] if prompt.continues else [] for prompt, _ in each]
         texts = [
-            AnswerText(answer, self.tokenizer, context)
-            for answer, context in zip(answers, contexts, strict=True)
+            AnswerText(answer, self.tokenizer, context, prompt.shown_ids)
+            for answer, context, (prompt, _) in zip(answers, contexts, each, strict=True)
         ]
         self._submit(answers)
         beating = asyncio.create_task(heartbeat(outbox))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.sampling_params import SamplingParams
+from engine.tool_format import ToolFormat
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -14,7 +15,9 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 # reserved for a program's own use, so that no vocabulary and no text has it.
 PIECE_BREAK = "\ufdd2"
 
-Message = dict[str, str]
+# A role and a content, a text. An assistant's may have "tool_calls", in OpenAI's shape but with the
+# arguments as an object, and a tool's has the "tool_call_id" of the one that it answers.
+Message = dict[str, Any]
 
 
 DEFAULTS = SamplingParams()
@@ -38,6 +41,7 @@ class Family:
     # Whether the chat model's files may be without a chat template. Where they always had one,
     # a checkpoint without is the base model.
     without_template: bool = False
+    tools: ToolFormat | None = None  # how calls of tools are written; `turns` has their roles then
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         contents = [m["content"].strip() if self.strip else m["content"] for m in messages]
@@ -108,11 +112,18 @@ FAMILIES = (
         "internlm2",
         "internlm2",
         markers=("<s>", "<|im_start|>", "<|im_end|>"),
-        turns={role: f"<|im_start|>{role}\n{{}}<|im_end|>\n" for role in ROLES},
+        turns={
+            **{role: f"<|im_start|>{role}\n{{}}<|im_end|>\n" for role in ROLES},
+            "tools": "<|im_start|>system name=<|plugin|>\n{}<|im_end|>\n",
+            "tool": "<|im_start|>environment name=<|plugin|>\n{}<|im_end|>\n",
+        },
         begin="<s>",
         ask="<|im_start|>assistant\n",
         ends=("</s>", "<|im_end|>"),
         without_template=True,
+        tools=ToolFormat(
+            '<|action_start|><|plugin|>\n{"name": "', '", "parameters": ', "}<|action_end|>"
+        ),
     ),
 )
 

@@ -20,11 +20,12 @@ GUIDE_LIMITS = LLParserLimits(initial_lexer_fuel=100_000)
 
 @dataclass(frozen=True)
 class Guide:
-    """Constrains one answer to a JSON schema (guided decoding)."""
+    """Constrains one answer to a JSON schema, or to calls of tools (guided decoding)."""
 
     matcher: LLMatcher
     ends: list[int]
-    markers: list[int]  # the other special tokens
+    markers: list[int]  # the special tokens that the answer may not have
+    argument: str = "schema"  # what asks for it
 
     def copy(self) -> "Guide":
         return replace(self, matcher=self.matcher.deep_copy())
@@ -32,22 +33,37 @@ class Guide:
     def allowed(self) -> Any:
         """Which tokens may come next, a boolean mask [vocabulary].
 
-        Raises InvalidInput if the matcher has failed, or if the schema requires a text that
-        spells a special token: the matcher then allows only that token.
+        Raises InvalidInput if the matcher has failed, or allows none.
         """
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         self.check()
         allowed = np.unpackbits(bits, bitorder="little").astype(bool)
         allowed[self.markers if self.matcher.is_accepting() else self.markers + self.ends] = False
         if not allowed.any():
-            raise InvalidInput("the JSON schema asks for a special token", "schema")
+            raise InvalidInput("the JSON schema allows for no answer", self.argument)
         return allowed
 
     def check(self) -> None:
         """Raise InvalidInput if the matcher has failed, as it never raises by itself."""
         if self.matcher.is_error():
             reason = self.matcher.get_error().partition("\n")[0]
-            raise InvalidInput(f"the JSON schema: {reason}", "schema")
+            raise InvalidInput(f"the JSON schema: {reason}", self.argument)
+
+
+def with_known_spaces(spec: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer.json in which llguidance finds how spaces are written.
+
+    It knows them by a decoder that replaces a character, as Llama's, and not by Metaspace, as
+    XVERSE's, which does the same.
+    """
+    decoder = spec["decoder"]
+    if decoder and decoder["type"] == "Sequence":
+        for node in decoder["decoders"]:
+            if node["type"] == "Metaspace":
+                pattern = {"String": node["replacement"]}
+                node.clear()
+                node |= {"type": "Replace", "pattern": pattern, "content": " "}
+    return spec
 
 
 def spell_schema(schema: dict[str, Any]) -> str:
@@ -60,7 +76,11 @@ def spell_schema(schema: dict[str, Any]) -> str:
 
 
 class GuideCompiler:
-    """Compiles JSON schemas into guides for one model's tokens; thread-safe."""
+    """Compiles JSON schemas and grammars into guides for one model's tokens; thread-safe.
+
+    The tokenizer is one in which no text is encoded as a special token: what a schema requires is
+    written as the tokenizer would.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, special_ids: Collection[int], end_ids: Collection[int]
@@ -81,8 +101,19 @@ class GuideCompiler:
             )
         except ValueError as error:
             raise InvalidInput(f"the JSON schema: {error}", "schema") from error
+        return self._guide(grammar, self.markers, "schema")
+
+    def compile_grammar(self, grammar: str, marks: Collection[int]) -> Guide:
+        """A guide for answers by a grammar for tools, which may have some of the special tokens.
+
+        Raises InvalidInput if the grammar is invalid.
+        """
+        markers = sorted(set(self.markers) - set(marks))
+        return self._guide(grammar, markers, "tools")
+
+    def _guide(self, grammar: str, markers: list[int], argument: str) -> Guide:
         matcher = LLMatcher(self._vocabulary(), grammar, log_level=0, limits=GUIDE_LIMITS)
-        guide = Guide(matcher, self.ends, self.markers)
+        guide = Guide(matcher, self.ends, markers, argument)
         guide.check()
         # Some errors only show in use; and the first mask takes the longest.
         guide.copy().allowed()
@@ -92,6 +123,6 @@ class GuideCompiler:
         """The tokens as a trie, which takes a second or two: it is built on first use."""
         with self._lock:
             if self._trie is None:
-                spec = self.tokenizer.to_str()
+                spec = json.dumps(with_known_spaces(json.loads(self.tokenizer.to_str())))
                 self._trie = LLTokenizer(spec, eos_token=self.ends, slices=[])
             return self._trie

@@ -1,7 +1,8 @@
 """Tokenizer and engine together: a chat model."""
 
+import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from engine.errors import ContextTooLong, InvalidInput
 from engine.families import Message
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta, Prompt
+from engine.tool_grammar import Thoughts, ToolChoice, ToolGrammar, check_size, explained
+from engine.tool_parser import ToolCallParser
 from engine.truncation import drop_turns, turns_to_drop
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ class ChatModel:
     loaded: int = field(default_factory=lambda: int(time.time()))
     # Variables of the chat template, where a request does not set them.
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
         self.tokenizer.most_tokens = self.prompt_length
@@ -83,20 +87,62 @@ class ChatModel:
 
     def close(self) -> None:
         """Stop the engine; those who still generate get EngineStopped."""
-        if "_guides" in self.__dict__:
-            self._guides.close()
+        if "_compiler" in self.__dict__:
+            self._compiler.close()
         self.engine.close()
 
     def guided(self, prompt: Prompt, schema: dict[str, Any]) -> Prompt:
         """The same, to be answered with JSON of a schema. Raises InvalidInput if it is invalid."""
         return replace(prompt, guide=self._guides.compile(schema))
 
+    def with_tools(
+        self, prompt: Prompt, tools: list[Any], *, required: bool = False, parallel: bool = True
+    ) -> Prompt:
+        """The same, to be answered with a text or with valid calls of these tools.
+
+        `required` says that it must be calls, `parallel` that there may be several. Each tool has
+        the shape of OpenAI's, with parameters. Raises InvalidInput if their schemas are invalid.
+        """
+        grammar = self._tool_grammar.write(
+            tools, ToolChoice(required, parallel), self._thoughts(prompt)
+        )
+        marks = self._tool_grammar.marks
+        try:
+            guide = self._guides.compile_grammar(grammar, marks)
+        except InvalidInput as error:
+            raise explained(error, tools) from error
+        return replace(prompt, guide=guide, calls_tools=True, shown_ids=frozenset(marks))
+
+    def tool_parser(self) -> ToolCallParser:
+        """What parts the text of an answer that may call tools."""
+        return ToolCallParser(self._tool_grammar.form, self.tokenizer.shown)
+
+    def warm_up(self) -> None:
+        """Build what tools need and takes seconds, for a model that was trained to call them."""
+        if self.tokenizer.tools.form.native:
+            self._guides.warm_up()
+
+    def _thoughts(self, prompt: Prompt) -> Thoughts | None:
+        markers = self.tokenizer.thinking_markers
+        return Thoughts(*markers, self.tokenizer.thinks(prompt.ids)) if markers else None
+
     @cached_property
+    def _tool_grammar(self) -> ToolGrammar:
+        special = self.tokenizer.special
+        ends = [word for word, i in special.items() if i in self.engine.end_ids]
+        return ToolGrammar(self.tokenizer.tools.form.ending_with(ends), special)
+
+    @property
     def _guides(self) -> "TrialCompiler":
+        with self._lock:
+            return self._compiler
+
+    @cached_property
+    def _compiler(self) -> "TrialCompiler":
         from engine.schema_trial import TrialCompiler
 
         special = self.tokenizer.special.values()
-        return TrialCompiler(self.tokenizer.backend, special, self.engine.end_ids)
+        return TrialCompiler(self.tokenizer.plain, special, self.engine.end_ids)
 
     def prepare(
         self,
@@ -107,16 +153,18 @@ class ChatModel:
         *,
         template_kwargs: Mapping[str, Any] | None = None,
         continue_final: bool = False,
+        tools: Sequence[Any] = (),
     ) -> Prompt:
         """Tokenize and check the lengths; slow, so call it off the event loop.
 
         `given` are the request's sampling parameters. A length that is not among them is the
         default, or with `whole_context` all that is left, and is cut to fit. `template_kwargs` are
         variables of the chat template; with `continue_final` the answer goes on from the last
-        message. Raises ContextTooLong if prompt and answer do not fit together.
+        message. The prompt tells of `tools`, see `with_tools`. Raises ContextTooLong if prompt and
+        answer do not fit together.
         """
         encode = partial(
-            self.encode, template_kwargs=template_kwargs, continue_final=continue_final
+            self.encode, template_kwargs=template_kwargs, continue_final=continue_final, tools=tools
         )
         # If no length is given, at least half of the context is for the prompt.
         default = min(self.defaults.max_new_tokens, self.context_length // 2)
@@ -158,10 +206,14 @@ class ChatModel:
         messages: list[Message],
         template_kwargs: Mapping[str, Any] | None = None,
         continue_final: bool = False,
+        tools: Sequence[Any] = (),
     ) -> list[int]:
         """The token ids of a conversation. Raises InvalidInput where the format refuses it."""
+        check_size(tools)
         variables = {**self.template_kwargs, **(template_kwargs or {})}
-        return self.tokenizer.encode(messages, variables, continue_final=continue_final)
+        return self.tokenizer.encode(
+            messages, variables, continue_final=continue_final, tools=tools
+        )
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens included. Raises InvalidInput for unknown ids."""

@@ -1,4 +1,5 @@
-"""Tries a JSON schema in a process that can be ended before it is compiled here.
+"""Tries a JSON schema, or a grammar with several, in a process that can be ended, before it is
+compiled here.
 
 A schema of forty characters can take a minute and gigabytes to compile, and no thread can be
 ended. What the process compiles in time is compiled once more in this one, as quickly.
@@ -26,7 +27,10 @@ START_TIMEOUT = 60.0
 
 
 class TrialCompiler:
-    """Compiles JSON schemas within bounds of time and memory; thread-safe, one after the other."""
+    """Compiles JSON schemas and grammars within bounds of time and memory.
+
+    Thread-safe, one after the other; see GuideCompiler.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, special_ids: Collection[int], end_ids: Collection[int]
@@ -42,12 +46,19 @@ class TrialCompiler:
 
         Raises InvalidInput if it is invalid, or takes too much to compile.
         """
-        spelled = spell_schema(schema)
-        with self._lock:
-            refusal = self._try(spelled)
-        if refusal:
-            raise InvalidInput(refusal, "schema")
+        spell_schema(schema)
+        self._check({"schema": schema}, "schema")
         return self.compiler.compile(schema)
+
+    def compile_grammar(self, grammar: str, marks: Collection[int]) -> Guide:
+        """The same for a grammar for tools, by which answers may have these special tokens."""
+        self._check({"grammar": grammar, "marks": list(marks)}, "tools")
+        return self.compiler.compile_grammar(grammar, marks)
+
+    def warm_up(self) -> None:
+        """Build here and there what every schema needs, which takes seconds, before one comes."""
+        with suppress(InvalidInput):  # it was closed meanwhile
+            self.compile({})
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
@@ -57,15 +68,22 @@ class TrialCompiler:
         with self._lock:  # whoever has it gets no answer any more
             self._end()
 
-    def _try(self, spelled: str) -> str | None:
-        """Why a schema is refused, None if it is not."""
+    def _check(self, question: dict[str, Any], argument: str) -> None:
+        """Raise InvalidInput if the process refuses a schema or a grammar."""
+        with self._lock:
+            refusal = self._try(question)
+        if refusal:
+            raise InvalidInput(refusal, argument)
+
+    def _try(self, question: dict[str, Any]) -> str | None:
+        """Why a schema or a grammar is refused, None if it is not."""
         if self._process and self._process.poll() is not None:
             self._end()  # it died while it had nothing to do
         try:
             if self._process is None:
                 self._process = start_process()
                 self._ask(self.setup, START_TIMEOUT)
-            refusal: str | None = self._ask(spelled, COMPILE_TIMEOUT)
+            refusal: str | None = self._ask(question, COMPILE_TIMEOUT)
             return refusal
         except (OSError, ValueError):
             self._end()
@@ -135,7 +153,7 @@ def limit_time() -> None:
 
 
 def serve_trials() -> None:
-    """The process: a tokenizer in, then schemas in, and for each why it is refused, or null."""
+    """The process: a tokenizer in, then schemas or grammars, and for each a refusal or null."""
     spec, special_ids, end_ids = json.loads(sys.stdin.readline())
     compiler = GuideCompiler(Tokenizer.from_str(spec), special_ids, end_ids)
     compiler.compile({})  # builds what all of them need
@@ -144,11 +162,18 @@ def serve_trials() -> None:
     for line in sys.stdin:
         limit_time()
         try:
-            compiler.compile(json.loads(json.loads(line)))
+            compile_question(compiler, json.loads(line))
         except InvalidInput as error:
             answer(str(error))
         else:
             answer(None)
+
+
+def compile_question(compiler: GuideCompiler, question: dict[str, Any]) -> None:
+    if "schema" in question:
+        compiler.compile(question["schema"])
+    else:
+        compiler.compile_grammar(question["grammar"], question["marks"])
 
 
 def answer(refusal: str | None) -> None:

@@ -56,6 +56,8 @@ class Prompt:
     guide: "Guide | None" = None
     dropped_turns: int = 0
     continues: bool = False  # the answer goes on from the prompt's text
+    calls_tools: bool = False  # the answer is for a parser of calls
+    shown_ids: frozenset[int] = frozenset()  # special tokens that are text in the answer
 
 
 @dataclass(eq=False)

@@ -5,7 +5,7 @@ Nothing that a user writes in a chat can become a special token.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from inspect import signature
 from math import inf
@@ -18,6 +18,7 @@ from engine.errors import ContextTooLong, InvalidInput, StartError
 from engine.families import PIECE_BREAK, Family, Message
 from engine.special_tokens import SpecialTokens, token_ids
 from engine.token_bound import MIN_CHARS, TokenBound
+from engine.tool_prompt import ToolPrompt
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -123,7 +124,7 @@ class ChatTokenizer:
     Thread-safe: unlike transformers' own wrapper, it never modifies its tokenizers. `special` are
     the special tokens' ids by their text; `template` is the chat template, empty where the
     family's format is used; `thinking_markers` are the words between which the model thinks aloud,
-    or None.
+    or None; `tools` is how the model is told of tools.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", family: Family | None = None):
@@ -146,6 +147,7 @@ class ChatTokenizer:
         self._begin = self._begin_ids()
         self._before = token_ids(self.plain, "a")
         self.most_tokens: int | None = None
+        self.tools = ToolPrompt(family, self.special, self._render)
         # Of an answer with logprobs the same tokens are spelled over and over.
         self.spell = lru_cache(2**16)(self._spell)
 
@@ -155,15 +157,20 @@ class ChatTokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
         *,
         continue_final: bool = False,
+        tools: Sequence[Any] = (),
     ) -> list[int]:
         """The prompt's token ids, with the generation prompt.
 
+        `tools` are what the answer may call, as in OpenAI's API.
         `template_kwargs` are variables for the chat template, such as Qwen's `enable_thinking`.
         With `continue_final` the last message, the assistant's, is left open for the answer to
         go on from it. Raises InvalidInput where the model's format does not allow for them.
         """
         given = self._special.quote(self._checked(template_kwargs or {}))
-        quoted = self._special.quote(messages)
+        quoted, listed = self.tools.arrange(
+            self._special.quote(messages), self._special.quote(tools)
+        )
+        given |= listed
         if continue_final:
             text = self._render_open(quoted, given)
         else:
@@ -196,6 +203,10 @@ class ChatTokenizer:
         self._check_length(prefix + suffix)
         begin, between, end = map(self._special.name, markers)
         return self._begin + token_ids(self.plain, f"{begin}{prefix}{between}{suffix}{end}")
+
+    def shown(self, text: str) -> str:
+        """A text of the format as `plain` decodes it: special tokens by their secret names."""
+        return self._special.pattern.sub(lambda found: self._special.name(found[0]), text)
 
     def num_tokens(self, text: str) -> float:
         """How many tokens a text has by itself; infinity where it is not worth counting."""

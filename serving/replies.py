@@ -4,15 +4,18 @@ There is one generation path: a full response is built from the same deltas as a
 """
 
 import hashlib
+import secrets
+import string
 import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
-from engine import ChatModel, Delta, FinishReason, Prompt, Token
+from engine import CallPart, ChatModel, Delta, FinishReason, Prompt, Token, ToolCallParser
 from serving.schemas import ChatCompletionRequest, ChatRequest, CompletionRequest, OpenAIRequest
+from serving.thoughts import ThoughtParser
 
 __version__ = "0.1.0"
 
@@ -32,7 +35,7 @@ class Choice:
     shares_prompt: bool = False  # with an earlier one, so that its tokens are counted there
     text: str = ""
     tokens: list[Token] = field(default_factory=list)  # only with logprobs
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
@@ -86,7 +89,7 @@ class Reply(Protocol):
     """Formats the answer of one endpoint."""
 
     def chunk(self, delta: Delta, choice: Choice) -> dict[str, Any] | None:
-        """The event for a delta, which has already been added to the choice."""
+        """The event for a delta, which has already been added to the choice; None: nothing yet."""
 
     def final_event(self, choices: list[Choice]) -> dict[str, Any] | None:
         """The event that follows the last delta, if any."""
@@ -106,7 +109,10 @@ async def events_of(deltas: AsyncGenerator[Delta], choices: list[Choice], reply:
         async for delta in deltas:
             choice = choices[delta.index]
             choice.add(delta)
-            yield None if is_sign_of_life(delta) else reply.chunk(delta, choice)
+            if is_sign_of_life(delta):
+                yield None
+            elif event := reply.chunk(delta, choice):
+                yield event
     if event := reply.final_event(choices):
         yield event
 
@@ -167,8 +173,11 @@ class OpenAIReply:
         content = [self.whole(c) | {"finish_reason": c.finish_reason} for c in choices]
         return self.frame | {"choices": content, "usage": self.usage(choices)}
 
-    def chunk(self, delta: Delta, choice: Choice) -> dict[str, Any]:
-        content = self.part(delta, choice) | {"finish_reason": delta.finish_reason}
+    def chunk(self, delta: Delta, choice: Choice) -> dict[str, Any] | None:
+        part = self.part(delta, choice)
+        if part is None:
+            return None
+        content = part | {"finish_reason": choice.finish_reason}
         event = self.frame | {"object": self.chunk_kind, "choices": [content]}
         if self.include_usage:
             event["usage"] = None
@@ -188,83 +197,70 @@ class OpenAIReply:
         """A finished choice, without its finish_reason."""
         raise NotImplementedError
 
-    def part(self, delta: Delta, choice: Choice) -> dict[str, Any]:
-        """The same of a delta."""
+    def part(self, delta: Delta, choice: Choice) -> dict[str, Any] | None:
+        """The same of a delta; None if it brings nothing."""
         raise NotImplementedError
 
 
-class Thought(NamedTuple):
-    """Text of an answer, parted into what the model thought aloud and what it says."""
+class Said(NamedTuple):
+    """Text of an answer, parted; calls as in the chunks of OpenAI's API."""
 
     reasoning: str
     content: str
+    calls: list[dict[str, Any]]
 
 
-class ThoughtParser:
-    """Parts an answer that begins with a thought, piece by piece.
+class AnswerParser:
+    """Parts an answer into thoughts, content and calls of tools, piece by piece."""
 
-    `markers` stand before and after a thought; `inside` says whether the prompt has opened one.
-    White space at the edges belongs to neither part.
-    """
+    def __init__(self, thoughts: ThoughtParser | None, calls: ToolCallParser | None):
+        self.thoughts = thoughts
+        self.calls = calls
 
-    def __init__(self, markers: tuple[str, str], inside: bool):
-        self.opening, self.closing = markers
-        self.state = "thought" if inside else "start"
-        self.held = ""
-        self.has_thought = False  # anything but white space
+    def push(self, text: str, choice: Choice) -> Said:
+        """The next text of a choice, to which it has been added; the last if that has ended.
 
-    def push(self, text: str) -> Thought:
-        """The next text; returns what is sure by now."""
-        self.held += text
-        if self.state == "start":
-            self._begin()
-        reasoning = self._think() if self.state == "thought" else ""
-        if self.state == "after":
-            self.held = self.held.lstrip()
-            if self.held:
-                self.state = "said"
-        content = ""
-        if self.state == "said":
-            content, self.held = self.held, ""
-        return Thought(reasoning, content)
-
-    def flush(self) -> Thought:
-        """What was held back, once no more comes."""
-        rest, self.held = self.held, ""
-        if self.state == "thought":
-            return Thought(rest.rstrip(), "")
-        return Thought("", rest if self.state == "start" else "")
-
-    def _begin(self) -> None:
-        begun = self.held.lstrip()
-        if begun.startswith(self.opening):
-            self.held = begun.removeprefix(self.opening)
-            self.state = "thought"
-        elif not self.opening.startswith(begun):
-            self.state = "said"
-
-    def _think(self) -> str:
-        """The part of what is held that is certainly thought, and no part of its end."""
-        thought, closed, rest = self.held.partition(self.closing)
-        if closed:
-            self.state, self.held = "after", rest
-            return self._trimmed(thought).rstrip()
-        sure = len(thought) - overlap(thought, self.closing)
-        sure = len(thought[:sure].rstrip())
-        self.held = thought[sure:]
-        return self._trimmed(thought[:sure])
-
-    def _trimmed(self, thought: str) -> str:
-        if not self.has_thought:
-            thought = thought.lstrip()
-        self.has_thought = self.has_thought or bool(thought)
-        return thought
+        Notes in the choice that it ends with calls.
+        """
+        last = choice.finish_reason is not None
+        reasoning = ""
+        if self.thoughts:
+            reasoning, text = self.thoughts.push(text)
+            if last:
+                rest = self.thoughts.flush()
+                reasoning += rest.reasoning
+                text += rest.content
+        if not self.calls:
+            return Said(reasoning, text, [])
+        content, parts = self.calls.push(text, last)
+        if choice.finish_reason == "stop" and self.calls.has_calls:
+            choice.finish_reason = "tool_calls"
+        return Said(reasoning, content, [chunk_of(part) for part in parts])
 
 
-def overlap(text: str, marker: str) -> int:
-    """How many characters at the end of a text may begin a marker."""
-    sizes = range(min(len(text), len(marker) - 1), 0, -1)
-    return next((size for size in sizes if text.endswith(marker[:size])), 0)
+# Of letters and digits, and so many: the templates of some models demand it.
+CALL_ID_LENGTH = 9
+
+
+def chunk_of(part: CallPart) -> dict[str, Any]:
+    """A part of a call as OpenAI's API streams it: its id and name first, then the arguments."""
+    if part.name is None:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    letters = string.ascii_letters + string.digits
+    number = "".join(secrets.choice(letters) for _ in range(CALL_ID_LENGTH))
+    function = {"name": part.name, "arguments": part.arguments}
+    return {"index": part.index, "id": number, "type": "function", "function": function}
+
+
+def joined(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The whole calls of a streamed answer's chunks."""
+    calls: list[dict[str, Any]] = []
+    for chunk in chunks:
+        if "id" in chunk:
+            calls.append({name: chunk[name] for name in ("id", "type", "function")})
+        else:
+            calls[-1]["function"]["arguments"] += chunk["function"]["arguments"]
+    return calls
 
 
 class ChatCompletionReply(OpenAIReply):
@@ -279,39 +275,41 @@ class ChatCompletionReply(OpenAIReply):
         self.parsers = [self._parser() for _ in range(body.num_answers)]
 
     def whole(self, choice: Choice) -> dict[str, Any]:
-        parser = self._parser()
-        parts = (
-            (parser.push(choice.text), parser.flush()) if parser else (Thought("", choice.text),)
-        )
-        message = {
-            "role": "assistant",
-            "content": "".join(part.content for part in parts),
-            "refusal": None,
-        }
-        if reasoning := "".join(part.reasoning for part in parts):
-            message["reasoning_content"] = reasoning
+        said = self._parser().push(choice.text, choice)
+        message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
+        if said.reasoning:
+            message["reasoning_content"] = said.reasoning
+        if said.calls:
+            message["tool_calls"] = joined(said.calls)
+            message["content"] = said.content or None
         logprobs = self._logprobs(choice.tokens)
         return {"index": choice.index, "message": message, "logprobs": logprobs}
 
-    def part(self, delta: Delta, choice: Choice) -> dict[str, Any]:
-        said: dict[str, Any] = {} if choice.started else {"role": "assistant"}
+    def part(self, delta: Delta, choice: Choice) -> dict[str, Any] | None:
+        said = self.parsers[choice.index].push(delta.text, choice)
+        message: dict[str, Any] = {}
+        if said.reasoning:
+            message["reasoning_content"] = said.reasoning
+        if said.calls:
+            message["tool_calls"] = said.calls
+        if said.content or not (message or self.prompt.calls_tools):
+            message["content"] = said.content
+        if not choice.started:
+            message = {"role": "assistant"} | (message or {"content": ""})
         choice.started = True
-        parser = self.parsers[choice.index]
-        thought = parser.push(delta.text) if parser else Thought("", delta.text)
-        if parser and delta.finish_reason:
-            rest = parser.flush()
-            thought = Thought(thought.reasoning + rest.reasoning, thought.content + rest.content)
-        if thought.reasoning:
-            said["reasoning_content"] = thought.reasoning
-        if thought.content or not thought.reasoning:
-            said["content"] = thought.content
         tokens = [delta.token] if delta.token else []
-        return {"index": choice.index, "delta": said, "logprobs": self._logprobs(tokens)}
+        if not (message or tokens or choice.finish_reason):
+            return None  # it belongs to the beginning of a call
+        return {"index": choice.index, "delta": message, "logprobs": self._logprobs(tokens)}
 
-    def _parser(self) -> ThoughtParser | None:
+    def _parser(self) -> "AnswerParser":
+        calls = self.model.tool_parser() if self.prompt.calls_tools else None
+        return AnswerParser(self._thought_parser(), calls)
+
+    def _thought_parser(self) -> ThoughtParser | None:
         """Parts an answer; None where nobody thinks, as in JSON."""
         markers = self.model.tokenizer.thinking_markers
-        if markers is None or self.prompt.guide:
+        if markers is None or (self.prompt.guide and not self.prompt.calls_tools):
             return None
         if self.said is None:
             inside = self.model.tokenizer.thinks(self.prompt.ids)

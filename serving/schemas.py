@@ -42,6 +42,7 @@ from serving.field_types import (
     join_text_parts,
     parse_prompts,
 )
+from serving.tool_fields import NamedTool, Tool, ToolCalls, ToolChoice, Tools
 from serving.unknown_fields import asks_for_nothing, refusal_of
 
 LENGTH_NAMES = ("max_length", "max_new_tokens", "max_tokens", "max_completion_tokens", "n_predict")
@@ -185,7 +186,7 @@ class SamplingFields(RequestModel):
 
     @property
     def has_schema(self) -> bool:
-        """Whether the answer is held to a JSON schema, which is to be compiled."""
+        """Whether the answer is held to JSON schemas, which are to be compiled."""
         return False
 
     def overrides(self) -> dict[str, Any]:
@@ -290,28 +291,27 @@ class ChatResponse(BaseModel):
 
 
 def check_role(role: Any) -> Any:
-    if role in ("tool", "function"):
-        raise ValueError(
-            "must be system, developer, user or assistant; results of tools are not supported"
-        )
+    if role == "function":
+        raise ValueError('must be "tool" for the result of a tool; "function" is its old name')
     # OpenAI's newer name for the system role.
     return "system" if role == "developer" else role
 
 
 class OpenAIMessage(ClosedModel):
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tool_calls": ([],),
-        "annotations": ([],),
-        "function_call": ({},),
-    }
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"annotations": ([],), "function_call": ({},)}
 
     role: Annotated[
-        Literal["system", "user", "assistant"],
+        Literal["system", "user", "assistant", "tool"],
         BeforeValidator(
-            check_role, json_schema_input_type=Literal["system", "developer", "user", "assistant"]
+            check_role,
+            json_schema_input_type=Literal["system", "developer", "user", "assistant", "tool"],
         ),
     ]
-    content: Annotated[Text, BeforeValidator(join_text_parts, json_schema_input_type=Content)]
+    content: Annotated[
+        Text, BeforeValidator(join_text_parts, json_schema_input_type=Content | None)
+    ]
+    tool_calls: ToolCalls | None = Field(None, description="of the assistant; content may be null")
+    tool_call_id: Text | None = Field(None, description="whose result a tool's message is")
     name: Text | None = Field(None, description="who speaks, for templates that say it")
     reasoning_content: Text | None = Field(
         None,
@@ -319,6 +319,27 @@ class OpenAIMessage(ClosedModel):
         description="what the assistant thought, for templates that repeat it",
     )
     prefix: bool | None = Field(None, description="of the last one: the answer goes on from it")
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_calls(cls, given: Any) -> Any:
+        """Calls are the assistant's, and stand for a content; the results of them name them."""
+        if not isinstance(given, dict):
+            return given
+        if given.get("tool_calls") and given.get("role") != "assistant":
+            raise ValueError("has tool_calls, which only the assistant makes")
+        if given.get("tool_call_id") is not None and given.get("role") != "tool":
+            raise ValueError('has a tool_call_id, so its role must be "tool"')
+        if given.get("tool_calls") and given.get("content") is None:
+            return given | {"content": ""}
+        return given
+
+    def as_turn(self) -> Message:
+        """The message for the engine."""
+        turn = self.model_dump(exclude={"prefix"}, exclude_none=True)
+        if not self.tool_calls:
+            turn.pop("tool_calls", None)
+        return turn
 
 
 Turns = Annotated[list[OpenAIMessage], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
@@ -387,6 +408,7 @@ class OpenAIRequest(SamplingFields):
 class Conversation(RequestModel):
     """Messages, and how the model's chat template is to render them."""
 
+    tools: Tools | None = Field(None, description="functions that the answer may call")
     chat_template_kwargs: TemplateKwargs | None = Field(
         None, description="variables of the model's chat template"
     )
@@ -424,36 +446,82 @@ class ChatCompletionRequest(Conversation, OpenAIRequest):
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tool_choice: ToolChoice | None = Field(
+        None, description="none, auto, required, or the function that must be called"
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call")
 
     def check(self) -> None:
         super().check()
+        self.check_tools()
         if self.top_logprobs and not self.logprobs:
             raise InvalidInput("top_logprobs needs logprobs to be true", "top_logprobs")
 
+    def check_tools(self) -> None:
+        """What tools cannot go with, and what cannot go without. Raises InvalidInput."""
+        names = [tool.function.name for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            if name not in names:
+                raise InvalidInput(f"tool_choice is {name!r}, which is not in tools", "tool_choice")
+        elif self.tool_choice == "required" and not names:
+            raise InvalidInput("tool_choice is required, but there are no tools", "tool_choice")
+        if not self.usable_tools:
+            return
+        if self.response_format and self.response_format.type != "text":
+            raise InvalidInput("response_format cannot go with tools; send one of them", "tools")
+        if self.continues(self.messages):
+            raise InvalidInput("an answer with tools cannot go on from the last message", "tools")
+
+    @property
+    def usable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
     @property
     def has_schema(self) -> bool:
-        return self.response_format is not None
+        return self.response_format is not None or bool(self.usable_tools)
 
     def overrides(self) -> dict[str, Any]:
-        rest = {name: value for name, value in super().overrides().items() if name != "logprobs"}
-        return {**rest, "logprobs": self.top_logprobs or 0} if self.logprobs else rest
+        given = {name: value for name, value in super().overrides().items() if name != "logprobs"}
+        if self.logprobs:
+            given["logprobs"] = self.top_logprobs or 0
+        if self.usable_tools:
+            # A penalty that a model has by default would keep it from quoting the tools' JSON.
+            given.setdefault("repetition_penalty", 1.0)
+        return given
 
     def tokenize(self, model: ChatModel) -> list[Prompt]:
         schema = self.response_format.to_schema() if self.response_format else None
-        if schema is not None and (self.ignore_eos or self.min_tokens):
+        tools = [tool.model_dump(exclude_none=True) for tool in self.usable_tools]
+        if (tools or schema is not None) and (self.ignore_eos or self.min_tokens):
             name = "ignore_eos" if self.ignore_eos else self.field_of("min_tokens")
-            raise InvalidInput(f"{name} cannot go with a JSON answer, which ends by itself", name)
+            raise InvalidInput(
+                f"{name} cannot go with tools or a JSON answer, which ends by itself", name
+            )
         prompt = model.prepare(
-            [
-                message.model_dump(exclude={"prefix"}, exclude_none=True)
-                for message in self.messages
-            ],
+            [message.as_turn() for message in self.messages],
             self.overrides(),
             whole_context=True,
             template_kwargs=self.chat_template_kwargs,
             continue_final=self.continues(self.messages),
+            tools=tools,
         )
+        if tools:
+            return [self._with_tools(model, prompt, tools)]
         return [prompt if schema is None else model.guided(prompt, schema)]
+
+    def _with_tools(self, model: ChatModel, prompt: Prompt, tools: list[Any]) -> Prompt:
+        named = isinstance(self.tool_choice, NamedTool)
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            tools = [tool for tool in tools if tool["function"]["name"] == name]
+        return model.with_tools(
+            prompt,
+            tools,
+            required=named or self.tool_choice == "required",
+            parallel=self.parallel_tool_calls is not False and not named,
+        )
 
 
 MAX_ANSWERS = 128  # to all of a request's prompts
@@ -538,18 +606,16 @@ class TokenizeRequest(Conversation):
         return next((name for name in Conversation.model_fields if self._asks(name)), None)
 
     def _asks(self, name: str) -> bool:
-        return name != "model" and getattr(self, name) not in (None, {}, False)
+        return name != "model" and getattr(self, name) not in (None, {}, [], False)
 
     def result(self, model: ChatModel) -> dict[str, Any]:
         """The response. Raises InvalidInput where the model's format refuses the messages."""
         if self.messages:
             ids = model.encode(
-                [
-                    message.model_dump(exclude={"prefix"}, exclude_none=True)
-                    for message in self.messages
-                ],
+                [message.as_turn() for message in self.messages],
                 self.chat_template_kwargs,
                 continue_final=self.continues(self.messages),
+                tools=[tool.model_dump(exclude_none=True) for tool in self.tools or ()],
             )
         else:
             ids = model.tokenizer.encode_text(

@@ -501,6 +501,7 @@ def test_python_examples_run(demo, capsys):
     assert "Rome" in said
     assert said.count("The capital of France is Paris.") == 2
     assert re.search(r'\{"city":', said)
+    assert "22 degrees in Paris" in said
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 
 import api
-from engine import InvalidInput, guide, schema_trial
-from serving import connection, log_queue, schemas
+from engine import InvalidInput, guide, schema_trial, tool_grammar
+from serving import connection, log_queue, schemas, tool_fields
 
 STATED = {
     "headers, and what stands between them and the body": (
@@ -21,6 +21,10 @@ STATED = {
     "time to send the body": f"{api.BODY_TIMEOUT:g} seconds",
     "turns of a history, or messages": f"{schemas.MAX_TURNS:,}",
     "a JSON schema": f"{guide.MAX_SCHEMA_CHARS:,} characters",
+    "tools of a request": (
+        f"{tool_fields.MAX_TOOLS}, with schemas of {tool_grammar.MAX_SCHEMAS_CHARS:,} characters"
+        " together"
+    ),
     "time to compile a schema": f"{schema_trial.COMPILE_TIMEOUT:g} seconds",
     "memory to compile a schema": f"{schema_trial.COMPILE_MEMORY // 2**20} MiB",
     "lines of the log that wait to be written": f"{log_queue.MAX_LINES:,}",

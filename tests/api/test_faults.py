@@ -356,9 +356,6 @@ SCHEMAS = {
     "is deep": json.loads('{"items":' * 400 + "{}" + "}" * 400),
     "is wide": {"properties": {f"p{i}": {"type": "string"} for i in range(10_000)}},
     "cannot be met": {"type": "object", "properties": {"a": False}, "required": ["a"]},
-    "asks for a special token": {"enum": ["<|user|>"]},
-    "asks for a special token in the middle": {"enum": ["a <|end|> b"]},
-    "spells one as a pattern": {"type": "string", "pattern": "^\\x3c\\|end\\|\\x3e$"},
 }
 
 
@@ -387,7 +384,6 @@ def test_impossible_schema_is_a_400_and_holds_up_nobody(server, how):
     assert answer.json()["error"]["param"] == "response_format"
     assert "<state>" not in answer.text
     assert ("longer than 65,536" in answer.text) == (how in ("is too long", "is wide"))
-    assert ("special token" in answer.text) == ("special" in how or "spells" in how)
     assert took < 5
     assert max(waits) < 2
     assert httpx.post(server, json={"prompt": "x"}).json()["response"] == "hello"

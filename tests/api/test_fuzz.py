@@ -26,7 +26,7 @@ INSIDES = re.compile(
 def url():
     tokenizer = byte_tokenizer()
     runner = ScriptedRunner(tokenizer)
-    with serve(lambda settings: chat_model(runner, tokenizer, max_waiting=10_000)) as url:
+    with serve(lambda settings: chat_model(runner, tokenizer, 2048, max_waiting=10_000)) as url:
         yield ready(url)
 
 
@@ -161,12 +161,49 @@ JUNK = st.recursive(
 )  # fmt: skip
 
 
+ROUND = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}},
+    ]},
+    {"role": "tool", "tool_call_id": "1", "content": "x"},
+]  # fmt: skip
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 5}},
+          "required": ["a"], "additionalProperties": False}  # fmt: skip
+TOOLS = {
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": SCHEMA}}],
+    "tool_choice": {"type": "function", "function": {"name": "f"}},
+    "messages": ROUND,
+}
+
+
+def places(value: object, path: tuple = ()) -> list[tuple]:
+    """The path of everything in a JSON value, but of itself."""
+    if isinstance(value, dict):
+        inner = list(value.items())
+    else:
+        inner = list(enumerate(value)) if isinstance(value, list) else []
+    return [place for k, v in inner for place in ((*path, k), *places(v, (*path, k)))]
+
+
+def replaced(value: object, path: tuple, new: object) -> object:
+    """A copy of a JSON value with something else at a path."""
+    if not path:
+        return new
+    copied = value.copy()
+    copied[path[0]] = replaced(value[path[0]], path[1:], new)
+    return copied
+
+
 @st.composite
 def asked(draw) -> tuple[str, bytes, bool]:
     """A path, a body, and whether it must be refused."""
     path = draw(st.sampled_from(ROUTES))
     body, refuse = dict(VALID[path]), True
-    match draw(st.sampled_from(["number", "text", "lost", "junk", "twice", "bytes", "odd"])):
+    cases = ["number", "text", "lost", "junk", "twice", "bytes", "odd"]
+    if "messages" in body:
+        cases += ["tools"]
+    match draw(st.sampled_from(cases)):
         case "number":
             body[draw(st.sampled_from(sorted(NUMBERS & set(body))))] = draw(NO_NUMBERS)
         case "text":
@@ -191,6 +228,10 @@ def asked(draw) -> tuple[str, bytes, bool]:
             else:
                 body["prompt"] = text
             body |= {"stop": draw(ODD_TEXTS), "stream": draw(st.booleans())}
+        case "tools":
+            refuse = False
+            wrong = draw(JUNK | NO_TEXTS | NO_NUMBERS)
+            body |= replaced(TOOLS, draw(st.sampled_from(places(TOOLS))), wrong)
         case "twice":
             refuse = False
             pairs = f'"temperature": {written(draw(JUNK))}, "temperature": 0'
@@ -244,6 +285,11 @@ def test_no_body_breaks_a_call(client):
 @pytest.mark.slow
 def test_no_body_breaks_a_call_at_length(client):
     fuzzed(client, 5000)
+
+
+def test_tools_that_the_mutations_start_from_are_right(client):
+    body = VALID["/v1/chat/completions"] | TOOLS
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
 
 
 @pytest.mark.parametrize("path", ROUTES)

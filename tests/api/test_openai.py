@@ -166,7 +166,7 @@ def test_models_are_listed(client):
     [
         ({"model": "gpt-4o"}, 404, "model", "'test'"),
         ({"messages": []}, 400, "messages", "at least 1"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", "developer"),
+        ({"messages": [{"role": "tool", "content": None}]}, 400, "messages", "must be a text"),
         ({"messages": [{"role": "user", "content": None}]}, 400, "messages", "string"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
@@ -175,7 +175,7 @@ def test_models_are_listed(client):
             "text",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages", "parts"),
-        ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
+        ({"tools": [{"type": "function"}]}, 400, "tools", "function is missing"),
         ({"logit_bias": {"5": 101}}, 400, "logit_bias", "-100 to 100"),
         ({"n": 17}, 400, "n", "16"),
         ({"n": 0}, 400, "n", "1"),
@@ -422,9 +422,27 @@ def test_an_answer_keeps_to_its_schema_whatever_the_model_would_say(thinker, how
         assert len(person["name"]) <= 5
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"enum": ["<|user|>"]},
+        {"enum": ["a <|end|> b"]},
+        {"type": "string", "pattern": "^\\x3c\\|end\\|\\x3e$"},
+    ],
+)
+def test_a_schema_that_spells_a_special_token_is_answered_with_text(thinker, schema):
+    client, _ = thinker
+    answer = client.chat.completions.create(
+        model="test", messages=HELLO, response_format=as_schema(schema)
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    said = json.loads(answer.choices[0].message.content)
+    assert said in ("<|user|>", "a <|end|> b", "<|end|>")
+
+
 def test_a_schema_cannot_ask_for_space_without_end(tokenizer):
     asking = {"type": "object", "x-guidance": {"whitespace_flexible": True}}
-    guide = GuideCompiler(ChatTokenizer(tokenizer).backend, (), {256}).compile(asking)
+    guide = GuideCompiler(ChatTokenizer(tokenizer).plain, (), {256}).compile(asking)
     brace, quote, newline = tokenizer.encode('{"\n', add_special_tokens=False)
     guide.matcher.consume_token(brace)
     assert guide.allowed()[quote]

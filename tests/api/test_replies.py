@@ -7,7 +7,7 @@ from conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from serving.replies import ThoughtParser
+from serving.thoughts import ThoughtParser
 
 HELLO = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"
@@ -160,10 +160,10 @@ def test_what_cannot_be_continued_is_refused(server, messages, fields, param):
         ({"role": "assistant", "content": None}, "content must be a text"),
         ({"role": "assistant", "content": None, "tool_calls": []}, "content must be a text"),
         ({"role": "user"}, "content is missing"),
-        ({"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, "'tool_calls'"),
-        ({"role": "function", "name": "f", "content": "x"}, "results of tools"),
-        ({"role": "tool", "tool_call_id": "1", "content": "x"}, "'tool_call_id'"),
-        ({"role": "critic", "content": "x"}, "'system', 'user' or 'assistant'"),
+        ({"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, "function is missing"),
+        ({"role": "function", "name": "f", "content": "x"}, 'must be "tool"'),
+        ({"role": "user", "tool_call_id": "1", "content": "x"}, "a tool_call_id"),
+        ({"role": "critic", "content": "x"}, "'system', 'user', 'assistant' or 'tool'"),
         ({"role": "user", "content": "x", "images": ["x"]}, "'images'"),
     ],
 )

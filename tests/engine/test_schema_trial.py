@@ -1,5 +1,6 @@
 """What a schema may take to compile is bounded, by a process that is ended."""
 
+import json
 import os
 import signal
 import threading
@@ -18,7 +19,7 @@ HARD = {"type": "integer", "multipleOf": 3_000_017}
 
 @pytest.fixture
 def compiler():
-    compiler = TrialCompiler(ChatTokenizer(byte_tokenizer()).backend, (), {256})
+    compiler = TrialCompiler(ChatTokenizer(byte_tokenizer()).plain, (), {256})
     yield compiler
     compiler.close()
 
@@ -52,6 +53,26 @@ def test_process_that_died_is_started_again(compiler):
     os.kill(compiler._process.pid, signal.SIGKILL)
     wait_for(lambda: compiler._process.poll() is not None)
     compiler.compile(EASY)
+
+
+def test_grammar_with_a_schema_that_takes_too_much_is_refused(compiler):
+    grammar = '%llguidance {}\nstart: "a" | %json '
+    compiler.compile_grammar(grammar + json.dumps(EASY), ())
+    worker = compiler._process
+    with pytest.raises(InvalidInput, match="takes more than 2 seconds or 256 MiB") as refused:
+        compiler.compile_grammar(grammar + json.dumps(HARD), ())
+    assert refused.value.argument == "tools"
+    assert worker.poll() is not None
+
+
+def test_warming_up_starts_the_process_and_after_the_end_it_does_nothing(compiler):
+    compiler.warm_up()
+    worker = compiler._process
+    assert worker.poll() is None
+    compiler.compile(EASY)
+    assert compiler._process is worker
+    compiler.close()
+    compiler.warm_up()
 
 
 def test_closing_ends_what_is_compiled(compiler):
