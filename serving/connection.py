@@ -17,8 +17,8 @@ HEADER_TIMEOUT = 30.0
 KEEP_ALIVE = 75
 # Connections whose next request has not come wholly; a further one takes the place of the oldest.
 MAX_CONNECTIONS = 1024
-# Seconds until the second byte is sent to a client that may be gone; then twice as long for each.
-PROBE_AFTER = 0.25
+# Seconds until the second byte is sent to a client that may be gone; then thrice as long for each.
+PROBE_AFTER = 0.02
 
 
 class Connection(H11Protocol):
@@ -123,7 +123,7 @@ class Connection(H11Protocol):
             self.transport.abort()
             return
         self.transport.write(self.conn.begin_answer())
-        self.probe = self.loop.call_later(seconds, self._probe, min(2 * seconds, 30))
+        self.probe = self.loop.call_later(seconds, self._probe, min(3 * seconds, 60))
 
     def _set_timer(self) -> None:
         """Stop the timer while a request is answered; restart it when one begins."""
