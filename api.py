@@ -1071,7 +1071,8 @@ class ChatService:
                 error = StartError(f"the model could not be loaded: {error}")
             # No request can be running yet, and none can be served.
             flush_log()
-            sys.stderr.write(f"api.py: {error}.\n")
+            with suppress(OSError, AttributeError):  # a full disk; a program without a console
+                sys.stderr.write(f"api.py: {error}.\n")
             os._exit(1)
         self._model = model
         self._greet(model)

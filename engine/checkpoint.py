@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.utils.logging import disable_progress_bar
 
 from engine.errors import StartError
 from engine.families import format_of
@@ -218,6 +220,8 @@ def load_model(
     config = load_config(Path(folder))
     if device_map == "auto":
         placement = best_placement(config, dtype)
+    if not (sys.stderr and sys.stderr.isatty()):
+        disable_progress_bar()  # it would raise where standard error is a file on a full disk
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
