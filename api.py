@@ -52,7 +52,7 @@ from collections.abc import (
     Mapping,
     MutableMapping,
 )
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -89,6 +89,7 @@ try:
         TimedOut,
     )
     from model_download import DownloadError, find_model
+    from serving.bodies import BodyBytes, HeldBody, check_items
     from serving.connection import Connection
     from serving.log_queue import flush_log, num_dropped, start_log
     from serving.replies import (
@@ -288,7 +289,7 @@ class Settings(BaseSettings):
         False, description="load the model, print a summary and eight tokens, and exit"
     )
     request_timeout: float = Field(
-        600, gt=0, description="most seconds for a request, its time in the queue included"
+        600, gt=0, description="most seconds for a request, from its arrival to its end"
     )
     drain_timeout: float = Field(
         30, ge=0, description="seconds to finish running requests at shutdown"
@@ -514,6 +515,7 @@ class RequestInfo:
 
     id: str
     route: str
+    held: HeldBody  # what its body takes of what there is for all
     arrived: float = field(default_factory=time.monotonic)
     choices: list[Choice] = field(default_factory=list)
     # How it ended: served, or an error's code, or else its client left.
@@ -681,6 +683,7 @@ class RequestIDMiddleware:
 
     def __init__(self, app: ASGIApp):
         self.app = app
+        self.bodies = BodyBytes()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # there are none, whatever a library may bring
@@ -693,8 +696,10 @@ class RequestIDMiddleware:
             request_id = uuid.uuid4().hex
         path = path_of(scope)
         route = path if path in ROUTES else "other"
-        scope.setdefault("state", {})["info"] = RequestInfo(request_id, route)
-        await self.app(scope, receive, with_headers(send, {"X-Request-ID": request_id}))
+        send = with_headers(send, {"X-Request-ID": request_id})
+        with self.bodies.hold() as held:
+            scope.setdefault("state", {})["info"] = RequestInfo(request_id, route, held)
+            await self.app(scope, receive, send)
 
 
 class APIKeyMiddleware:
@@ -726,7 +731,10 @@ class APIKeyMiddleware:
 
 
 async def read_bytes(request: Request) -> bytes:
-    """The body. Raises BodyTooLarge, BodyTooSlow, UnsupportedEncoding or ClientDisconnect."""
+    """The body.
+
+    Raises BodyTooLarge, BodyTooSlow, UnsupportedEncoding, QueueFull or ClientDisconnect.
+    """
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise UnsupportedEncoding(
@@ -734,8 +742,11 @@ async def read_bytes(request: Request) -> bytes:
             " header"
         )
     too_large = BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
-    if int(request.headers.get("content-length", 0)) > MAX_BODY:
+    length = int(request.headers.get("content-length", 0))
+    if length > MAX_BODY:
         raise too_large
+    held = request_info(request.scope).held
+    held.grow_to(length)
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
@@ -743,6 +754,7 @@ async def read_bytes(request: Request) -> bytes:
                 body += chunk
                 if len(body) > MAX_BODY:
                     raise too_large
+                held.grow_to(len(body))
     except TimeoutError:
         raise BodyTooSlow(
             f"the body took more than {BODY_TIMEOUT:.0f} seconds; send it at once"
@@ -759,6 +771,7 @@ def parse_json(body: bytes) -> Any:
     encoding = json.detect_encoding(body)
     if not encoding.startswith("utf-8"):
         raise InvalidInput(f"the body is encoded as {encoding.upper()}; send it as UTF-8")
+    check_items(body)
     try:
         return json.loads(body.decode(encoding)) if body else None
     except UnicodeDecodeError:
@@ -782,6 +795,16 @@ async def read_body(request: Request, schema: type[BodyT]) -> BodyT:
         return schema.model_validate(parse_json(await read_bytes(request)))
     except ValidationError as error:
         raise validation_error(error) from None
+
+
+@asynccontextmanager
+async def time_limit(info: RequestInfo, seconds: float) -> AsyncIterator[None]:
+    """Raise TimedOut when so many seconds have passed since the request came."""
+    try:
+        async with asyncio.timeout(info.arrived + seconds - time.monotonic()):
+            yield
+    except TimeoutError:
+        raise TimedOut(f"the request took longer than {seconds:g} seconds") from None
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
@@ -912,8 +935,9 @@ class ChatService:
         """Read the body, generate, and respond with a stream, a full response, or an error."""
         info = request_info(request.scope)
         try:
-            body = await read_body(request, schema)
-            return await self._respond(request, body, reply_of)
+            async with time_limit(info, self.settings.request_timeout):
+                body = await read_body(request, schema)
+                return await self._respond(request, body, reply_of)
         except ClientDisconnect:
             return Response(status_code=499)
         except Exception as error:
@@ -939,7 +963,7 @@ class ChatService:
         prompts = await while_connected(request, workers.run(partial(body.prepare, model)))
         reply = reply_of(model, body, prompts)
         info.choices = choices_of(len(prompts), body.num_answers)
-        deltas = model.answer_all(prompts, body.num_answers)
+        deltas = model.answer_all(prompts, body.num_answers, arrived=info.arrived)
         if body.stream:
             events = self._events(request.scope, events_of(deltas, info.choices, reply))
             first = await while_connected(request, anext(events))
@@ -977,12 +1001,13 @@ class ChatService:
         """Read the body, and respond with what needs no generation."""
         info = request_info(request.scope)
         try:
-            body = await read_body(request, schema)
-            info.field_of = body.field_of
-            model = self.model(body.model)
-            self.check_queue(model)
-            work = self.workers.run(partial(body.result, model))
-            return JSONText(await while_connected(request, work))
+            async with time_limit(info, self.settings.request_timeout):
+                body = await read_body(request, schema)
+                info.field_of = body.field_of
+                model = self.model(body.model)
+                self.check_queue(model)
+                work = self.workers.run(partial(body.result, model))
+                return JSONText(await while_connected(request, work))
         except ClientDisconnect:
             return Response(status_code=499)
 
@@ -1046,7 +1071,8 @@ class ChatService:
                 error = StartError(f"the model could not be loaded: {error}")
             # No request can be running yet, and none can be served.
             flush_log()
-            sys.stderr.write(f"api.py: {error}.\n")
+            with suppress(OSError, AttributeError):  # a full disk; a program without a console
+                sys.stderr.write(f"api.py: {error}.\n")
             os._exit(1)
         self._model = model
         self._greet(model)
@@ -1215,6 +1241,15 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def allow_many_files() -> None:
+    """Let this process have as many connections as it may: by default it is often 1,024 files."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def bind_socket(host: str, port: int) -> socket.socket:
     """Bind the socket before the model is loaded; exits with one sentence if it cannot."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -1242,6 +1277,7 @@ def main() -> None:
             return
     except StartError as error:
         sys.exit(f"api.py: {error}.")
+    allow_many_files()
     sockets = [bind_socket(settings.host, settings.port)]
     app = build_app(settings)
     here = f"{local_address(settings.host)}:{settings.port}"

@@ -7,6 +7,8 @@
     leaks     64 callers, 64 secrets: each hears its own alone, and what it would hear with nobody
               else there
     faults    hang-ups at every stage, slow readers, slow senders
+    siege     hostile callers of every kind for two minutes, beside eight honest ones
+    trial     the same of one kind, or of each by itself: --kind NAME
 
 Each starts `python api.py` and talks to it over sockets; what it measures of the server comes
 from /health, /metrics and its process. It ends with 1 if a promise was broken.
@@ -31,6 +33,7 @@ from typing import Any
 import aiohttp
 import benchmark
 import psutil
+import siege
 from benchmark import DEMO, Server, ours, session
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -749,6 +752,82 @@ async def slow_senders(report: Report, url: str, count: int = 100, seconds: floa
     report.promise(left < 2, "slow senders that leave are forgotten within 2 s")
 
 
+# ---- A siege ----------------------------------------------------------------
+
+
+async def besieged(
+    report: Report, url: str, counts: dict[str, int], seconds: float, callers: int
+) -> tuple[siege.Seen, siege.Seen, int]:
+    """What is seen before hostile callers come and while they are there, and the memory after."""
+    process, texts = process_of(url), {}
+    async with session(url) as client:
+        for number in range(callers):
+            _, texts[number], _ = await siege.answer_to(client, number)
+    before = await siege.watch(url, process, texts, callers, seconds / 4, {})
+    during = await siege.watch(url, process, texts, callers, seconds, counts)
+    settled = await until(lambda: idle(url), 30)
+    report.promise(settled < 30, f"nobody runs or waits after {', '.join(counts)}")
+    again = await siege.watch(url, process, texts, callers, 1, {})
+    found = [*before.altered, *during.altered, *again.altered]
+    report.promise(not found, f"no honest answer is altered: {len(found)} times, {found[:1]}")
+    lost = [*during.lost, *again.lost]
+    report.promise(not lost, f"no honest answer is lost: {len(lost)} times, first {lost[:1]}")
+    report.promise(not during.failures, f"{during.failures} times a 5xx that is no 503")
+    return before, during, siege.memory_of(process)
+
+
+def ends_told(seen: siege.Seen) -> str:
+    return ", ".join(f"{times} {end}" for end, times in sorted(seen.ends.items()))
+
+
+TRIAL_HEAD = (
+    "| kind | how its attempts ended | memory over before | /health p50, p99, worst |"
+    " honest rate kept | honest answers, refusals |"
+)
+
+
+def trial(report: Report, url: str, name: str, seconds: float) -> None:
+    """Hostile callers of one kind, beside one honest one; a row of the table."""
+    counts = {name: siege.ATTACKS[name][1]}
+    before, during, _ = asyncio.run(besieged(report, url, counts, seconds, callers=1))
+    more = (during.peak - before.peak) / MIB
+    cells = [
+        name, ends_told(during).replace(f" {name}", ""), f"{more:+.0f} MiB",
+        siege.health_told(during), f"{during.rate / max(before.rate, 0.01):.2f}",
+        f"{during.answers}, {during.refused}",
+    ]  # fmt: skip
+    report.say(f"| {' | '.join(cells)} |")
+    report.promise(more < 256, f"{name} costs at most 256 MiB, not {more:.0f}")
+    p99 = benchmark.quantile(during.health, 0.99)
+    report.promise(p99 < 0.25, f"/health answers within 250 ms beside {name}, not {p99:.3f} s")
+
+
+def lay_siege(report: Report, url: str, seconds: float = 120, callers: int = 8) -> None:
+    """Hostile callers of every kind at once."""
+    counts = {name: some for name, (_, _, some) in siege.ATTACKS.items()}
+    before, during, after = asyncio.run(besieged(report, url, counts, seconds, callers))
+    # What is kept for the next time is kept once: another short siege must add nothing.
+    again = asyncio.run(besieged(report, url, counts, seconds / 4, callers))[2]
+    report.say(
+        f"{callers} honest callers before: {before.answers} answers, each at {before.rate:.1f}"
+        f" pieces a second, /health (p50, p99, worst) {siege.health_told(before)}"
+    )
+    report.say(
+        f"and in the siege: {during.answers} answers, each at {during.rate:.1f} pieces a second,"
+        f" {during.refused} refusals, {len(during.lost)} lost, {len(during.altered)} altered,"
+        f" /health {siege.health_told(during)}"
+    )
+    report.say(
+        f"memory before {before.peak / MIB:.0f} MiB, at most {during.peak / MIB:.0f}, after"
+        f" {after / MIB:.0f}, after another siege {again / MIB:.0f}"
+    )
+    report.say(f"how the attempts ended: {ends_told(during)}")
+    grown = again / after - 1
+    report.promise(grown < 0.05, f"a siege leaves no memory behind, not {grown:.1%}")
+    p99 = benchmark.quantile(during.health, 0.99)
+    report.promise(p99 < 0.25, f"/health answers within 250 ms in 99 of 100 times, not {p99:.3f} s")
+
+
 # ---- The modes --------------------------------------------------------------
 
 
@@ -792,13 +871,35 @@ def run_faults(report: Report, _: argparse.Namespace) -> None:
         asyncio.run(slow_senders(report, server.url))
 
 
-MODES = {"rush": run_rush, "soak": run_soak, "leaks": run_leaks, "faults": run_faults}
+def run_siege(report: Report, options: argparse.Namespace) -> None:
+    with ours("demo", str(DEMO), "--dtype", "float32", "--cache-memory", "1GiB") as server:
+        lay_siege(report, server.url, options.seconds)
+
+
+def run_trial(report: Report, options: argparse.Namespace) -> None:
+    names = [options.kind] if options.kind else [*siege.ATTACKS]
+    report.say(f"{TRIAL_HEAD}\n|{' --- |' * 6}")
+    with ours("demo", str(DEMO), "--dtype", "float32", "--cache-memory", "1GiB") as server:
+        for name in names:
+            trial(report, server.url, name, options.seconds / 6)
+
+
+MODES = {
+    "rush": run_rush,
+    "soak": run_soak,
+    "leaks": run_leaks,
+    "faults": run_faults,
+    "siege": run_siege,
+    "trial": run_trial,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("mode", choices=MODES)
     parser.add_argument("--minutes", type=int, default=5, help="of soak and leaks (5)")
+    parser.add_argument("--seconds", type=float, default=120, help="of siege, six trials (120)")
+    parser.add_argument("--kind", choices=siege.ATTACKS, help="of hostile callers, for trial")
     options = parser.parse_args()
     report = Report()
     MODES[options.mode](report, options)

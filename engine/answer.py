@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -32,6 +33,7 @@ class Answer(Sequence):
 
     outbox: Outbox
     index: int = 0
+    deadline: float = math.inf  # by time.monotonic()
 
 
 class Event(NamedTuple):

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.utils.logging import disable_progress_bar
 
 from engine.attention_trial import check_attention
 from engine.errors import StartError
@@ -220,6 +222,8 @@ def load_model(
     check_attention(config)
     if device_map == "auto":
         placement = best_placement(config, dtype)
+    if not (sys.stderr and sys.stderr.isatty()):
+        disable_progress_bar()  # it would raise where standard error is a file on a full disk
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,

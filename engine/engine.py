@@ -66,16 +66,20 @@ class Engine:
         """The answers to a single prompt, see `stream_all`; `options` are fields of Prompt."""
         return self.stream_all([Prompt(ids, params, **options)], n)
 
-    async def stream_all(self, prompts: list[Prompt], n: int = 1) -> AsyncGenerator[Delta]:
+    async def stream_all(
+        self, prompts: list[Prompt], n: int = 1, *, arrived: float | None = None
+    ) -> AsyncGenerator[Delta]:
         """Yield n answers to each prompt, interleaved piece by piece; leaving the loop cancels.
 
-        Those to the first prompt have the first n indices, and so on. Raises ContextTooLong,
+        Those to the first prompt have the first n indices, and so on. `arrived`, by
+        time.monotonic(), is when the request's time began, if not now. Raises ContextTooLong,
         QueueFull, EngineStopped, TimedOut, or StepFailed.
         """
         self.check_queue()
         outbox = Outbox()
+        deadline = self.timeout + (time.monotonic() if arrived is None else arrived)
         each = [(prompt, number) for prompt in prompts for number in range(n)]
-        answers = [self._answer(*pair, index, outbox) for index, pair in enumerate(each)]
+        answers = [self._answer(*pair, index, outbox, deadline) for index, pair in enumerate(each)]
         contexts = [prompt.ids[-CONTEXT:] if prompt.continues else [] for prompt, _ in each]
         texts = [
             AnswerText(answer, self.tokenizer, context, prompt.shown_ids)
@@ -121,7 +125,9 @@ class Engine:
         self._inbox.put(None)
         self._thread.join()
 
-    def _answer(self, prompt: Prompt, number: int, index: int, outbox: Outbox) -> Answer:
+    def _answer(
+        self, prompt: Prompt, number: int, index: int, outbox: Outbox, deadline: float
+    ) -> Answer:
         """The answer of this number to a prompt, and of this index in its request."""
         params = prompt.params
         if params.seed is not None:  # each of n answers has its own, or all would be the same
@@ -135,6 +141,7 @@ class Engine:
             open_ended=prompt.open_ended,
             outbox=outbox,
             index=index,
+            deadline=deadline,
         )
 
     def _submit(self, answers: list[Answer]) -> None:
@@ -250,9 +257,9 @@ class Engine:
 
     def _end_late_ones(self) -> None:
         """Give up the sequences that have taken longer than the timeout."""
-        oldest = time.monotonic() - self.timeout
+        now = time.monotonic()
         everyone = [*self.scheduler.running, *self.scheduler.waiting]
-        late = [seq for seq in everyone if seq.arrived < oldest and not seq.done]
+        late = [seq for seq in everyone if seq.deadline < now and not seq.done]
         for seq in late:
             seq.done = True
         error = TimedOut(f"the request took longer than {self.timeout:g} seconds")

@@ -48,9 +48,14 @@ class ChatModel:
         """
         return self.answer_all([prompt], n)
 
-    def answer_all(self, prompts: list[Prompt], n: int = 1) -> AsyncGenerator[Delta]:
-        """The same for several prompts in one batch; n to the first have the first n indices."""
-        return self.engine.stream_all(prompts, n)
+    def answer_all(
+        self, prompts: list[Prompt], n: int = 1, *, arrived: float | None = None
+    ) -> AsyncGenerator[Delta]:
+        """The same for several prompts in one batch; n to the first have the first n indices.
+
+        `arrived` is when the request's time began, by time.monotonic(); absent is now.
+        """
+        return self.engine.stream_all(prompts, n, arrived=arrived)
 
     def check_queue(self) -> None:
         """Raise QueueFull if no more requests may wait, EngineStopped if the engine is dead."""

@@ -1,10 +1,13 @@
 """HTTP on the socket: uvicorn's protocol, with bounds on what a stranger may send before a body."""
 
 import asyncio
+import socket
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from serving.request_parser import RequestParser
 
 # Limits on what precedes the body.
 MAX_HEADER_BYTES = 64 * 2**10
@@ -12,35 +15,31 @@ HEADER_TIMEOUT = 30.0
 # Longer than clients and load balancers reuse idle connections, commonly 5 and 60 seconds; whoever
 # reuses one at the moment in which it is closed is told of a reset connection.
 KEEP_ALIVE = 75
-
-
-class RequestParser(h11.Connection):
-    """h11's, but a request that states its body's length in two ways is refused.
-
-    A proxy before us could take the other one, and what lies between for a second request.
-    """
-
-    def next_event(self) -> Any:
-        event = super().next_event()
-        if isinstance(event, h11.Request):
-            names = {name for name, _ in event.headers}
-            if {b"content-length", b"transfer-encoding"} <= names:
-                raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding")
-        return event
+# Connections whose next request has not come wholly; a further one takes the place of the oldest.
+MAX_CONNECTIONS = 1024
+# Seconds until the second byte is sent to a client that may be gone; then thrice as long for each.
+PROBE_AFTER = 0.02
 
 
 class Connection(H11Protocol):
     """uvicorn's protocol, with bounds on the time that a client may take to ask.
 
     A timer runs while no request is being answered, and closes the connection at its end.
+
+    A client that closes its sending side only is answered still. By TCP it looks like one that has
+    hung up, until something is sent: then the latter's system resets the connection. So the bytes
+    with which all answers begin are sent one by one, as long as there is no answer.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.conn: RequestParser
         # h11 bounds with it whatever comes in lines: headers, trailers, and sizes of chunks.
         self.conn = RequestParser(h11.SERVER, MAX_HEADER_BYTES)
         self.timeout_keep_alive = KEEP_ALIVE
         self.has_begun = False  # some of the next request's bytes have come
+        self.at_eof = False  # the client sends nothing more
+        self.probe: asyncio.TimerHandle | None = None
 
     @property
     def is_answering(self) -> bool:
@@ -54,6 +53,9 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.timer = self.loop.call_later(HEADER_TIMEOUT, transport.close)
+        self.waits_since = self.loop.time()
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._make_room()
 
     def data_received(self, data: bytes) -> None:
         if self.conn.their_state is h11.IDLE and not self.num_pending:
@@ -66,13 +68,25 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         self.has_begun = False
+        self.waits_since = self.loop.time()
         # uvicorn's own timer is cancelled by any byte, even one that begins no request.
         self._restart_timer(KEEP_ALIVE)
         super().on_response_complete()
         self._set_timer()
+        if self.at_eof and not self._owes_an_answer:
+            self.transport.close()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection open if a whole request is to be answered."""
+        if self._owes_an_answer and not self.at_eof:
+            self.at_eof = True
+            self._probe(PROBE_AFTER)
+        return self._owes_an_answer
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.timer.cancel()
+        if self.probe:
+            self.probe.cancel()
         super().connection_lost(exc)
 
     def _should_upgrade(self) -> bool:
@@ -87,6 +101,29 @@ class Connection(H11Protocol):
         if self.is_answering:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+
+    @property
+    def _owes_an_answer(self) -> bool:
+        """Whether a request is being answered of which nothing is to come any more."""
+        return self.is_answering and not self.cycle.more_body
+
+    def _make_room(self) -> None:
+        """Cut the connection that has waited longest for its client, if there are too many."""
+        waiting = [c for c in self.connections if isinstance(c, Connection)]
+        waiting = [c for c in waiting if not c._owes_an_answer]
+        if len(waiting) > MAX_CONNECTIONS:
+            min(waiting, key=lambda c: c.waits_since).transport.abort()
+
+    def _probe(self, seconds: float) -> None:
+        """Send a byte of the answer now and then, and abort the connection once it is reset."""
+        peer = self.transport.get_extra_info("socket")
+        if self.transport.is_closing():
+            return
+        if peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+            return
+        self.transport.write(self.conn.begin_answer())
+        self.probe = self.loop.call_later(seconds, self._probe, min(3 * seconds, 60))
 
     def _set_timer(self) -> None:
         """Stop the timer while a request is answered; restart it when one begins."""

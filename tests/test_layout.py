@@ -52,6 +52,8 @@ ORDER = [
     "chat_page.renderer",
     "chat_page",
     "serving",
+    "serving.bodies",
+    "serving.request_parser",
     "serving.connection",
     "serving.log_queue",
     "serving.workers",

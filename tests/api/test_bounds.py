@@ -2,14 +2,18 @@
 
 import json
 import re
+import threading
+from contextlib import ExitStack
 
 import httpx
 import pytest
-from conftest import ROOT
+from conftest import ROOT, chat_model, ready, serve, wait_for
+from test_security import peer, told
 
 import api
 from engine import InvalidInput, guide, schema_trial, tool_grammar
-from serving import connection, log_queue, schemas, tool_fields
+from engine.tokenizer import ChatTokenizer
+from serving import bodies, connection, log_queue, schemas, tool_fields
 
 STATED = {
     "headers, and what stands between them and the body": (
@@ -17,6 +21,12 @@ STATED = {
     ),
     "time to send the headers": f"{connection.HEADER_TIMEOUT:g} seconds",
     "an idle connection": f"{connection.KEEP_ALIVE} seconds",
+    "connections without a whole request": f"{connection.MAX_CONNECTIONS:,}",
+    "bodies of all requests that are here, without the first 64 KiB of each": (
+        f"{bodies.MAX_BYTES_IN_ALL // 2**20} MiB"
+    ),
+    "lists, objects and fields in a body": f"{bodies.MAX_CONTAINERS:,}",
+    "items in a body, such as token ids": f"{bodies.MAX_ITEMS:,}",
     "a body": f"{api.MAX_BODY // 2**20} MiB",
     "time to send the body": f"{api.BODY_TIMEOUT:g} seconds",
     "turns of a history, or messages": f"{schemas.MAX_TURNS:,}",
@@ -52,6 +62,114 @@ def test_body_without_a_length_at_its_bound(server, more, status):
     body += b" " * (api.MAX_BODY + more - len(body))
     pieces = (body[at : at + 2**20] for at in range(0, len(body), 2**20))
     assert httpx.post(server, content=pieces, timeout=30).status_code == status
+
+
+FREE = bodies.FREE_BYTES
+
+
+def head(size: int) -> bytes:
+    return b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size
+
+
+def padded(size: int) -> bytes:
+    return b'{"prompt": "x"}'.ljust(size)
+
+
+@pytest.mark.parametrize("says_its_length", [True, False])
+def test_bodies_in_all_at_their_bound(server, monkeypatch, says_its_length):
+    """One that is still sent leaves room for another of exactly so many bytes, and none more."""
+    monkeypatch.setattr(bodies, "MAX_BYTES_IN_ALL", 4 * FREE)
+
+    def ask(size: int) -> httpx.Response:
+        body = padded(size)
+        return httpx.post(server, content=body if says_its_length else iter([body]), timeout=30)
+
+    with peer(server) as slow:
+        slow.sendall(head(3 * FREE))  # of which two count, and none has come yet
+        wait_for(lambda: ask(3 * FREE + 1).status_code == 429)
+        refused = ask(3 * FREE + 1)
+        assert int(refused.headers["retry-after"]) > 0
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert ask(3 * FREE).status_code == 200
+        with peer(server) as another:
+            another.sendall(head(3 * FREE))
+            wait_for(lambda: ask(FREE + 1).status_code == 429)
+            assert ask(FREE).status_code == 200  # a small one always has room
+    wait_for(lambda: ask(5 * FREE).status_code == 200)
+    assert ask(5 * FREE + 1).status_code == 429
+
+
+def test_body_counts_until_it_is_answered(server, runner, monkeypatch):
+    monkeypatch.setattr(bodies, "MAX_BYTES_IN_ALL", FREE)
+    runner.hold()
+    with peer(server) as asking:
+        asking.sendall(head(2 * FREE) + padded(2 * FREE))
+        wait_for(lambda: httpx.get(f"{server}/health").json()["running"] == 1)
+        assert httpx.post(server, content=padded(FREE + 1)).status_code == 429
+        runner.free()
+        assert asking.recv(65536).startswith(b"HTTP/1.1 200")
+    wait_for(lambda: httpx.post(server, content=padded(2 * FREE)).status_code == 200)
+
+
+COLON_AND_TWO = 3  # of {"prompt": [...]}: the object, its field, and the list
+
+
+@pytest.mark.parametrize(("more", "known"), [(0, "token"), (1, "lists of more than 524,288")])
+def test_items_of_a_body_at_their_bound(server, more, known):
+    ids = [1] * (bodies.MAX_ITEMS - COLON_AND_TWO + 1 + more)
+    answer = httpx.post(f"{server}/v1/completions", json={"prompt": ids}, timeout=30)
+    assert answer.status_code == 400
+    assert known in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "item", ["[]", "{}", '{"a":1}', '["a"]', '"a":[]', r'{"a\"":[{}]}', "[[[]]]"]
+)
+def test_containers_of_a_body_at_their_bound(item):
+    each = sum(map(item.count, "[{:"))
+    most = bodies.MAX_CONTAINERS // each
+    bodies.check_items(",".join([item] * most).encode())
+    with pytest.raises(InvalidInput, match="131,072 lists, objects and fields"):
+        bodies.check_items(",".join([item] * (most + 1)).encode())
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 600_000, ',"' * 300_000, '{":' * 200_000, "\\" * 300_000 + "," * 600_000]
+)
+def test_what_stands_in_a_text_is_no_item(text):
+    bodies.check_items(json.dumps({"prompt": text, "history": [["a", text]]}).encode())
+
+
+def test_connections_that_wait_at_their_bound(server, monkeypatch):
+    """The oldest goes; one whose request has come whole does not count."""
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 3)
+    with ExitStack() as stack:
+        peers = [stack.enter_context(peer(server)) for _ in range(3)]
+        for each in peers:
+            each.sendall(b"GET /health HTTP/1.1\r\n")
+        assert httpx.get(f"{server}/health").status_code == 200
+        assert told(peers[0]) == b""
+        for each in peers[1:]:
+            each.sendall(b"Host: x\r\n\r\n")
+            assert each.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("slow", ["its body is sent", "it is tokenized", "it is answered"])
+def test_time_of_a_request_is_counted_from_its_arrival(runner, tokenizer, monkeypatch, slow):
+    release = threading.Event()
+    model = lambda _: chat_model(runner, tokenizer, timeout=0.5)  # noqa: E731
+    with serve(model, request_timeout=0.5) as url, peer(ready(url)) as asking:
+        if slow == "it is tokenized":
+            encode = ChatTokenizer.encode
+            wait = lambda *a, **b: release.wait(20) and encode(*a, **b)  # noqa: E731
+            monkeypatch.setattr(ChatTokenizer, "encode", wait)
+        if slow == "it is answered":
+            runner.pause, runner.say = 0.05, "x" * 400
+        asking.sendall(head(15) + (b"" if slow == "its body is sent" else padded(15)))
+        answer = asking.recv(65536)
+        release.set()
+        assert answer.startswith(b"HTTP/1.1 504 ")
+        assert b"longer than 0.5 seconds" in answer
 
 
 @pytest.mark.parametrize(("more", "status"), [(0, 200), (1, 400)])

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -13,7 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from benchmark import free_port
 from conftest import (
+    ROOT,
     ScriptedRunner,
     byte_tokenizer,
     chat_model,
@@ -183,6 +187,33 @@ def test_file_without_read_permission_is_named(sound, tmp_path, monkeypatch):
 def test_out_of_memory_at_the_start_is_not_told_as_a_broken_file(tmp_path):
     with pytest.raises(torch.OutOfMemoryError), explained(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.slow
+def test_server_starts_and_serves_where_standard_error_cannot_be_written(sound, tmp_path):
+    """As on a full disk; and what cannot start ends all the same."""
+    port = free_port()
+    command = [sys.executable, str(ROOT / "api.py"), "--no-chat-page", "--port", str(port)]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen([*command, "--model", str(sound)], stderr=full)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_for(lambda: is_ready(url), 120)
+            for _ in range(3):
+                assert httpx.post(url, json={"prompt": "x", "max_length": 2}).status_code == 200
+        finally:
+            process.terminate()
+        assert process.wait(20) == 0
+        folder = copy_of(sound, tmp_path)
+        cut_short(folder)
+        assert subprocess.Popen([*command, "--model", str(folder)], stderr=full).wait(60) == 1
 
 
 def test_unknown_host_is_one_sentence(capsys):

@@ -21,6 +21,7 @@ from engine import InvalidInput
 from engine.guide import GuideCompiler
 from engine.tokenizer import ChatTokenizer
 
+HEAD_OF_16 = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n"
 KEY = "Authorization: Bearer sesame\r\n"
 BODY = b'{"prompt": "hi"}'
 CHUNKED = b"10\r\n" + BODY + b"\r\n0\r\n\r\n"
@@ -273,6 +274,48 @@ def test_a_hang_up_behind_a_pipelined_request_ends_the_first(server, runner, str
     wait_for(lambda: httpx.get(f"{server}/health").json()["running"] == 0, 3)
     assert len(runner.steps) < 300
     assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_a_client_that_closes_its_sending_side_is_answered(server, runner, stream, version):
+    """And every request that it sent before, however long each answer takes to begin."""
+    runner.say, runner.pause = "x" * 20, 0.05
+    body = b'{"prompt": "hi", "stream": %s}' % stream.encode()
+    head = HEAD.replace(b"1.1", version.encode())
+    ask = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    count = 2 if version == "1.1" else 1
+    with peer(server) as connection:
+        connection.sendall(ask * count)
+        connection.shutdown(socket.SHUT_WR)
+        answer = told(connection)
+    statuses = re.findall(rb"HTTP/1\.1 (\d+) ", answer)
+    assert statuses == [b"200"] * count
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\ndate: ")
+    assert len(re.findall(rb'"completion_tokens": ?21', answer)) == count
+
+
+@pytest.mark.parametrize("after", [0, 0.5], ids=["at once", "later"])
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_a_client_that_closes_one_side_and_then_both_is_forgotten(server, runner, stream, after):
+    runner.say, runner.pause = "x" * 400, 0.05
+    body = b'{"prompt": "hi", "stream": %s}' % stream.encode()
+    with peer(server) as connection:
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        connection.shutdown(socket.SHUT_WR)
+        wait_for(lambda: httpx.get(f"{server}/health").json()["running"] == 1)
+        time.sleep(after)
+        assert httpx.get(f"{server}/health").json()["running"] == 1
+    wait_for(lambda: httpx.get(f"{server}/health").json()["running"] == 0, 3)
+    assert len(runner.steps) < 200
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST / HT", HEAD_OF_16, HEAD_OF_16 + b"{"])
+def test_a_client_that_stops_in_the_midst_is_cut_off_at_once(server, sent):
+    with peer(server, 5) as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        assert told(connection) == b""
 
 
 def test_pipelined_bytes_have_an_end(server, runner):

@@ -2,9 +2,11 @@
 
 import asyncio
 import gc
+import re
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import soak
@@ -13,7 +15,7 @@ from benchmark import Server
 from conftest import ROOT, ScriptedRunner, chat_model, ready, serve, wait_for
 
 import api
-from engine.answer import Event, deliver
+from engine.answer import AnswerText, Event, deliver
 from engine.cache import SpanCache
 from engine.engine import Engine
 from engine.errors import QueueFull
@@ -238,11 +240,44 @@ def test_slow_senders_do_not_keep_others_waiting(report, server):
     assert not report.broken
 
 
+# ---- A siege
+
+
+def besieged(report, runner, tokenizer) -> None:
+    runner.say, runner.pause = "one two three four", 0.002
+    with served(runner, tokenizer) as url:
+        soak.lay_siege(report, ready(url), seconds=2, callers=2)
+
+
+@pytest.mark.slow
+def test_a_siege_costs_no_honest_answer(report, runner, tokenizer):
+    besieged(report, runner, tokenizer)
+    # The callers share the server's process, and so its memory and its speed.
+    assert not [words for words in report.broken if not re.search("/health|memory", words)]
+
+
+@pytest.mark.slow
+def test_an_answer_that_is_altered_in_a_siege_is_noticed(report, runner, tokenizer, monkeypatch):
+    right, count = AnswerText.take, 0
+
+    def astray(text: AnswerText, event: Event) -> Delta | None:
+        nonlocal count
+        delta = right(text, event)
+        count += 1
+        return replace(delta, text="?") if delta and count % 50 == 0 else delta
+
+    monkeypatch.setattr(AnswerText, "take", astray)
+    besieged(report, runner, tokenizer)
+    assert any("altered" in words for words in report.broken)
+
+
 # ---- The long forms
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", ["rush", "soak --minutes 3", "leaks --minutes 1", "faults"])
+@pytest.mark.parametrize(
+    "arguments", ["rush", "soak --minutes 3", "leaks --minutes 1", "faults", "siege"]
+)
 def test_every_promise_is_kept_for_long(arguments):
     command = [sys.executable, "benchmarks/soak.py", *arguments.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

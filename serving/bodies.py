@@ -1,0 +1,89 @@
+"""Bodies of requests: how many bytes of them may be here at once, and how many items in each.
+
+A body of some megabytes can be read as gigabytes of lists and objects, and a thousand bodies of a
+decent size are gigabytes too.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from engine import InvalidInput, QueueFull
+
+# Of each body so many bytes are not counted, so that large bodies never keep small ones away.
+FREE_BYTES = 64 * 2**10
+MAX_BYTES_IN_ALL = 64 * 2**20
+# Seconds after which to try again while there are too many.
+RETRY = 5
+# Most lists, objects and fields of one body, and most items in all.
+MAX_CONTAINERS = 2**17
+MAX_ITEMS = 2**19
+
+# A string of a JSON text, to the text's end if nothing closes it; and up to a thousand of them with
+# what stands before each, or else what follows the last one.
+STRING = rb'"(?:[^"\\]+|\\.)*+"?'
+PIECE = re.compile(rb'(?:[^"]*+%b){1,1000}|[^"]+' % STRING, re.DOTALL)
+STRINGS = re.compile(STRING, re.DOTALL)
+
+
+class BodyBytes:
+    """Counts the bytes of the bodies that are here, from their heads until they are answered."""
+
+    def __init__(self) -> None:
+        self.num_held = 0
+
+    @contextmanager
+    def hold(self) -> Iterator["HeldBody"]:
+        """A place for one body, which is free again at the end."""
+        held = HeldBody(self)
+        try:
+            yield held
+        finally:
+            self.num_held -= held.size
+
+
+class HeldBody:
+    """The bytes that one body takes of what there is for all."""
+
+    def __init__(self, all_bodies: BodyBytes):
+        self.all_bodies, self.size = all_bodies, 0
+
+    def grow_to(self, num_bytes: int) -> None:
+        """Hold so many bytes, or more if it does already. Raises QueueFull."""
+        more = num_bytes - FREE_BYTES - self.size
+        if more <= 0:
+            return
+        if self.all_bodies.num_held + more > MAX_BYTES_IN_ALL:
+            raise QueueFull(
+                f"the bodies of the requests that are here have {MAX_BYTES_IN_ALL // 2**20} MiB;"
+                f" try again in {RETRY} seconds, or send at most {FREE_BYTES // 2**10} KiB",
+                RETRY,
+            )
+        self.size += more
+        self.all_bodies.num_held += more
+
+
+def check_items(body: bytes) -> None:
+    """Raise InvalidInput if a JSON text has more items than any request needs.
+
+    Parsing them would take the event loop's time, and many times the memory of the text.
+    """
+    containers, items = num_items(body)
+    if containers <= MAX_CONTAINERS and items <= MAX_ITEMS:
+        return  # even if what stands in strings is counted too, which is most of all texts
+    containers = items = 0
+    for piece in PIECE.finditer(body):
+        more_containers, more_items = num_items(STRINGS.sub(b"", piece[0]))
+        containers, items = containers + more_containers, items + more_items
+        if containers > MAX_CONTAINERS:
+            raise InvalidInput(
+                f"the body has more than {MAX_CONTAINERS:,} lists, objects and fields; send fewer"
+            )
+        if items > MAX_ITEMS:
+            raise InvalidInput(f"the body has lists of more than {MAX_ITEMS:,} items; send fewer")
+
+
+def num_items(text: bytes) -> tuple[int, int]:
+    """Lists, objects and fields of a JSON text without strings, and its items in all."""
+    containers = text.count(b"[") + text.count(b"{") + text.count(b":")
+    return containers, containers + text.count(b",")
