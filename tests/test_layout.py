@@ -47,6 +47,7 @@ ORDER = [
     "chat_page.renderer",
     "chat_page",
     "serving",
+    "serving.command_line",
     "serving.connection",
     "serving.log_queue",
     "serving.workers",
@@ -64,7 +65,7 @@ TENSORS = {"accelerate", "safetensors", "tokenizers", "torch", "transformers"}
 CEILINGS = {
     "api": 1500,
     "chat_page": 200,
-    "model_download": 510,
+    "model_download": 540,
     "serving.schemas": 700,
     "serving.field_types": 300,
     "serving.replies": 450,

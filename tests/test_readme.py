@@ -22,7 +22,6 @@ from transformers import GenerationConfig
 import api
 import model_download
 from engine.families import FAMILIES, checkpoint_defaults
-from engine.form import computes_exactly
 from engine.sampling_params import SamplingParams
 from serving import schemas
 
@@ -36,8 +35,6 @@ API, OPERATING = PAGES["docs/api.md"], PAGES["docs/operating.md"]
 HOW = PAGES["docs/how-it-works.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
-# What the start log says behind the model's facts.
-GREETING = ("calls: ", "chat page: ", "from a laptop: ")
 # Programs of others that the documents start, and others' flags.
 FOREIGN_PROGRAMS = {"convert_hf_to_gguf.py"}
 FOREIGN = {
@@ -463,18 +460,38 @@ def demo(demo_model):
         yield ready(url)
 
 
+# What is measured at each start, and what follows from it.
+MEASURED = re.compile(
+    r"[\d.]+e-\d+|\b\d+ ms|\d+ and (?=\d+ ms)|KV cache: [\d,]+"
+    r"|(?<=weights: )[\w ]+|(?<=parameters, )[\w ]+(?=, on )"
+)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is the log of a start without a card")
-def test_example_start_log_is_a_real_one(demo_model):
-    (log,) = (code for code in blocks(OPERATING) if " INFO ready\n" in code)
-    first, *facts, last = (line.split(" INFO ")[1] for line in log.splitlines())
-    assert first.replace("127.0.0.1:6006", "%s") in literals("api.py")
-    assert last == "ready"
-    # What is measured at each start, and what follows from it.
-    measured = re.compile(r"[\d.]+e-\d+|\b\d+ ms|\d+ and (?=\d+ ms)|(?<=weights: )[\w ]+(?= \()")
-    if not computes_exactly(demo_model.engine.runner.model):  # half precision has twice the rows
-        measured = re.compile(rf"{measured.pattern}|(?<=the cache holds )[\d,]+")
-    real = {measured.sub("", f"{name}: {fact}") for name, fact in demo_model.facts.items()}
-    assert {measured.sub("", line) for line in facts if not line.startswith(GREETING)} == real
+def test_example_start_log_is_a_real_one(demo_model, caplog):
+    (log,) = (code for code in blocks(OPERATING) if " INFO ready: " in code)
+    told = [line.split(" ", 3)[3] for line in log.splitlines()]
+    caplog.set_level("INFO", "chat")
+    app = api.build_app(api.Settings(), lambda settings: demo_model)
+    app.state.service._load()
+    real = [record.getMessage() for record in caplog.records]
+    (begin,) = (line for line in told if line.startswith("model: "))
+    start = told.index(begin)
+    said = literals("model_download.py", "engine/loading.py")
+    assert told[0] == real[0]
+    assert len(told[1:start]) == 3
+    for stage in told[1:start]:
+        assert stage.split(" (")[0].split(" ")[0] in said
+    assert [MEASURED.sub("", line) for line in told[start:]] == [
+        MEASURED.sub("", line) for line in real[1:]
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is of a start without a card")
+def test_example_of_check_is_a_real_one(demo_model):
+    (told,) = (code for code in blocks(OPERATING) if "eight tokens: " in code)
+    real = api.check_model(demo_model)
+    assert MEASURED.sub("", told) == MEASURED.sub("", real)
 
 
 def test_example_call_is_answered_as_shown(demo):
