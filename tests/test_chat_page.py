@@ -116,7 +116,7 @@ def test_demo_model_is_introduced_and_asked_in_english(browser, runner, tokenize
     def load(_: object) -> ChatModel:
         return replace(chat_model(runner, tokenizer), name="demo")
 
-    with serve(load) as url, opened(browser, ready(url), locale="zh-CN") as page:
+    with serve(load, chat_page=True) as url, opened(browser, ready(url), locale="zh-CN") as page:
         expect(page.locator("#demo")).to_contain_text("不会中文")
         expect(page.get_by_role("button", name="Give me three tips")).to_be_visible()
 

@@ -31,6 +31,9 @@ PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8") for name in (*NAMES, "CHANGELOG.md", *DOCS)
 }
 TEXTS = {name: PAGES[name] for name in NAMES}
+# Each English page and its Chinese one.
+PAIRS = [("README.md", "README.zh.md")]
+PAIRS += [(name.replace(".zh", ""), name) for name in DOCS if name.endswith(".zh.md")]
 API, OPERATING = PAGES["docs/api.md"], PAGES["docs/operating.md"]
 HOW = PAGES["docs/how-it-works.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -54,6 +57,7 @@ FAMILY_OF = {
     "internlm2-7b": "internlm2",
 }
 
+IN_THE_OTHER_LANGUAGE = {Path(name).name for pair in PAIRS for name in pair}
 each = pytest.mark.parametrize("text", TEXTS.values(), ids=NAMES)
 every = pytest.mark.parametrize("name", PAGES)
 
@@ -108,7 +112,7 @@ def sections(text: str) -> list[Section]:
                 links=[
                     link.replace(".zh.md", ".md")
                     for link in links
-                    if not link.startswith(("#", "README"))
+                    if not (link.startswith("#") or link in IN_THE_OTHER_LANGUAGE)
                 ],
             )
         )
@@ -117,7 +121,8 @@ def sections(text: str) -> list[Section]:
 
 def anchors(text: str) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+    named = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+    return named | set(re.findall(r'<a id="([\w-]+)"></a>', text))
 
 
 def literals(*files: str) -> str:
@@ -135,9 +140,6 @@ def literals(*files: str) -> str:
 
 # ---- The two languages
 
-# Each English page and its Chinese one.
-PAIRS = [("README.md", "README.zh.md")]
-PAIRS += [(name.replace(".zh", ""), name) for name in DOCS if name.endswith(".zh.md")]
 in_pairs = pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=[pair[0] for pair in PAIRS])
 
 
