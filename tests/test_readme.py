@@ -47,6 +47,7 @@ FOREIGN = {
     *("--index-url", "--system-site-packages"),  # pip, venv
     *("--no-binary", "--no-deps", "--build", "--target", "--outtype", "--outfile"),  # llama.cpp
     *("--tasks", "--apply", "--batch", "--now"),  # lm-eval (--apply_chat_template), systemctl
+    *("--no-cache-dir", "--gpus"),  # pip, docker
     *("--continuous-batching", "--data-binary"),  # transformers serve, curl
 }
 FAMILY_OF = {

@@ -226,7 +226,7 @@ def test_a_path_cannot_forge_a_line(server, caplog):
 def test_start_log_says_what_is_served_and_how_to_reach_it(demo_folder):
     port = free_port()
     with server_process(api.load_served, "--port", str(port), "--host", "0.0.0.0") as process:
-        wait_for(lambda: " there is no API key" in process.said())
+        wait_for(lambda: " there is no API key" in process.said(), seconds=180)
         text = process.said()
     # Not the progress bars: where tqdm was imported early, it did not see that this is no terminal.
     log = [line for line in text.splitlines() if re.match(r"\d{4}-", line)]
