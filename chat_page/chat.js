@@ -666,7 +666,12 @@ function asMarkdown(id) {
 // ---- Settings ---------------------------------------------------------------
 
 function showConfig() {
+    const isDemo = config?.model === "demo";
     part("model").textContent = config?.model ?? "chat-api";
+    part("demo").hidden = !isDemo;
+    part("examples").replaceChildren(...examples(isDemo).map((text) => {
+        return element("button", { type: "button", onclick: () => ask(text) }, text);
+    }));
     for (const field of part("fields").querySelectorAll("input")) {
         const value = config?.defaults[field.name];
         const words = { seed: say("random"), max_new_tokens: say("unlimited") };
@@ -703,9 +708,6 @@ function setLanguage(chosen) {
     part("language").textContent = language === "zh" ? "English" : "中文";
     part("language").lang = language === "zh" ? "en" : "zh-CN";
     setTexts(document);
-    part("examples").replaceChildren(...examples().map((text) => {
-        return element("button", { type: "button", onclick: () => ask(text) }, text);
-    }));
     nodes = new WeakMap();
     part("trouble").replaceChildren();
     showSettings();

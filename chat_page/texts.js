@@ -10,15 +10,19 @@ const TEXTS = {
     greeting: ["What would you like to know?", "想聊点什么？"],
     examples: [
         [
-            "How does rain form? Answer in two sentences.",
+            "Give me three tips for sleeping better.",
             "Write a Python function that reverses a string.",
-            "Write a short poem about the sea.",
+            "What is the chemical formula of water?",
         ],
         [
-            "雨是怎么形成的？请用两句话回答。",
+            "怎样才能睡得更好？给我三条建议。",
             "用 Python 写一个反转字符串的函数。",
-            "写一首关于大海的短诗。",
+            "水的化学式是什么？",
         ],
+    ],
+    demo: [
+        "This is the small demo model, for trying the server: it is often wrong.",
+        "这是很小的演示模型，只用来试服务：经常答错，也不会中文，请用英文提问。",
     ],
     message: ["Write a message", "输入消息"],
     hint: ["Enter sends, Shift+Enter starts a new line", "Enter 发送，Shift+Enter 换行"],
@@ -109,6 +113,7 @@ export function say(name, values = {}) {
     return text.replace(/\{(\w+)\}/g, (_, value) => values[value]);
 }
 
-export function examples() {
-    return TEXTS.examples[LANGUAGES.indexOf(language)];
+// Questions to begin with; the demo model is asked in English, as it knows no Chinese.
+export function examples(isDemo) {
+    return TEXTS.examples[isDemo ? 0 : LANGUAGES.indexOf(language)];
 }

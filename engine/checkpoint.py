@@ -216,6 +216,7 @@ def load_model(
     Nothing in the folder is executed. The tokenizer is None where the folder has none. Raises
     StartError, ValueError, or whatever the libraries raise where its files do not make a model.
     """
+    log.info("loading weights (%s)", folder)
     register_families()
     placement = read_device_map(device_map)
     config = load_config(Path(folder))
@@ -248,14 +249,17 @@ def load_model(
 
 
 def device_summary(model: Any) -> str:
-    """How many of the model's parts each device holds, and its free memory."""
+    """The devices that hold the model: how many of its parts each, and its free memory."""
     parts = Counter(map(str, getattr(model, "hf_device_map", {"": model.device}).values()))
     said = []
     for name, count in parts.items():
         device = f"cuda:{name}" if name.isdigit() else name
-        free = torch.cuda.mem_get_info(device)[0] if "cuda" in device else 0
-        left = f", {free / 2**30:.1f} GiB left" if free else ""
-        said.append(f"{device} ({count} {'part' if count == 1 else 'parts'}{left})")
+        told = []
+        if len(parts) > 1:
+            told.append(f"{count} {'part' if count == 1 else 'parts'}")
+        if "cuda" in device:
+            told.append(f"{torch.cuda.mem_get_info(device)[0] / 2**30:.1f} GiB left")
+        said.append(f"{device} ({', '.join(told)})" if told else device)
     return ", ".join(said)
 
 

@@ -101,18 +101,23 @@ def kernel_summary(runner: Runner) -> str:
     return f"FlashAttention in place, {graphs}"
 
 
-def summary_of(
+def facts_of(
     text: ChatTokenizer, runner: Runner, context: int, ends: frozenset[int]
 ) -> dict[str, str]:
-    """What the start log tells of a model."""
+    """What a developer asks of a loaded model."""
     return {
         "prompt": text.family.name if text.family else "its own chat template",
         "devices": device_summary(runner.model),
-        "context": f"{context:,} tokens; the cache holds {runner.rows:,}",
+        "context": context_summary(runner, context),
         "end ids": f"{sorted(ends)}",
         "attention": attention_summary(runner),
-        "check": f"packed and plain logits differ by {runner.difference:.1e}, relatively",
+        "self-check": f"relative error {runner.difference:.1e} of a batch's logits, against the"
+        " model's own forward pass",
     }
+
+
+def context_summary(runner: Runner, context: int) -> str:
+    return f"{context:,} tokens; KV cache: {runner.rows:,} tokens"
 
 
 def load(
@@ -158,7 +163,7 @@ def load(
 
 
 def settled_weights(model: Any, name: str, dtype: str) -> dict[str, str]:
-    """Settle the form of a model's weights, and say for the start log what they are."""
+    """Settle the form of a model's weights, and say what they are."""
     kind, size = type(model).__name__, f"{model.num_parameters():,} parameters"
     return {"model": f"{name}, {kind}, {size}", "weights": settle_form(model, dtype)}
 
@@ -168,6 +173,7 @@ def chat_model(name: str, text: ChatTokenizer, engine: Engine, facts: dict[str, 
     runner = engine.runner
     model = runner.model
     context = min(context_length(model.config), runner.rows)
+    weights = facts["weights"].partition(" (")[0]
     return ChatModel(
         name=name,
         tokenizer=text,
@@ -176,5 +182,9 @@ def chat_model(name: str, text: ChatTokenizer, engine: Engine, facts: dict[str, 
         context_length=context,
         prompt_length=min(context, getattr(model.config, "max_tokenizer_truncation", context)),
         vocabulary=len(model.get_input_embeddings().weight),
-        facts=facts | summary_of(text, runner, context, engine.end_ids),
+        facts=facts | facts_of(text, runner, context, engine.end_ids),
+        summary={
+            "model": f"{facts['model']}, {weights}, on {device_summary(model)}",
+            "context": context_summary(runner, context),
+        },
     )

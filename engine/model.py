@@ -32,7 +32,8 @@ class ChatModel:
     context_length: int
     prompt_length: int  # most tokens of a prompt, where the model has such a limit
     vocabulary: int  # token ids that the model has an embedding for
-    facts: dict[str, str]
+    facts: dict[str, str]  # what a developer asks: kernels, rounding, ids
+    summary: dict[str, str]  # what an operator asks: size, dtype, devices, context
     loaded: int = field(default_factory=lambda: int(time.time()))
     # Variables of the chat template, where a request does not set them.
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)

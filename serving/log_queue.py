@@ -4,7 +4,9 @@ A stderr that is a pipe which nobody reads would stop whoever logs: the event lo
 """
 
 import logging
+import os
 import queue
+import sys
 from logging.handlers import QueueHandler, QueueListener
 from typing import Any
 
@@ -41,8 +43,8 @@ class LogQueue(QueueHandler):
             )
 
 
-def start_log(as_json: bool) -> None:
-    """Log plain text lines, or JSON lines, to stderr."""
+def start_log(as_json: bool = False, level: str = "info") -> None:
+    """Log plain text lines, or JSON lines, to stderr; debug is for our own lines only."""
     shape = "%(asctime)s %(levelname)s %(message)s"
     writer = logging.StreamHandler()
     writer.setFormatter(logging.Formatter(shape))
@@ -50,7 +52,21 @@ def start_log(as_json: bool) -> None:
         from pythonjsonlogger.json import JsonFormatter
 
         writer.setFormatter(JsonFormatter(shape))
-    logging.basicConfig(level=logging.INFO, handlers=[LogQueue(writer)])
+    logging.basicConfig(
+        level=max(logging.INFO, logging.getLevelName(level.upper())), handlers=[LogQueue(writer)]
+    )
+    logging.getLogger("chat").setLevel(level.upper())
+
+
+def settle_progress(as_json: bool = False) -> None:
+    """Let the progress bars of all libraries vanish when they are full, or show none at all.
+
+    They are all tqdm's, which reads these variables when it is imported. In a file, or between
+    lines of JSON, a bar would be rubbish; the log names the same stages.
+    """
+    os.environ.setdefault("TQDM_LEAVE", "")  # to tqdm, an empty text is False
+    if as_json or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def log_queues() -> list[LogQueue]:

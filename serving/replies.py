@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from engine import CallPart, ChatModel, Delta, FinishReason, Prompt, Token, ToolCallParser
+from serving import __version__
 from serving.schemas import ChatCompletionRequest, ChatRequest, CompletionRequest, OpenAIRequest
 from serving.thoughts import ThoughtParser
-
-__version__ = "0.1.0"
 
 # An event is an object, or None for a keep-alive comment.
 Events = AsyncGenerator[dict[str, Any] | None]

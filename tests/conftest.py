@@ -202,6 +202,7 @@ def chat_model(
         prompt_length=context_length,
         vocabulary=len(tokenizer),
         facts={},
+        summary={},
     )
 
 

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -104,10 +105,28 @@ def text_of(runner, index: int) -> str:
 def test_empty_page_names_the_model_and_asks_an_example(browser, url, runner):
     with opened(browser, url) as page:
         expect(page.locator("#model")).to_have_text("test")
-        page.get_by_role("button", name="How does rain form?").click()
+        page.get_by_role("button", name="Give me three tips").click()
         expect(bodies(page)).to_have_text("hello")
         expect(page.locator("#empty")).to_be_hidden()
-    assert "<|user|>How does rain form?" in text_of(runner, 0)
+    assert "<|user|>Give me three tips" in text_of(runner, 0)
+
+
+@in_browser
+def test_demo_model_is_introduced_and_asked_in_english(browser, runner, tokenizer):
+    def load(_: object) -> ChatModel:
+        return replace(chat_model(runner, tokenizer), name="demo")
+
+    with serve(load, chat_page=True) as url, opened(browser, ready(url), locale="zh-CN") as page:
+        expect(page.locator("#demo")).to_contain_text("不会中文")
+        expect(page.get_by_role("button", name="Give me three tips")).to_be_visible()
+
+
+@in_browser
+def test_other_models_are_asked_in_the_language_of_the_page(browser, url):
+    with opened(browser, url, locale="zh-CN") as page:
+        expect(page.locator("#model")).to_have_text("test")
+        expect(page.locator("#demo")).to_be_hidden()
+        expect(page.get_by_role("button", name="水的化学式")).to_be_visible()
 
 
 @in_browser

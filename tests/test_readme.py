@@ -22,7 +22,6 @@ from transformers import GenerationConfig
 import api
 import model_download
 from engine.families import FAMILIES, checkpoint_defaults
-from engine.form import computes_exactly
 from engine.sampling_params import SamplingParams
 from serving import schemas
 
@@ -32,12 +31,13 @@ PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8") for name in (*NAMES, "CHANGELOG.md", *DOCS)
 }
 TEXTS = {name: PAGES[name] for name in NAMES}
+# Each English page and its Chinese one.
+PAIRS = [("README.md", "README.zh.md")]
+PAIRS += [(name.replace(".zh", ""), name) for name in DOCS if name.endswith(".zh.md")]
 API, OPERATING = PAGES["docs/api.md"], PAGES["docs/operating.md"]
 HOW = PAGES["docs/how-it-works.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
-# What the start log says behind the model's facts.
-GREETING = ("calls: ", "chat page: ", "from a laptop: ")
 # Programs of others that the documents start, and others' flags.
 FOREIGN_PROGRAMS = {"convert_hf_to_gguf.py"}
 FOREIGN = {
@@ -47,6 +47,7 @@ FOREIGN = {
     *("--index-url", "--system-site-packages"),  # pip, venv
     *("--no-binary", "--no-deps", "--build", "--target", "--outtype", "--outfile"),  # llama.cpp
     *("--tasks", "--apply", "--batch", "--now"),  # lm-eval (--apply_chat_template), systemctl
+    *("--no-cache-dir", "--gpus"),  # pip, docker
     *("--continuous-batching", "--data-binary"),  # transformers serve, curl
 }
 FAMILY_OF = {
@@ -57,6 +58,7 @@ FAMILY_OF = {
     "internlm2-7b": "internlm2",
 }
 
+IN_THE_OTHER_LANGUAGE = {Path(name).name for pair in PAIRS for name in pair}
 each = pytest.mark.parametrize("text", TEXTS.values(), ids=NAMES)
 every = pytest.mark.parametrize("name", PAGES)
 
@@ -108,7 +110,11 @@ def sections(text: str) -> list[Section]:
                 spans=set(SPAN.findall(part)),
                 tables=[len(re.findall(r"(?<!\\)\|", row)) for row in rows],
                 items=len(re.findall(r"^- ", part, re.MULTILINE)),
-                links=[link for link in links if not link.startswith(("#", "README"))],
+                links=[
+                    link.replace(".zh.md", ".md")
+                    for link in links
+                    if not (link.startswith("#") or link in IN_THE_OTHER_LANGUAGE)
+                ],
             )
         )
     return found
@@ -116,7 +122,8 @@ def sections(text: str) -> list[Section]:
 
 def anchors(text: str) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+    named = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+    return named | set(re.findall(r'<a id="([\w-]+)"></a>', text))
 
 
 def literals(*files: str) -> str:
@@ -134,27 +141,29 @@ def literals(*files: str) -> str:
 
 # ---- The two languages
 
+in_pairs = pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=[pair[0] for pair in PAIRS])
 
-def test_both_readmes_have_the_same_code_but_for_comments():
-    english, chinese = (blocks(text) for text in TEXTS.values())
-    assert len(english) >= 8
-    for ours, theirs in zip(english, chinese, strict=True):
+
+@in_pairs
+def test_both_languages_have_the_same_code_but_for_comments(english, chinese):
+    for ours, theirs in zip(blocks(PAGES[english]), blocks(PAGES[chinese]), strict=True):
         assert without_comments(ours) == without_comments(theirs)
 
 
-def test_comments_in_code_are_in_the_language_of_the_page():
-    english, chinese = ("\n".join(blocks(text)) for text in TEXTS.values())
-    ours, theirs = (re.findall(r"(?<!\S)# (.+)", code) for code in (english, chinese))
-    assert len(ours) == len(theirs) >= 5
+@in_pairs
+def test_comments_in_code_are_in_the_language_of_the_page(english, chinese):
+    said = (blocks(PAGES[name], "bash", "nginx", "ini", "python") for name in (english, chinese))
+    ours, theirs = (re.findall(r"(?<!\S)# (.+)", "\n".join(codes)) for codes in said)
+    assert len(ours) == len(theirs)
     assert [comment for comment in ours if not comment.isascii()] == []
     assert [comment for comment in theirs if not re.search("[\u4e00-\u9fff]", comment)] == []
 
 
-def test_both_readmes_have_the_same_sections_tables_and_names():
-    english, chinese = (sections(text) for text in TEXTS.values())
-    assert len(english) >= 9
-    for ours, theirs in zip(english, chinese, strict=True):
-        assert ours == theirs
+@in_pairs
+def test_both_languages_have_the_same_sections_tables_and_names(english, chinese):
+    ours, theirs = sections(PAGES[english]), sections(PAGES[chinese])
+    assert len(ours) >= 8
+    assert ours == theirs
 
 
 def test_scaling_starts_from_a_measured_table():
@@ -178,8 +187,11 @@ def test_links_have_targets(name):
 
 
 def test_readmes_link_every_document():
-    for text in TEXTS.values():
-        assert set(re.findall(r"\]\((docs/\w[\w-]*\.md)\)", text)) == set(DOCS)
+    for name, text in TEXTS.items():
+        linked = set(re.findall(r"\]\((docs/[\w.-]+\.md)\)", text))
+        translated = {chinese: english for english, chinese in PAIRS}
+        without = translated.values() if name == "README.zh.md" else translated
+        assert linked == set(DOCS) - set(without)
 
 
 # ---- The program
@@ -266,7 +278,7 @@ def test_table_of_settings_is_the_programs():
 @each
 def test_setup_commands_are_in_readme(text):
     assert "pip install -r requirements.txt && python api.py\n" in blocks(text, "bash")
-    assert "pip install -r tests/requirements.txt && python -m pytest\n" in blocks(text, "bash")
+    assert "pip install -r tests/requirements.txt && python -m pytest" in SPAN.findall(prose(text))
 
 
 def test_table_of_statuses_is_the_programs():
@@ -463,18 +475,38 @@ def demo(demo_model):
         yield ready(url)
 
 
+# What is measured at each start, and what follows from it.
+MEASURED = re.compile(
+    r"[\d.]+e-\d+|\b\d+ ms|\d+ and (?=\d+ ms)|KV cache: [\d,]+"
+    r"|(?<=weights: )[\w ]+|(?<=parameters, )[\w ]+(?=, on )"
+)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is the log of a start without a card")
-def test_example_start_log_is_a_real_one(demo_model):
-    (log,) = (code for code in blocks(OPERATING) if " INFO ready\n" in code)
-    first, *facts, last = (line.split(" INFO ")[1] for line in log.splitlines())
-    assert first.replace("127.0.0.1:6006", "%s") in literals("api.py")
-    assert last == "ready"
-    # What is measured at each start, and what follows from it.
-    measured = re.compile(r"[\d.]+e-\d+|\b\d+ ms|\d+ and (?=\d+ ms)|(?<=weights: )[\w ]+(?= \()")
-    if not computes_exactly(demo_model.engine.runner.model):  # half precision has twice the rows
-        measured = re.compile(rf"{measured.pattern}|(?<=the cache holds )[\d,]+")
-    real = {measured.sub("", f"{name}: {fact}") for name, fact in demo_model.facts.items()}
-    assert {measured.sub("", line) for line in facts if not line.startswith(GREETING)} == real
+def test_example_start_log_is_a_real_one(demo_model, caplog):
+    (log,) = (code for code in blocks(OPERATING) if " INFO ready: " in code)
+    told = [line.split(" ", 3)[3] for line in log.splitlines()]
+    caplog.set_level("INFO", "chat")
+    app = api.build_app(api.Settings(), lambda settings: demo_model)
+    app.state.service._load()
+    real = [record.getMessage() for record in caplog.records]
+    (begin,) = (line for line in told if line.startswith("model: "))
+    start = told.index(begin)
+    said = literals("model_download.py", "engine/loading.py")
+    assert told[0] == real[0]
+    assert len(told[1:start]) == 3
+    for stage in told[1:start]:
+        assert stage.split(" (")[0].split(" ")[0] in said
+    assert [MEASURED.sub("", line) for line in told[start:]] == [
+        MEASURED.sub("", line) for line in real[1:]
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is of a start without a card")
+def test_example_of_check_is_a_real_one(demo_model):
+    (told,) = (code for code in blocks(OPERATING) if "eight tokens: " in code)
+    real = api.check_model(demo_model)
+    assert MEASURED.sub("", told) == MEASURED.sub("", real)
 
 
 def test_example_call_is_answered_as_shown(demo):

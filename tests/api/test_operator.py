@@ -17,6 +17,7 @@ from server_process import server_process
 
 import api
 from engine import ChatModel
+from serving import __version__
 
 SECRET = {"Authorization": "Bearer sesame"}
 ASK = {"prompt": "hi"}
@@ -222,25 +223,32 @@ def test_a_path_cannot_forge_a_line(server, caplog):
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
-def test_the_start_says_what_is_served_and_how_to_reach_it(demo_folder):
+def test_start_log_says_what_is_served_and_how_to_reach_it(demo_folder):
     port = free_port()
     with server_process(api.load_served, "--port", str(port), "--host", "0.0.0.0") as process:
-        wait_for(lambda: " ready" in process.said())
+        wait_for(lambda: " there is no API key" in process.said(), seconds=180)
         text = process.said()
-    assert "model: demo, LlamaForCausalLM, 134,515,008 parameters" in text
-    assert "weights: " in text
-    assert re.search(r"context: 8,192 tokens; the cache holds [\d,]+", text)
-    assert f"http://127.0.0.1:{port}/v1" in text
-    assert f"ssh -CN -L {port}:127.0.0.1:{port}" in text
-    assert f"anyone who reaches port {port}" in text
+    # Not the progress bars: where tqdm was imported early, it did not see that this is no terminal.
+    log = [line for line in text.splitlines() if re.match(r"\d{4}-", line)]
+    lines = [line.split(" ", 3)[3] for line in log]
+    assert lines[0] == f"chat-api {__version__}: loading demo …"
+    assert lines[1].startswith("loading weights (")
+    assert lines[2].startswith("model: demo, LlamaForCausalLM, 134,515,008 parameters, ")
+    assert re.fullmatch(r"context: 8,192 tokens; KV cache: [\d,]+ tokens", lines[3])
+    assert "/v1 (OpenAI API)" in lines[4]
+    assert lines[5] == f"ready: http://127.0.0.1:{port}"
+    assert lines[6].startswith(f"from your laptop: ssh -CN -L {port}:127.0.0.1:{port} ")
+    assert f"anyone who reaches port {port}" in lines[7]
+    assert len(lines) == 8
 
 
-def test_a_start_by_uvicorn_says_the_same(demo_folder):
+def test_start_by_uvicorn_says_the_same_and_debug_says_more(demo_folder):
     factory = ["-m", "uvicorn", "--factory", "api:build_app", "--port", str(free_port())]
+    settings = {"CHAT_CHAT_PAGE": "false", "CHAT_DTYPE": "float32", "CHAT_LOG_LEVEL": "debug"}
     with subprocess.Popen(
         [sys.executable, *factory],
         cwd=ROOT,
-        env=os.environ | {"CHAT_CHAT_PAGE": "false", "CHAT_DTYPE": "float32"},
+        env=os.environ | settings,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -251,7 +259,10 @@ def test_a_start_by_uvicorn_says_the_same(demo_folder):
             assert line, text
             text += line
         process.terminate()
-    assert "weights: float32\n" in text
+    assert f"chat-api {__version__}: loading demo …" in text
+    assert "DEBUG weights: float32\n" in text
+    assert "DEBUG self-check: " in text
+    assert "%|" not in text  # a progress bar
 
 
 @pytest.mark.parametrize(
@@ -269,7 +280,7 @@ def test_the_address_told_is_one_that_works(runner, tokenizer, caplog, host, add
     caplog.set_level(logging.INFO)
     with serve(lambda settings: chat_model(runner, tokenizer), host=host, port=7000) as url:
         ready(url)
-    assert f"http://{address}:7000/v1 (OpenAI's)" in caplog.text
+    assert f"ready: http://{address}:7000" in caplog.text
     assert f"ssh -CN -L 7000:{address}:7000 " in caplog.text
     assert ("anyone who reaches port 7000" in caplog.text) == warned
 
@@ -289,7 +300,7 @@ def test_no_warning_with_a_key_and_lines_of_json():
     port = free_port()
     flags = ("--port", str(port), "--log-json", "--api-key", "sesame", "--no-chat-page")
     with server_process(load_scripted, *flags) as process:
-        wait_for(lambda: '"ready"' in process.said())
+        wait_for(lambda: "from your laptop" in process.said())
         lines = [json.loads(line) for line in process.said().splitlines() if line.startswith("{")]
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(b"no HTTP\r\n\r\n")
@@ -298,5 +309,6 @@ def test_no_warning_with_a_key_and_lines_of_json():
         ours = process.said().splitlines()[-1]
     assert json.loads(ours)["message"] == "Invalid HTTP request received."
     messages = [line["message"] for line in lines]
-    assert messages[-1] == "ready"
+    assert messages[-2] == f"ready: http://127.0.0.1:{port}"
+    assert messages[0] == f"chat-api {__version__}: loading demo …"
     assert not [message for message in messages if "anyone" in message or "sesame" in message]

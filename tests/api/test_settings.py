@@ -1,6 +1,8 @@
 """One field is one flag and one variable; a bad value is one sentence."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,8 @@ from conftest import ROOT
 import api
 from engine.checkpoint import SUPPORTED, check_versions
 from engine.errors import StartError
+from serving import __version__
+from serving.command_line import EPILOG, GROUPS
 
 
 def test_a_flag_beats_a_variable_and_a_variable_beats_the_default(monkeypatch):
@@ -93,20 +97,59 @@ def test_check_is_written_whatever_the_encoding_of_the_console(encoding):
     assert out.stdout.decode() == "你好 🙂 é\n"
 
 
-def test_help_names_every_field():
-    out = subprocess.run(
-        [sys.executable, "api.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+@pytest.fixture(scope="module")
+def help_text():
+    return subprocess.run(
+        [sys.executable, "api.py", "--help"],
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
+
+
+def test_help_names_every_field(help_text):
     for name, field in api.Settings.model_fields.items():
-        assert f"--{name.replace('_', '-')}" in out
-        assert field.description
+        flag = name.replace("_", "-")
+        assert f"  --{flag} " in help_text or f"  --[no-]{flag} " in help_text
+        assert " ".join(field.description.split()) in " ".join(help_text.split())
+
+
+def test_every_setting_has_a_group_of_help(help_text):
+    placed = [name for names in GROUPS.values() for name in names]
+    assert sorted(placed) == sorted(api.Settings.model_fields)
+    headings = [line[:-1] for line in help_text.splitlines() if re.fullmatch("[A-Z][a-z]+:", line)]
+    assert headings == [*GROUPS, "Help"]
+
+
+def test_help_is_in_plain_words(help_text):
+    for noise in (" str ", " int ", " float ", "SecretStr", "Path ", "None", "(default: )"):
+        assert noise not in help_text
+    assert "--port PORT" in help_text
+    assert "--[no-]reuse" in help_text
+    assert "(default: on)" in help_text
+    assert "python api.py --model internlm2-7b" in help_text
+
+
+def test_examples_of_help_parse():
+    lines = [line.split("   ")[0] for line in EPILOG.splitlines() if "python api.py" in line]
+    assert len(lines) >= 4
+    for line in lines:
+        api.read_settings(line.partition("api.py")[2].split())
 
 
 def test_the_version_is_told(capsys):
     with pytest.raises(SystemExit) as stop:
         api.read_settings(["--version"])
     assert not stop.value.code
-    assert capsys.readouterr().out == f"chat-api {api.__version__}\n"
+    assert capsys.readouterr().out == f"chat-api {__version__}\n"
+
+
+def test_version_is_that_of_the_changelog():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## (\d+\.\d+\.\d+)", text, re.MULTILINE)
+    assert versions[0] == __version__
 
 
 @pytest.mark.parametrize(
@@ -168,6 +211,19 @@ def test_an_old_python_is_told_what_to_do(tmp_path):
     assert out.returncode == 1
     assert "Python 3.11 or newer" in out.stderr
     assert "Traceback" not in out.stderr
+
+
+@pytest.mark.skipif(not shutil.which("python3.10"), reason="there is no Python 3.10 here")
+def test_pip_of_an_old_python_says_what_is_needed(tmp_path):
+    done = subprocess.run(
+        ["python3.10", "-m", "pip", "install", "-r", ROOT / "requirements.txt", "--dry-run"],
+        env={"PATH": os.environ["PATH"], "PYENV_VERSION": "3.10", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode
+    assert "Python-3.11-or-newer-is-needed" in done.stderr
+    assert "Collecting" not in done.stdout
 
 
 @pytest.mark.parametrize("name", ["torch", "transformers"])
