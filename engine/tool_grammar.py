@@ -82,7 +82,7 @@ class ToolGrammar:
     def _call(self, rule: str, tool: Any) -> str:
         """A call of one tool, without what stands before its name and behind its arguments."""
         function = tool["function"]
-        schema = function["parameters"] | {"x-guidance": WRITING}
+        schema = without_others(function["parameters"]) | {"x-guidance": WRITING}
         name = json.dumps(function["name"])  # a text, even where a special token has that name
         return f"{rule}: {name} {self._words(self.form.middle)} %json {json.dumps(schema)}"
 
@@ -137,6 +137,28 @@ class ToolGrammar:
             else json.dumps(part, ensure_ascii=False)
             for part in parts
         )
+
+
+# With one of these, an object may have properties beside those under "properties".
+OTHERS = {
+    "$dynamicRef", "$ref", "additionalProperties", "allOf", "anyOf", "dependencies",
+    "dependentSchemas", "if", "minProperties", "oneOf", "patternProperties", "propertyNames",
+    "unevaluatedProperties",
+}  # fmt: skip
+
+
+def without_others(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of arguments, with no others than those that it names, if it names any.
+
+    JSON schema allows others where nothing is said of them, but a function takes none.
+    """
+    named = parameters.get("properties")
+    if not isinstance(named, dict) or OTHERS & parameters.keys():
+        return parameters
+    required = parameters.get("required", [])
+    if not isinstance(required, list) or any(name not in list(named) for name in required):
+        return parameters
+    return parameters | {"additionalProperties": False}
 
 
 def check_size(tools: Sequence[Any]) -> None:

@@ -319,6 +319,9 @@ class OpenAIMessage(ClosedModel):
         description="what the assistant thought, for templates that repeat it",
     )
     prefix: bool | None = Field(None, description="of the last one: the answer goes on from it")
+    parsed: Any = Field(
+        None, exclude=True, description="not read; OpenAI's clients add it to an answer's message"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -52,9 +52,12 @@ def refuse_constant(name: str) -> Any:
 
 
 def parse_arguments(text: Any) -> Any:
-    """A call's arguments as an object, from the JSON that OpenAI's API has as a text."""
+    """A call's arguments as an object, from the JSON that OpenAI's API has as a text.
+
+    An empty text is that of a call without arguments, as some servers give it.
+    """
     try:
-        arguments = json.loads(text, parse_constant=refuse_constant)
+        arguments = json.loads(text or "{}", parse_constant=refuse_constant)
     except (TypeError, ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
@@ -67,6 +70,9 @@ class CalledFunction(ClosedModel):
     arguments: Annotated[
         dict[str, Any], BeforeValidator(parse_arguments, json_schema_input_type=str)
     ]
+    parsed_arguments: Any = Field(
+        None, exclude=True, description="not read; OpenAI's clients add it to an answer's calls"
+    )
 
 
 class ToolCall(ClosedModel):
@@ -93,6 +99,9 @@ class Function(ClosedModel):
 
 
 class Tool(ClosedModel):
+    # Where the Responses API has it.
+    neutral = {"strict": (True, False)}  # noqa: RUF012
+
     type: Literal["function"]
     function: Function
 

@@ -38,7 +38,8 @@ def tool_tokenizer(special: Iterable[str] = ()) -> PreTrainedTokenizerFast:
 class ToolCaller(ScriptedRunner):
     """Writes `begin`, and then always the likeliest token that its guide allows.
 
-    By `wishes`, from the likeliest on. After a result, or without a guide, it says `say`.
+    By `wishes`, from the likeliest on. After a result, or without a guide, it says `say`, as far as
+    its guide allows.
     """
 
     def __init__(
@@ -59,11 +60,15 @@ class ToolCaller(ScriptedRunner):
         logits = super().forward(work)
         begin = self.tokenizer.encode(self.begin, add_special_tokens=False)
         for row, (seq, _) in zip(logits, work, strict=True):
-            if isinstance(seq, Sequence) and seq.guide and not self.has_result(seq):
-                said = len(seq.tokens) - seq.num_prompt
-                row[:] = self.likely
-                if said < len(begin):
-                    row[begin[said]] = 50.0
+            if not isinstance(seq, Sequence) or not seq.guide:
+                continue
+            if self.has_result(seq):
+                torch.maximum(row, self.likely, out=row)
+                continue
+            said = len(seq.tokens) - seq.num_prompt
+            row[:] = self.likely
+            if said < len(begin):
+                row[begin[said]] = 50.0
         return logits
 
     def has_result(self, seq: Sequence) -> bool:

@@ -476,6 +476,9 @@ def test_what_cannot_be_honoured_is_refused(refusing, what):
         {"tools": [tool("f", {"$ref": "#/$defs/x", "$defs": {"x": {"type": "object"}}})]},
         {"messages": [*HELLO, SAID | {"content": "x", "tool_calls": []}, *HELLO]},
         {"messages": [*HELLO, call("{}"), {"role": "tool", "content": [PART]}]},
+        {"messages": [*HELLO, call(""), {"role": "tool", "content": "x"}]},
+        {"messages": [*HELLO, call("{}", parsed_arguments={"a": 1}) | {"parsed": {}}, *HELLO]},
+        {"tools": [tool("f", CITY) | {"strict": True}]},
     ],
 )  # fmt: skip
 def test_what_can_be_honoured_is_not_refused(refusing, body):

@@ -281,6 +281,36 @@ def test_tail_that_ends_the_answer_is_left_out():
     assert may_end(guide(form), "<|calls|>get<|args|>{}<|/calls|>")
 
 
+INTEGER = {"a": {"type": "integer"}}
+
+
+@pytest.mark.parametrize("schema", [
+    {"properties": INTEGER},
+    {"properties": INTEGER, "required": ["a"]},
+    {"properties": {}},
+])  # fmt: skip
+def test_function_gets_no_arguments_that_it_does_not_name(schema):
+    held = guide(COMMON, [function("get", {"type": "object"} | schema)])
+    begin = COMMON.head + "get" + COMMON.middle
+    assert allows(held, begin + "{")
+    assert not allows(held, begin + '{"b')
+
+
+@pytest.mark.parametrize("schema", [
+    {},
+    {"properties": INTEGER, "additionalProperties": True},
+    {"properties": INTEGER, "required": ["b"]},
+    {"properties": INTEGER, "patternProperties": {"^b$": {}}},
+    {"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"b": {}}}}, "properties": INTEGER},
+    {"properties": INTEGER, "anyOf": [{"properties": {"b": {}}}, {"required": ["a"]}]},
+])  # fmt: skip
+def test_function_gets_other_arguments_where_its_schema_speaks_of_them(schema):
+    held = guide(COMMON, [function("get", {"type": "object"} | schema)])
+    begin = COMMON.head + "get" + COMMON.middle
+    lead = '{"a": 1, ' if "properties" in schema else "{"
+    assert allows(held, begin + lead + '"b')
+
+
 def test_keywords_that_no_grammar_checks_are_let_pass():
     schema = {
         "type": "object",
