@@ -271,7 +271,6 @@ def why_refused(kind: str) -> str | None:
 def tried(kind: str, bound: int) -> str:
     """What becomes of one model."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     try:
         if refused := why_refused(kind):
             return f"refused: {refused}"
@@ -300,6 +299,7 @@ def child(kind: str, bound: int, out: Connection, loud: bool) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
+    torch.set_num_threads(1)
     out.send(tried(kind, bound))
 
 
@@ -342,8 +342,8 @@ def table_of(results: dict[str, str]) -> str:
             refused.setdefault(reason_of(said), []).append(f"`{kind}`")
     number = sum(map(len, refused.values()))
     lines = [
-        f"Of the {len(results)} types of causal language models of transformers"
-        f" {transformers.__version__}, {len(runs)} run and {number} are refused.",
+        f"transformers {transformers.__version__} has {len(results)} types of causal language"
+        f" models: {len(runs)} run and {number} are refused.",
         "",
         "| runs | class | beyond plain attention |",
         "| --- | --- | --- |",

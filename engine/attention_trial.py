@@ -25,6 +25,10 @@ HARMLESS |= {"output_router_logits"}
 DONE = {"sliding_window", "softcap", "s_aux"}
 
 
+class MaskChanged(StartError, AttributeError):
+    """A layer does more with its mask than to pass it on; `hasattr` may still ask."""
+
+
 class Mask:
     """Stands in for a mask, of which a layer may do no more than pass it on.
 
@@ -35,14 +39,14 @@ class Mask:
         self.sees = sees
 
     def __getattr__(self, name: str) -> Any:
-        raise StartError("its layers change their attention's mask")
+        raise MaskChanged("its layers change their attention's mask")
 
     def __getitem__(self, index: Any) -> Any:
-        raise StartError("its layers change their attention's mask")
+        raise MaskChanged("its layers change their attention's mask")
 
     @classmethod
     def __torch_function__(cls, *_: Any) -> Any:
-        raise StartError("its layers change their attention's mask")
+        raise MaskChanged("its layers change their attention's mask")
 
 
 class Trial:

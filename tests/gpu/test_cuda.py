@@ -50,11 +50,11 @@ def spans(lengths: list[tuple[int, int]], gap: int = 3) -> list[tuple[Span, int]
     return work[1::2] + work[::2]
 
 
-def attended(step: Step, query, keys, values, device) -> torch.Tensor:
+def attended(step: Step, query, keys, values, device, scoring: Scoring) -> torch.Tensor:
     """Attention as a layer has it: query [tokens, heads, width], and the pool's rows."""
     groups = step.on(device).groups
     return torch.cat(
-        [g.attend(query[g.tokens], g.select(keys), g.select(values), Scoring()) for g in groups]
+        [g.attend(query[g.tokens], g.select(keys), g.select(values), scoring) for g in groups]
     )
 
 
@@ -70,7 +70,8 @@ def attended(step: Step, query, keys, values, device) -> torch.Tensor:
     ],
     ids=["tokens", "chunks", "both"],
 )
-def test_attention_in_place_is_attention_over_copied_rows(heads, kv_heads, width, lengths):
+@pytest.mark.parametrize("window", [None, 1, 100])
+def test_attention_in_place_is_attention_over_copied_rows(heads, kv_heads, width, lengths, window):
     """A chunk's last token sees all rows of its span, the one before all but one, and so on."""
     generator = torch.Generator().manual_seed(0)
     work = spans(lengths)
@@ -87,7 +88,8 @@ def test_attention_in_place_is_attention_over_copied_rows(heads, kv_heads, width
         # Each way packs the spans in an order of its own.
         order = sorted(work, key=lambda item: step._group_key(*item))
         query = torch.cat([by_span[span.start] for span, _ in order])
-        parts = attended(step, query, keys, values, DEVICE).split([new for _, new in order])
+        out = attended(step, query, keys, values, DEVICE, Scoring(window=window))
+        parts = out.split([new for _, new in order])
         outs.append({span.start: out for (span, _), out in zip(order, parts, strict=True)})
     for start, out in outs[0].items():
         for other in outs[1:]:
