@@ -57,7 +57,7 @@ def parse_arguments(text: Any) -> Any:
     An empty text is that of a call without arguments, as some servers give it.
     """
     try:
-        arguments = json.loads(text or "{}", parse_constant=refuse_constant)
+        arguments = json.loads("{}" if text == "" else text, parse_constant=refuse_constant)
     except (TypeError, ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
