@@ -233,7 +233,7 @@ def settle_form(model: Any, dtype: str = "auto") -> str:
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     asked = dtype != "auto" or model.dtype not in (torch.bfloat16, torch.float16)
     if bits := bits_of(model):
-        how = settle_quantized(model, asked) if on_cpu else "unpacked before each product"
+        how = settle_quantized(model, asked) if on_cpu else kernel_summary(bits, model)
         return f"in {bits} bits, {held_bytes(model) / 2**30:.1f} GiB ({how})"
     if asked or not on_cpu:
         return kept
@@ -247,6 +247,20 @@ def settle_form(model: Any, dtype: str = "auto") -> str:
     tokens = " and ".join(map(str, TOKENS))
     named = kept if form == "as it is" else form
     return f"{named} (products of {tokens} tokens here: {', '.join(figures)})"
+
+
+def kernel_summary(bits: int, model: Any) -> str:
+    """Let a card compute with the packed weights where it can; how it does, in words."""
+    if bits == 4:
+        return "products by bitsandbytes"
+    try:
+        from engine.int8_kernel import use_kernel
+
+        use_kernel(model)
+    except Exception as error:  # whatever a compiler for this card may raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return f"unpacked before each product: {reason}"
+    return "products of few tokens by a kernel of ours"
 
 
 def settle_quantized(model: Any, asked: bool) -> str:

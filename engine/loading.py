@@ -138,9 +138,9 @@ def load(
     """Load and check the checkpoint in a folder, and start its engine; takes seconds to minutes.
 
     `dtype` is auto (the checkpoint's) or a torch dtype's name; `device_map` auto, a device, or a
-    JSON map of module to device; `quantize` none, 8bit or 4bit; `chat_template` Jinja, instead of the model's own; `cache_memory`
-    auto, a size such as 4GiB, or a fraction of the free memory, on each device; `prefill_chunk`
-    the most prompt tokens in a step; `reuse` prefix caching; `timeout` seconds for a request.
+    JSON map of module to device; `quantize` none, 8bit or 4bit; `chat_template` Jinja, not the
+    model's own; `cache_memory` auto, a size such as 4GiB, or a fraction of the free memory, on each
+    device; `prefill_chunk` the most prompt tokens in a step; `timeout` seconds for a request.
     Raises StartError with the remedy.
     """
     check_versions()

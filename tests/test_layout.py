@@ -37,6 +37,7 @@ ORDER = [
     "engine.packed_attention",
     "engine.attention_trial",
     "engine.quantized",
+    "engine.int8_kernel",
     "engine.linear",
     "engine.fused",
     "engine.form",

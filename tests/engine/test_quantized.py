@@ -16,7 +16,7 @@ from engine.checkpoint import best_placement, load_model
 from engine.errors import StartError
 from engine.form import settle_form
 from engine.linear import Int8Experts, Int8Linear, has_int8_products
-from engine.loading import probes, reference_logits, start_runner
+from engine.loading import reference_logits, start_runner
 from engine.packed_attention import can_absorb
 from engine.quantized import (
     QuantizedExperts,
@@ -273,7 +273,7 @@ def test_bitsandbytes_checkpoint_is_not_quantised_twice(folders, tmp_path):
 
 def test_missing_bitsandbytes_is_one_sentence_with_the_command(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(StartError, match="pip install 'bitsandbytes>=0.50,<1'"):
+    with pytest.raises(StartError, match=r"pip install 'bitsandbytes>=0.50,<1'"):
         loaded(folders["llama"], "4bit")
 
 
