@@ -25,6 +25,7 @@ import json
 import math
 import os
 import signal
+import shlex
 import socket
 import statistics
 import subprocess
@@ -340,6 +341,10 @@ def serve_pipe(folder: str) -> None:
 # ---- The machine ----------------------------------------------------------
 
 
+# Variables that hold torch's libraries to fewer instructions than the processor has end so.
+LIMITS = ("_ISA", "CPU_CAPABILITY", "_ENABLE_INSTRUCTIONS")
+
+
 def machine() -> str:
     """The processor, its cores, and which of its instructions matter here."""
     import torch
@@ -349,7 +354,7 @@ def machine() -> str:
     names = {name.strip(): value.strip() for name, value in lines.items()}
     flags = set(names.get("flags", "").split())
     has = sorted(flags & {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16"})
-    limits = [f"{k}={v}" for k, v in os.environ.items() if k.endswith(("_ISA", "CPU_CAPABILITY"))]
+    limits = [f"{k}={v}" for k, v in os.environ.items() if k.endswith(LIMITS)]
     return (
         f"{names.get('model name', 'unknown')}, {os.cpu_count()} cores, {' '.join(has)};"
         f" torch {torch.__version__} uses {torch.backends.cpu.get_cpu_capability()}"
