@@ -24,8 +24,8 @@ import asyncio
 import json
 import math
 import os
-import signal
 import shlex
+import signal
 import socket
 import statistics
 import subprocess

@@ -5,6 +5,7 @@ asks. In 4 bits, it is one of the 16 values of NF4 (section 3 of arXiv 2305.1431
 block of 64 weights has a scale; those are packed and unpacked by bitsandbytes.
 """
 
+import logging
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ BLOCK = 64
 
 def load_bitsandbytes() -> Any:
     """The library that computes in 4 bits. Raises StartError where it is missing."""
+    # It warns that a kernel of some hub, which we do not want to run, cannot be downloaded.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as missing:

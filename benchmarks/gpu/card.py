@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -323,7 +324,8 @@ def bits(options: argparse.Namespace) -> None:
     widths = [16, 8, 4] if find_spec("bitsandbytes") else [16, 8]
     cases = [("Llama-3-8B", LlamaForCausalLM, llamas, n) for n in widths]
     cases.append(("DeepSeek-V2-Lite on 24 GB", DeepseekV2ForCausalLM, deepseek, 8))
-    for name, kind, config, width in cases:
+    for name, kind, shared, width in cases:
+        config = deepcopy(shared)  # a runner changes its model's
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
