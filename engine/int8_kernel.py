@@ -23,8 +23,10 @@ CONFIGS = [
 ]
 
 
-@triton.autotune(configs=CONFIGS, key=["out_features", "in_features", "BLOCK_TOKENS"])
-@triton.jit
+@triton.autotune(  # type: ignore[untyped-decorator]
+    configs=CONFIGS, key=["out_features", "in_features", "BLOCK_TOKENS"]
+)
+@triton.jit  # type: ignore[untyped-decorator]
 def int8_product(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, scale_ptr, out_ptr, tokens, out_features, in_features,
     BLOCK_TOKENS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
