@@ -134,8 +134,8 @@ def fastest_form(taken: dict[Form, list[float]]) -> Form:
     return chosen
 
 
-def computes_alike(half: HalfExperts, experts: Any) -> bool:
-    """Whether a mixture's experts do no more than HalfExperts does: some clamp, or shift."""
+def computes_alike(half: Any, experts: Any) -> bool:
+    """Whether a mixture's experts do no more than ours in their place: some clamp, or shift."""
     weight = experts.gate_up_proj
     choices = torch.tensor([[0, 1], [len(weight) - 1, 0]])
     weights = torch.tensor([[0.75, 0.25], [0.5, 0.5]])

@@ -5,6 +5,7 @@ norms and routers stay as they are, and so does MLA's up-projection, with which 
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from engine.errors import StartError
-from engine.form import has_fused_experts
+from engine.form import computes_alike, has_fused_experts
 from engine.quantized import (
     Bits,
     QuantizedExperts,
@@ -26,6 +27,7 @@ from engine.quantized import (
 )
 
 METHOD = "chat-api"
+EXPERTS = ("gate_up_proj", "down_proj")
 
 
 class QuantizationSettings(QuantizationConfigMixin):
@@ -75,25 +77,47 @@ def kept(model: Any) -> Iterator[Any]:
 
 
 def quantize_layers(model: Any, bits: Bits) -> None:
-    """Replace a model's layers by packed ones, while it is on the meta device."""
+    """Replace a model's layers by packed ones, while it is on the meta device.
+
+    Raises StartError for a mixture whose experts, nearly all of its weights, cannot be packed.
+    """
     left = {id(module) for module in kept(model)}
     exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    tried: set[Any] = set()  # mixtures' experts of this class and size
     for name, module in list(model.named_modules()):
         if id(module) in left or exact & set(name.split(".")):
             continue
         if type(module) is torch.nn.Linear and fits(module.weight, bits):
             model.set_submodule(name, QuantizedLinear(module, bits))
-        elif has_fused_experts(module) and has_usual_gate(module):
-            stacks = (module.gate_up_proj, module.down_proj)
-            if all(fits(stack, bits) for stack in stacks):
+        elif isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
+            kind = (type(module), module.gate_up_proj.shape)
+            if kind not in tried:
+                check_experts(module)
+                tried.add(kind)
+            if all(fits(stack, bits) for stack in (module.gate_up_proj, module.down_proj)):
                 model.set_submodule(name, QuantizedExperts(module, bits))
 
 
-def has_usual_gate(experts: Any) -> bool:
-    """Whether the gate is the activation times the other half, which comes second."""
-    own = getattr(type(experts), "_apply_gate", None)
-    usual = own is None or own.__module__ == "transformers.integrations.moe"
-    return usual and getattr(experts, "is_concatenated", True)
+def check_experts(experts: Any) -> None:
+    """Raise StartError if a mixture's experts do other than QuantizedExperts does, tried on two."""
+    if has_fused_experts(experts):
+        own = deepcopy(experts)
+        own.num_experts = 2
+        with torch.device("cpu"), torch.inference_mode():
+            for name in EXPERTS:
+                drawn = torch.randn(2, *getattr(experts, name).shape[1:]) / 32
+                setattr(own, name, torch.nn.Parameter(drawn, requires_grad=False))
+            packed = QuantizedExperts(own, 8)
+            for name in EXPERTS:
+                pairs = [pack(matrix, 8) for matrix in getattr(own, name)]
+                getattr(packed, name).data = torch.stack([weight for weight, _ in pairs])
+                getattr(packed, f"{name}_scale").data = torch.stack([scale for _, scale in pairs])
+            if computes_alike(packed, own):
+                return
+    raise StartError(
+        f"--quantize cannot pack the experts of {type(experts).__name__}; start without it, or"
+        " take another model"
+    )
 
 
 def misshapen(model: Any) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from alone import FIXTURES
 from safetensors.torch import load_file, save_file
-from transformers import DeepseekV2Config
+from transformers import DeepseekV2Config, GptOssConfig, GptOssForCausalLM
 
 from engine import form
 from engine.checkpoint import best_placement, load_model
@@ -239,6 +239,23 @@ def test_deepseek_fits_one_card_of_24_gb_in_fewer_bits(monkeypatch, bits, placed
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (int(23.6 * 2**30), 24 * 2**30))
     settings = QuantizationSettings(bits) if bits else None
     assert best_placement(DeepseekV2Config(**DEEPSEEK), "auto", settings) == placed
+
+
+def test_mixture_whose_experts_do_more_is_refused(tmp_path):
+    """gpt-oss's have biases, and clamp."""
+    config = GptOssConfig(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+    )
+    GptOssForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(StartError, match="cannot pack the experts of GptOssExperts; start without"):
+        loaded(tmp_path, "8bit")
 
 
 def test_layers_on_disk_are_refused(folders):
