@@ -5,7 +5,7 @@
                                                      FastAPI, and `transformers serve`
     python benchmarks/benchmark.py --llama-server PATH --gguf FILE   and llama.cpp's server
     python benchmarks/benchmark.py --checkout FOLDER    and ours from another checkout
-    python benchmarks/benchmark.py --with-flags "--quantize 8bit"    and ours with these flags
+    python benchmarks/benchmark.py --also quantize=8bit quantize=4bit    and ours with other settings
     python benchmarks/benchmark.py --prefill 2000    prompts of about so many tokens, read once each
     python benchmarks/benchmark.py --engine          and beside it, our engine without HTTP
     python benchmarks/benchmark.py --url URL [--openai MODEL]    a server that runs already
@@ -24,7 +24,6 @@ import asyncio
 import json
 import math
 import os
-import shlex
 import signal
 import socket
 import statistics
@@ -567,7 +566,7 @@ def main() -> None:
     parser.add_argument("--gguf", nargs="+", default=[], help="the model for it, in files")
     parser.add_argument("--checkout", type=Path, help="another checkout of this project")
     parser.add_argument(
-        "--with-flags", nargs="+", default=[], help="more of ours, each with such flags of api.py"
+        "--also", nargs="+", default=[], help="more of ours, by settings such as quantize=8bit"
     )
     parser.add_argument("--prefill", type=int, default=0, help="tokens of a prompt, about")
     parser.add_argument("--model", default=str(DEMO), help="the folder that is served")
@@ -597,8 +596,9 @@ def main() -> None:
         if options.checkout:
             other = ours("another checkout", options.model, checkout=options.checkout)
             targets.append(stack.enter_context(other))
-        for flags in options.with_flags:
-            other = ours(f"chat-api {flags}", options.model, *shlex.split(flags))
+        for given in options.also:
+            flags = [f"--{setting}" for setting in given.split(",")]
+            other = ours(f"chat-api, {given}", options.model, *flags)
             targets.append(stack.enter_context(other))
         for gguf in options.gguf:
             rival = llama_server(options.llama_server, gguf, max(options.clients))

@@ -247,6 +247,12 @@ def load_model(
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
+    check_tensors(model, report)
+    return model.eval(), load_tokenizer(Path(folder))
+
+
+def check_tensors(model: Any, report: dict[str, Any]) -> None:
+    """Raise ValueError if a checkpoint lacked tensors, or had some of another shape."""
     other_shapes = report["mismatched_keys"] or misshapen(model)
     wrong = {"not there": report["missing_keys"], "of another shape": other_shapes}
     for how, names in wrong.items():
@@ -254,7 +260,6 @@ def load_model(
             # Of a mismatch the shapes are told too.
             first = min(name if isinstance(name, str) else name[0] for name in names)
             raise ValueError(f"{len(names)} of its tensors are {how}, for example {first}")
-    return model.eval(), load_tokenizer(Path(folder))
 
 
 def device_summary(model: Any) -> str:
