@@ -5,7 +5,7 @@
                                                      FastAPI, and `transformers serve`
     python benchmarks/benchmark.py --llama-server PATH --gguf FILE   and llama.cpp's server
     python benchmarks/benchmark.py --checkout FOLDER    and ours from another checkout
-    python benchmarks/benchmark.py --also quantize=8bit quantize=4bit    and ours with other settings
+    python benchmarks/benchmark.py --also quantize=8bit quantize=4bit    and ours set otherwise
     python benchmarks/benchmark.py --prefill 2000    prompts of about so many tokens, read once each
     python benchmarks/benchmark.py --engine          and beside it, our engine without HTTP
     python benchmarks/benchmark.py --url URL [--openai MODEL]    a server that runs already

@@ -140,7 +140,7 @@ def load(
     `dtype` is auto (the checkpoint's) or a torch dtype's name; `device_map` auto, a device, or a
     JSON map of module to device; `quantize` none, 8bit or 4bit; `chat_template` Jinja, not the
     model's own; `cache_memory` auto, a size such as 4GiB, or a fraction of each device's free
-    memory; `prefill_chunk` the most prompt tokens in a step; `timeout` in seconds. Raises StartError.
+    memory; `prefill_chunk` the most prompt tokens a step; `timeout` in seconds. Raises StartError.
     """
     check_versions()
     check_gpus(device_map)

@@ -88,7 +88,7 @@ def test_a_batch_says_what_each_says_alone_with_fp16_weights(monkeypatch, name, 
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
-@settings(max_examples=6, **fixtures_once)
+@settings(max_examples=4, **fixtures_once)
 @batches
 def test_a_batch_says_what_each_says_alone_in_8_bits(monkeypatch, name, **batch):
     """Where weights are unpacked for sums in float32."""
