@@ -260,6 +260,10 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="data type of the weights; auto: as in the checkpoint"
     )
+    quantize: Literal["none", "8bit", "4bit"] = Field(
+        "none",
+        description="keep the weights in fewer bits: 8bit, or 4bit, which needs bitsandbytes",
+    )
     device_map: str = Field(
         "auto",
         description="auto, a device such as cpu or cuda:0, or a JSON map of module to device",
@@ -412,6 +416,7 @@ def load_served(settings: Settings) -> ChatModel:
         folder,
         dtype=settings.dtype,
         device_map=settings.device_map,
+        quantize=settings.quantize,
         chat_template=read_template(settings),
         cache_memory=settings.cache_memory,
         max_batch=settings.max_batch,

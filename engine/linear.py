@@ -1,12 +1,16 @@
-"""Linear layers with weights in fp16 and sums in float32, by FBGEMM, for CPUs without bfloat16.
+"""Linear layers with weights in fp16 or int8, by FBGEMM, for CPUs.
 
-They read half of float32's bytes at its full rate. A row's result depends on the batch's size no
-more than in float32 itself, so activations are float32 too.
+They read half or a quarter of float32's bytes at its full rate or more. A row's result depends on
+the batch's size hardly more than in float32 itself, so activations are float32 too.
 """
 
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
+from engine.quantized import QuantizedExperts
 
 # The largest relative error of a layer's weights in fp16, by their norms.
 MAX_ERROR = 1e-4
@@ -32,14 +36,71 @@ class HalfLinear(torch.nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16.default(x.contiguous(), self.packed)
 
 
-class HalfExperts(torch.nn.Module):
-    """A mixture's experts, each with its matrices as HalfLinear."""
+# FBGEMM's product of float32 activations, which it rounds to whole steps, with packed int8.
+int8_product: Any = getattr(
+    torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32", None
+)
+# An activation is at most so many steps: the AVX2 kernel adds two products of it with an int8 in 16
+# bits, which overflow beyond.
+STEPS = 63
+ZERO_POINT = 64
 
-    def __init__(self, experts: Any):
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer whose weights are int8, with a scale for each row, by FBGEMM.
+
+    FBGEMM multiplies int8 by 7 bits, which are too few for an activation: 14 are right to 1e-4 of a
+    row's largest one. So each row becomes two, its whole steps and 126 times what is left of them,
+    and the kernel reads the weights once for both. A step is as large as the row itself asks, so
+    that no row depends on its neighbours.
+    """
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None):
         super().__init__()
-        self.act_fn = experts.act_fn
-        self.gate_up = torch.nn.ModuleList(map(HalfLinear, experts.gate_up_proj))
-        self.down = torch.nn.ModuleList(map(HalfLinear, experts.down_proj))
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else bias.detach()
+        with warnings.catch_warnings():
+            # It is deprecated, but the only way to give the kernel its weights.
+            warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
+            quantized = torch._make_per_channel_quantized_tensor(
+                weight.detach().contiguous(),
+                scale.detach().flatten().double(),
+                torch.zeros(self.out_features, dtype=torch.long),
+                0,
+            )
+        self.packed = torch.ops.quantized.linear_prepack(quantized, None)
+        self.product = int8_product.default  # choosing one takes as long as a small product
+        # As tensors, since a number would become one each time.
+        self.step = torch.tensor(1 / STEPS)
+        self.finer = torch.tensor(2.0 * STEPS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features).float()
+        # A row of zeros becomes NaN, then some number, and zero again.
+        step = rows.abs().amax(1, keepdim=True).mul_(self.step)
+        steps = rows / step
+        rest = steps.sub(steps.round()).mul_(self.finer)
+        product = self.product(torch.cat([steps, rest]), 1.0, ZERO_POINT, self.packed)
+        out, left = product.chunk(2)
+        out = out.addcdiv_(left, self.finer).mul_(step)
+        if self.bias is not None:
+            out += self.bias
+        return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+
+class ListedExperts(torch.nn.Module):
+    """A mixture's experts, each with linear layers of its own."""
+
+    def __init__(
+        self,
+        act_fn: Callable[[torch.Tensor], torch.Tensor],
+        gate_up: Iterable[torch.nn.Module],
+        down: Iterable[torch.nn.Module],
+    ):
+        super().__init__()
+        self.act_fn = act_fn
+        self.gate_up = torch.nn.ModuleList(gate_up)
+        self.down = torch.nn.ModuleList(down)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -52,6 +113,23 @@ class HalfExperts(torch.nn.Module):
             said = self.down[number](self.act_fn(gate) * up)
             out.index_add_(0, tokens, said * top_k_weights[tokens, place, None].to(said))
         return out
+
+
+class HalfExperts(ListedExperts):
+    """A mixture's experts, each with its matrices as HalfLinear."""
+
+    def __init__(self, experts: Any):
+        gate_up = map(HalfLinear, experts.gate_up_proj)
+        super().__init__(experts.act_fn, gate_up, map(HalfLinear, experts.down_proj))
+
+
+class Int8Experts(ListedExperts):
+    """A quantised mixture's experts, each with its matrices as Int8Linear."""
+
+    def __init__(self, experts: QuantizedExperts):
+        gate_up = map(Int8Linear, experts.gate_up_proj, experts.gate_up_proj_scale)
+        down = map(Int8Linear, experts.down_proj, experts.down_proj_scale)
+        super().__init__(experts.act_fn, gate_up, down)
 
 
 class WideEmbedding(torch.nn.Module):
@@ -81,6 +159,19 @@ def is_available() -> bool:
     except (AttributeError, RuntimeError):
         return False
     return True
+
+
+def has_int8_products() -> bool:
+    """Whether this torch has FBGEMM's products with int8 weights, on this CPU, and they are right.
+
+    The probe is what would overflow in a kernel of fewer bits.
+    """
+    weight = torch.full((8, 64), 127, dtype=torch.int8)
+    try:
+        product = Int8Linear(weight, torch.ones(8, 1))(torch.ones(1, 64))
+    except (AttributeError, RuntimeError):
+        return False
+    return bool((product - 127 * 64).abs().max() < 1)
 
 
 def fits_fp16(weight: torch.Tensor) -> bool:

@@ -17,9 +17,10 @@ from engine.checkpoint import (
 from engine.engine import Engine
 from engine.errors import StartError
 from engine.families import checkpoint_defaults
-from engine.form import computes_exactly, settle_form
+from engine.form import settle_form, tolerance_of
 from engine.model import ChatModel
 from engine.model_config import context_length, not_supported
+from engine.quantized import num_parameters
 from engine.runner import Runner, create_runner, input_device
 from engine.sequence import Span
 from engine.tokenizer import ChatTokenizer
@@ -56,8 +57,8 @@ def self_check(runner: Runner, alone: list[torch.Tensor]) -> float:
         raise StartError(
             "the model's logits are NaN; try another --dtype, or download the model again"
         )
-    # In half precision two right answers differ by a few percent; a wrong one is far off.
-    if not worst < (1e-3 if computes_exactly(runner.model) else 0.1):
+    # A wrong answer is far off. Both sides have the same weights, so fewer bits allow no more.
+    if not worst < tolerance_of(runner.model):
         raise StartError(
             f"this model does not batch: the logits of {type(runner.model).__name__} come out"
             f" {worst:.0%} off; take another model"
@@ -125,6 +126,7 @@ def load(
     *,
     dtype: str = "auto",
     device_map: str = "auto",
+    quantize: str = "none",
     chat_template: str | None = None,
     cache_memory: str = "auto",
     max_batch: int = 64,
@@ -136,15 +138,14 @@ def load(
     """Load and check the checkpoint in a folder, and start its engine; takes seconds to minutes.
 
     `dtype` is auto (the checkpoint's) or a torch dtype's name; `device_map` auto, a device, or a
-    JSON map of module to device; `chat_template` Jinja, instead of the model's own; `cache_memory`
-    auto, a size such as 4GiB, or a fraction of the free memory, on each device; `prefill_chunk`
-    the most prompt tokens in a step; `reuse` prefix caching; `timeout` seconds for a request.
-    Raises StartError with the remedy.
+    JSON map of module to device; `quantize` none, 8bit or 4bit; `chat_template` Jinja, not the
+    model's own; `cache_memory` auto, a size such as 4GiB, or a fraction of each device's free
+    memory; `prefill_chunk` the most prompt tokens a step; `timeout` in seconds. Raises StartError.
     """
     check_versions()
     check_gpus(device_map)
     with explained(folder):
-        model, tokenizer = load_model(folder, dtype=dtype, device_map=device_map)
+        model, tokenizer = load_model(folder, dtype=dtype, device_map=device_map, quantize=quantize)
         text = chat_tokenizer(model, tokenizer, chat_template)
         ends = text.end_ids(model.generation_config)
     name = Path(folder).absolute().name
@@ -164,7 +165,7 @@ def load(
 
 def settled_weights(model: Any, name: str, dtype: str) -> dict[str, str]:
     """Settle the form of a model's weights, and say what they are."""
-    kind, size = type(model).__name__, f"{model.num_parameters():,} parameters"
+    kind, size = type(model).__name__, f"{num_parameters(model):,} parameters"
     return {"model": f"{name}, {kind}, {size}", "weights": settle_form(model, dtype)}
 
 

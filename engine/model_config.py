@@ -81,7 +81,7 @@ def check_quantisation(config: Any, folder: Path) -> None:
     method = quantisation_of(config, folder)
     if method is None:
         return
-    original = "take the model that it was made from, whose weights have 16 bits"
+    original = "take the model that it was made from, with --quantize 8bit or 4bit to make it small"
     if method != "bitsandbytes":
         raise StartError(
             f"the weights in {folder} are quantised with {method}, which is not supported;"

@@ -16,6 +16,7 @@ from engine.errors import StartError
 from engine.form import computes_exactly
 from engine.model_config import context_length
 from engine.packed_attention import use_packed_attention
+from engine.quantized import largest_unpacked
 from engine.sequence import Span, Work
 from engine.step import LayerRows, Pool, Step, Way
 
@@ -81,7 +82,7 @@ def create_runner(model: Any, cache_memory: str = "auto", max_rows: int = 2**31 
     # One token makes each layer create its rows, which shows what a row costs on which device.
     trial = Runner(model, 8)
     trial.forward([(Span([0]), 1)])
-    rows = min(max_rows, affordable_rows(trial.pool.layers, cache_memory))
+    rows = min(max_rows, affordable_rows(trial, cache_memory))
     if rows < 64:
         raise StartError(f"the KV cache holds only {rows} tokens; raise --cache-memory")
     runner = Runner(model, rows)
@@ -91,18 +92,25 @@ def create_runner(model: Any, cache_memory: str = "auto", max_rows: int = 2**31 
     return runner
 
 
-def affordable_rows(layers: list[LayerRows], cache_memory: str) -> int:
+def affordable_rows(trial: "Runner", cache_memory: str) -> int:
     """Rows that the memory budget holds, on the device where it holds the fewest."""
     costs: Counter[torch.device] = Counter()
-    for layer in layers:
+    for layer in trial.pool.layers:
         costs[layer.keys.device] += layer.row_bytes
-    return min(cache_budget(cache_memory, device) // cost for device, cost in costs.items())
+    return min(
+        cache_budget(cache_memory, device, largest_unpacked(trial.model, device)) // cost
+        for device, cost in costs.items()
+    )
 
 
-def cache_budget(setting: str, device: torch.device) -> int:
-    """Bytes for the KV cache on a device: auto, a fraction of the free memory, or a size."""
+def cache_budget(setting: str, device: torch.device, needed: int = 0) -> int:
+    """Bytes for the KV cache on a device: auto, a fraction of the free memory, or a size.
+
+    `needed` bytes are not free, as a step unpacks weights into them.
+    """
     on_card = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_card else psutil.virtual_memory().available
+    free = max(0, free - needed)
     if setting == "auto" and on_card:
         # The rest is for activations and CUDA graphs.
         return int(min(0.85 * free, max(free / 2, free - 2**30)))

@@ -1,7 +1,7 @@
 """All that is worth knowing of a CUDA card, in some eight minutes; nothing is downloaded.
 
     python benchmarks/gpu/card.py               checks, steps, and servers side by side
-    python benchmarks/gpu/card.py --only steps  one part of it: checks, mla, steps or servers
+    python benchmarks/gpu/card.py --only steps  one part of it: checks, mla, bits, steps or servers
     python benchmarks/gpu/card.py --device cpu  a tiny model without a card, to see that this works
 
 The model has Llama-3-8B's shape, or with --tiny a small one, and random weights. The bounds are
@@ -17,7 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -37,8 +39,10 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.attention import flash_attention  # noqa: E402
+from engine.form import settle_form  # noqa: E402
 from engine.loading import attention_summary, start_runner  # noqa: E402
 from engine.packed_attention import keep_latent  # noqa: E402
+from engine.quantizer import quantize_layers  # noqa: E402
 from engine.runner import Runner  # noqa: E402
 from engine.sampler import sample_tokens  # noqa: E402
 from engine.sampling_params import SamplingParams  # noqa: E402
@@ -74,10 +78,38 @@ def made(kind: type, config: object, device: torch.device) -> object:
         torch.set_default_dtype(torch.float32)
 
 
-def llama(options: argparse.Namespace) -> object:
+def made_quantised(kind: type, config: object, bits: int, device: torch.device) -> object:
+    """The same in fewer bits, which never were 16."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            model = kind(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    quantize_layers(model, bits)
+    model.to_empty(device=device)
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config).to(device)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_scale"):
+            parameter.fill_(3e-4 if bits == 8 else 0.05)
+        elif not parameter.is_floating_point():
+            parameter.random_(*((-127, 128) if bits == 8 else (0, 256)))
+        elif parameter.dim() == 1:
+            parameter.fill_(1)
+        else:
+            parameter.normal_(std=0.02)
+    return model
+
+
+def llama_config(options: argparse.Namespace) -> LlamaConfig:
     shape = TINY if options.tiny else LLAMA_3_8B
-    config = LlamaConfig(**shape, max_position_embeddings=8192, eos_token_id=0)
-    return made(LlamaForCausalLM, config, options.device)
+    return LlamaConfig(**shape, max_position_embeddings=8192, eos_token_id=0)
+
+
+def llama(options: argparse.Namespace) -> object:
+    return made(LlamaForCausalLM, llama_config(options), options.device)
 
 
 def save_checkpoint(model: object, folder: Path) -> None:
@@ -281,6 +313,45 @@ def mla(options: argparse.Namespace) -> None:
     print(f"\nThe experts' own way here is {experts or 'eager'}.")
 
 
+def bits(options: argparse.Namespace) -> None:
+    """Llama's shape in 16, 8 and 4 bits, and all of DeepSeek's in 8 on 24 GB: memory and speed."""
+    device = options.device
+    shape = TINY_DEEPSEEK if options.tiny else DEEPSEEK | {"num_hidden_layers": 27}
+    deepseek = DeepseekV2Config(**shape, max_position_embeddings=8192)
+    llamas = llama_config(options)
+    print("| model | bits | weights | step of 1 | of 16 | chunk of 512 | peak | CUDA graphs |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    widths = [16, 8, 4] if find_spec("bitsandbytes") else [16, 8]
+    cases = [("Llama-3-8B", LlamaForCausalLM, llamas, n) for n in widths]
+    cases.append(("DeepSeek-V2-Lite on 24 GB", DeepseekV2ForCausalLM, deepseek, 8))
+    for name, kind, shared, width in cases:
+        config = deepcopy(shared)  # a runner changes its model's
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            if "24 GB" in name:
+                whole = torch.cuda.get_device_properties(device).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, 24 * 2**30 / whole), device)
+        model = (
+            made(kind, config, device)
+            if width == 16
+            else made_quantised(kind, config, width, device)
+        )
+        said = settle_form(model)
+        runner = start_runner(model, "64MiB" if options.tiny else "2GiB")
+        works = [decode_work(1, 250), decode_work(16, 250), [(Span([5] * 512, 0, 512), 512)]]
+        took = [seconds_of(partial(runner.forward, work), device, 5) for work in works]
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        times = " | ".join(f"{1e3 * seconds:.2f} ms" for seconds in took)
+        sizes = sorted({graph.size for graph in runner.graphs})
+        print(
+            f"| {name} | {width} | {said} | {times} | {peak / 2**30:.1f} GiB | {sizes} |",
+            flush=True,
+        )
+        del model, runner
+        gc.collect()
+
+
 def servers(options: argparse.Namespace) -> None:
     """rivals.py, once this process has left the card."""
     with tempfile.TemporaryDirectory() as folder:
@@ -305,7 +376,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda:0"))
     parser.add_argument("--tiny", action="store_true", help="a small model")
-    parts = ["checks", "mla", "steps", "servers"]
+    parts = ["checks", "mla", "bits", "steps", "servers"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--prompt", type=int, default=128, help="tokens in, of servers")
@@ -332,6 +403,8 @@ def main() -> None:
     with torch.inference_mode():
         if part == "mla":
             return mla(options)
+        if part == "bits":
+            return bits(options)
         if part == "steps":
             return steps(llama(options), options)
     servers(options)

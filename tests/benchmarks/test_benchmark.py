@@ -65,8 +65,9 @@ def test_cuda_tests_pass_on_stand_ins():
 @pytest.mark.slow
 def test_card_py_runs_without_a_card():
     command = [sys.executable, "benchmarks/gpu/card.py", "--device", "cpu", "--clients", "1", "3"]
-    command += ["--only", "steps", "mla"]
+    command += ["--only", "steps", "mla", "bits"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.search(r"^\| 3 \| 256 \| [\d.]+ ms \|", done.stdout, re.MULTILINE)
     assert "TFLOP/s" in done.stdout
+    assert re.search(r"^\| DeepSeek-V2-Lite on 24 GB \| 8 \| in 8 bits", done.stdout, re.MULTILINE)
     assert re.search(r"^\| a chunk of 512 \| [\d.]+ ms \|", done.stdout, re.MULTILINE)

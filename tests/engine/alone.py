@@ -22,9 +22,9 @@ FAMILIES = ["deepseek_v2", "index", "internlm2", "internlm2_ntk", "llama", "xver
 class Alone:
     """A family's tiny model: what `generate` says of a prompt by itself, and a runner."""
 
-    def __init__(self, name: str, form: Form):
+    def __init__(self, name: str, form: Form, quantize: str):
         dtype = "bfloat16" if form == "fp16 weights" else "float32"
-        model, _ = load_model(FIXTURES / name, dtype=dtype)
+        model, _ = load_model(FIXTURES / name, dtype=dtype, quantize=quantize)
         convert(model, form)
         self.context = min(context_length(model.config), 200)
         self.plain = [reference_logits(model, ids) for ids in probes(model)]
@@ -50,5 +50,5 @@ class Alone:
 
 
 @cache
-def alone(name: str, form: Form = "as it is") -> Alone:
-    return Alone(name, form)
+def alone(name: str, form: Form = "as it is", quantize: str = "none") -> Alone:
+    return Alone(name, form, quantize)

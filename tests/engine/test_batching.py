@@ -87,8 +87,18 @@ def test_a_batch_says_what_each_says_alone_with_fp16_weights(monkeypatch, name, 
     check_batch(monkeypatch, name, form="fp16 weights", **batch)
 
 
-def check_batch(monkeypatch, name, asks, chunk, rows, batch, reuse, way, form="as it is") -> None:
-    family = alone(name, form)
+@pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
+@settings(max_examples=4, **fixtures_once)
+@batches
+def test_a_batch_says_what_each_says_alone_in_8_bits(monkeypatch, name, **batch):
+    """Where weights are unpacked for sums in float32."""
+    check_batch(monkeypatch, name, quantize="8bit", **batch)
+
+
+def check_batch(
+    monkeypatch, name, asks, chunk, rows, batch, reuse, way, form="as it is", quantize="none"
+) -> None:
+    family = alone(name, form, quantize)
     assert family.on_cards.way == "in place"
     as_on_a_card(monkeypatch)
     monkeypatch.setattr("engine.answer.Detokenizer", Told)

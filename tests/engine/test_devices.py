@@ -111,8 +111,8 @@ def moved(model):
     return model
 
 
-def loaded(name: str):
-    return load_model(FIXTURES / name, dtype="float32", device_map="cpu")[0]
+def loaded(name: str, quantize: str = "none"):
+    return load_model(FIXTURES / name, dtype="float32", device_map="cpu", quantize=quantize)[0]
 
 
 def slow(name: str):
@@ -162,6 +162,19 @@ def test_step_stays_on_the_card_and_waits_for_nothing(card, name):
     runner.graphs = captured
     torch.testing.assert_close(computed(runner, singles), expected)
     runner.copy(singles[0][0], 100, 5)
+    assert card.waits == []
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
+def test_step_in_8_bits_stays_on_the_card_and_waits_for_nothing(card, name):
+    """A mixture's experts are unpacked without asking which were chosen."""
+    plain = create_runner(loaded(name, "8bit"), "1MiB")
+    plain.way = "copied"
+    expected = computed(plain, some_work())
+    runner = start_runner(moved(loaded(name, "8bit")), "1MiB", max_batch=2)
+    runner.graphs = []
+    card.waits.clear()
+    torch.testing.assert_close(computed(runner, some_work()), expected)
     assert card.waits == []
 
 

@@ -21,8 +21,10 @@ from tokenizers import Tokenizer, models
 from engine.attention import Scoring
 from engine.checkpoint import load_model
 from engine.engine import Engine
+from engine.form import settle_form
 from engine.loading import start_runner
 from engine.model_config import context_length
+from engine.quantized import QuantizedLinear, pack
 from engine.runner import Runner, create_runner
 from engine.sampler import sample_tokens
 from engine.sequence import Span
@@ -140,6 +142,28 @@ def test_each_family_starts_in_half_precision(name, dtype):
     if name != "deepseek_v2":
         assert runner.way == "in place", runner.fallback_reason
         assert {r.size for r in runner.graphs} == {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_starts_in_8_bits(name):
+    """Packed steps of the quantised model agree with its plain ones, whoever multiplies."""
+    model, _ = load_model(
+        FIXTURES / name, dtype="bfloat16", device_map=str(DEVICE), quantize="8bit"
+    )
+    assert settle_form(model).startswith("in 8 bits")
+    assert start_runner(model, "64MiB", max_batch=8).difference < 0.05
+
+
+@pytest.mark.skipif(not ON_CARD, reason="the kernel is for cards")
+def test_int8_kernel_multiplies_with_what_the_weights_unpack_to():
+    pytest.importorskip("triton")
+    from engine.int8_kernel import Int8Kernel, check
+
+    for out_features, in_features, bias in ((4096, 4096, False), (70, 300, True), (48, 64, True)):
+        linear = torch.nn.Linear(in_features, out_features, bias, DEVICE, torch.bfloat16)
+        layer = QuantizedLinear(linear, 8)
+        layer.weight.data, layer.weight_scale.data = pack(linear.weight.data, 8)
+        check(Int8Kernel(), layer, torch.bfloat16)
 
 
 def test_cuda_graphs_compute_what_other_steps_do():
