@@ -740,8 +740,8 @@ async def read_bytes(request: Request) -> bytes:
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise UnsupportedEncoding(
-            f"the body's Content-Encoding is {printable(encoding)!r}; send it uncompressed, without that"
-            " header"
+            f"the body's Content-Encoding is {printable(encoding)!r}; send it uncompressed,"
+            " without that header"
         )
     too_large = BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
     length = int(request.headers.get("content-length", 0))
