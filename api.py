@@ -124,6 +124,7 @@ try:
         TokenizeResponse,
         validation_error,
     )
+    from serving.unknown_fields import printable
     from serving.workers import Workers
 except ImportError as missing:
     sys.exit(f"api.py cannot start ({missing}); run `pip install -r requirements.txt`.")
@@ -673,9 +674,9 @@ def log_failure(error: Exception) -> None:
 def from_starlette(error: HTTPException, path: str) -> Exception:
     """Turn an error of Starlette's into ours."""
     if error.status_code == 404:
-        return NotFound(f"there is nothing at {path!r}")
+        return NotFound(f"there is nothing at {printable(path)!r}")
     if error.status_code == 405:
-        return MethodNotAllowed(f"{path!r} does not take this method")
+        return MethodNotAllowed(f"{printable(path)!r} does not take this method")
     return InvalidInput(str(error.detail))
 
 
@@ -744,8 +745,8 @@ async def read_bytes(request: Request) -> bytes:
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise UnsupportedEncoding(
-            f"the body's Content-Encoding is {encoding!r}; send it uncompressed, without that"
-            " header"
+            f"the body's Content-Encoding is {printable(encoding)!r}; send it uncompressed,"
+            " without that header"
         )
     too_large = BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
     length = int(request.headers.get("content-length", 0))
@@ -920,7 +921,9 @@ class ChatService:
         if self._model is None:
             raise NotServing("the model is still loading; try again soon", retry_after=5)
         if name not in (None, self._model.name):
-            message = f"there is no model {name!r} here; this server has {self._model.name!r}"
+            message = (
+                f"there is no model {printable(name)!r} here; this server has {self._model.name!r}"
+            )
             raise ModelNotFound(message, "model")
         return self._model
 

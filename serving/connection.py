@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 from typing import Any
 
 import h11
@@ -53,7 +54,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.timer = self.loop.call_later(HEADER_TIMEOUT, transport.close)
-        self.waits_since = self.loop.time()
+        self.waits_since = time.monotonic()
         if len(self.connections) > MAX_CONNECTIONS:
             self._make_room()
 
@@ -68,7 +69,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         self.has_begun = False
-        self.waits_since = self.loop.time()
+        self.waits_since = time.monotonic()
         # uvicorn's own timer is cancelled by any byte, even one that begins no request.
         self._restart_timer(KEEP_ALIVE)
         super().on_response_complete()
@@ -109,8 +110,9 @@ class Connection(H11Protocol):
 
     def _make_room(self) -> None:
         """Cut the connection that has waited longest for its client, if there are too many."""
-        waiting = [c for c in self.connections if isinstance(c, Connection)]
-        waiting = [c for c in waiting if not c._owes_an_answer]
+        waiting: list[Any] = [
+            c for c in self.connections if not getattr(c, "_owes_an_answer", True)
+        ]
         if len(waiting) > MAX_CONNECTIONS:
             min(waiting, key=lambda c: c.waits_since).transport.abort()
 

@@ -194,6 +194,36 @@ def test_schema_at_its_bound():
         guide.spell_schema({"const": longest["const"] + "x"})
 
 
+LONG = "x" * 2**20
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *({name: LONG} for name in ("model", "history", "stop", "temperature", "tools", LONG)),
+        *({name: {LONG: 1}} for name in ("logit_bias", "chat_template_kwargs", "response_format")),
+        {"history": [["a", LONG, LONG]]},
+        {"history": [{"role": LONG, "content": "x"}]},
+    ],
+    ids=str.split("model history stop temperature tools own bias kwargs format pair role"),
+)
+def test_an_error_repeats_little_of_what_was_sent(server, field):
+    answer = httpx.post(server, json={"prompt": "x"} | field)
+    assert 400 <= answer.status_code < 500
+    assert len(answer.content) < 2000
+
+
+def test_an_error_repeats_little_of_a_path_or_header(server):
+    headers = {"Content-Encoding": "x" * 50_000}
+    for answer in (
+        httpx.get(f"{server}/{'x' * 50_000}"),
+        httpx.get(f"{server}/v1/models/{'x' * 50_000}"),
+        httpx.post(server, headers=headers, content=b"x"),
+    ):
+        assert 400 <= answer.status_code < 500
+        assert len(answer.content) < 2000
+
+
 @pytest.mark.parametrize(("length", "kept"), [(128, True), (129, False)])
 def test_request_id_at_its_bound(server, length, kept):
     given = "x" * length
