@@ -10,6 +10,7 @@ GROUPS = {
         "model",
         "check",
         "dtype",
+        "quantize",
         "device_map",
         "chat_template",
         "chat_template_kwargs",

@@ -279,7 +279,7 @@ def test_table_of_settings_is_the_programs():
 @each
 def test_setup_commands_are_in_readme(text):
     assert "pip install -r requirements.txt && python api.py\n" in blocks(text, "bash")
-    assert "pip install -r tests/requirements.txt && python -m pytest" in SPAN.findall(prose(text))
+    assert "pip install -r tests/requirements.txt && python -m pytest\n" in blocks(text, "bash")
 
 
 def test_table_of_statuses_is_the_programs():
