@@ -171,7 +171,7 @@ async def wordy(url: str, dice: random.Random) -> str:
 
 async def queue(url: str, dice: random.Random) -> str:
     """Many that wait, with prompts that begin alike."""
-    body = {"prompt": "one and the same " * 200 + str(dice.random()), "max_tokens": 1}
+    body = {"prompt": "one and the same " * 40 + str(dice.random()), "max_tokens": 1}
     return await ask(url, post(TEXT, body))
 
 

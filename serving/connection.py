@@ -110,9 +110,8 @@ class Connection(H11Protocol):
 
     def _make_room(self) -> None:
         """Cut the connection that has waited longest for its client, if there are too many."""
-        waiting: list[Any] = [
-            c for c in self.connections if not getattr(c, "_owes_an_answer", True)
-        ]
+        everyone = [c for c in self.connections if isinstance(c, Connection)]
+        waiting = [c for c in everyone if not c._owes_an_answer]
         if len(waiting) > MAX_CONNECTIONS:
             min(waiting, key=lambda c: c.waits_since).transport.abort()
 

@@ -80,6 +80,7 @@ CEILINGS = {
     "model_download": 560,
     "serving.schemas": 700,
     "serving.field_types": 300,
+    "serving.connection": 200,
     "serving.replies": 450,
     "serving.unknown_fields": 250,
 }
