@@ -32,6 +32,8 @@ def load_config(folder: Path) -> Any:
 def check_model_type(folder: Path) -> None:
     """Raise StartError if transformers itself has no model of the kind."""
     said, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+    if not isinstance(said, dict):
+        raise StartError(f"config.json in {folder} is no object; run the download again")
     kind = said.get("model_type")
     if kind is None or kind in CONFIG_MAPPING:
         return

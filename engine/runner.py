@@ -62,6 +62,8 @@ def prepare_model(model: Any) -> None:
 
     Raises StartError for a model that cannot be batched this way.
     """
+    if model.config._attn_implementation == "packed":
+        return  # they are, by another runner
     for module in model.modules():
         # Up to its original length, to which context_length holds it, dynamic rope is constant;
         # its check for longer sequences would synchronise with the GPU in every step.

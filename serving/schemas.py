@@ -577,6 +577,7 @@ class CompletionRequest(OpenAIRequest):
 
 
 MAX_TEXT = 2**20
+MAX_TOKENS = 2**18
 
 
 class TokenizeRequest(Conversation):
@@ -636,7 +637,9 @@ class TokenizeRequest(Conversation):
 class DetokenizeRequest(RequestModel):
     """Token ids to spell, as in vLLM."""
 
-    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_TEXT, fail_fast=True)]
+    tokens: Annotated[
+        list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_TOKENS, fail_fast=True)
+    ]
 
     def result(self, model: ChatModel) -> dict[str, Any]:
         """The response. Raises InvalidInput for an id that the model does not have."""
