@@ -1,24 +1,23 @@
-"""benchmarks/models.py notices wrong answers, and docs/models.md has what it prints."""
+"""benchmarks/model_types.py notices wrong answers, and docs/models.md has what it prints."""
 
 import os
 import re
 import signal
 
+import model_types
 import pytest
 import transformers
 from conftest import ROOT
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-import models
-
 
 def test_model_that_runs_is_compared():
-    assert models.tried("llama", 5) == "runs"
-    assert models.tried("gemma2", 40) == "runs, a window, soft caps"
+    assert model_types.tried("llama", 5) == "runs"
+    assert model_types.tried("gemma2", 40) == "runs, a window, soft caps"
 
 
 def test_refused_model_is_told_by_its_reason():
-    assert re.match(r"refused: \w+ is not supported: .*position_ids", models.tried("bloom", 5))
+    assert re.match(r"refused: \w+ is not supported: .*position_ids", model_types.tried("bloom", 5))
 
 
 @pytest.mark.parametrize(
@@ -27,22 +26,22 @@ def test_refused_model_is_told_by_its_reason():
 def test_ignored_window_is_noticed(monkeypatch, bound, said):
     """By the comparison, where the server's own check at the start is too short for it."""
     monkeypatch.setattr("engine.attention_trial.window_of", lambda mask, context: None)
-    assert re.match(said, models.tried("mistral", bound))
+    assert re.match(said, model_types.tried("mistral", bound))
 
 
 def test_model_that_fails_is_a_fault_and_ends_no_other(monkeypatch):
     def fail(*_):
         raise OSError("no such model")
 
-    monkeypatch.setattr(models, "compare", fail)
-    assert models.tried("llama", 5).startswith("FAULT: OSError: no such model")
+    monkeypatch.setattr(model_types, "compare", fail)
+    assert model_types.tried("llama", 5).startswith("FAULT: OSError: no such model")
 
 
 def test_process_that_takes_too_long_or_dies_is_a_fault(monkeypatch):
-    monkeypatch.setattr(models, "tried", lambda kind, bound: os._exit(1))
-    assert models.in_a_child("llama", 5, 60) == "FAULT: the process died"
-    monkeypatch.setattr(models, "tried", lambda kind, bound: signal.pause())
-    assert models.in_a_child("llama", 5, 0.1) == "FAULT: took too long"
+    monkeypatch.setattr(model_types, "tried", lambda kind, bound: os._exit(1))
+    assert model_types.in_a_child("llama", 5, 60) == "FAULT: the process died"
+    monkeypatch.setattr(model_types, "tried", lambda kind, bound: signal.pause())
+    assert model_types.in_a_child("llama", 5, 0.1) == "FAULT: took too long"
 
 
 def test_page_counts_its_own_tables():

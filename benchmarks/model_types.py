@@ -1,8 +1,8 @@
 """Which of transformers' causal language models the engine runs, and what becomes of the others.
 
-    python benchmarks/models.py                   every one: minutes on two CPU cores
-    python benchmarks/models.py llama gemma2      some, by their model_type
-    python benchmarks/models.py --table           as docs/models.md has it
+    python benchmarks/model_types.py                   every one: minutes on two CPU cores
+    python benchmarks/model_types.py llama gemma2      some, by their model_type
+    python benchmarks/model_types.py --table           as docs/models.md has it
 
 Each is built with a few tiny layers of random weights, saved, and loaded as a user's checkpoint is,
 in float32. Whatever bounds what a token sees (windows, chunks, sparse attention) is made so short
