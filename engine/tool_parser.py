@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.tool_format import ToolFormat
 
@@ -43,7 +43,10 @@ class ToolCallParser:
         return self.num_calls > 0 and self._state != "arguments"
 
     def push(self, text: str, last: bool = False) -> tuple[str, list[CallPart]]:
-        """The next text, or the last; returns what is sure by now: content, and parts of calls."""
+        """The next text, or the last; returns what is sure: content, and a part of each call.
+
+        One of each, as there are clients that read no more.
+        """
         self._held += text
         content = ""
         if self._state in ("start", "said"):
@@ -51,7 +54,9 @@ class ToolCallParser:
         parts: list[CallPart] = []
         while self._state == "arguments" or self._begin(parts):
             arguments = self._take(self._num_of_arguments())
-            if arguments:
+            if parts and parts[-1].index == self.num_calls - 1:
+                parts[-1] = replace(parts[-1], arguments=arguments)
+            elif arguments:
                 parts.append(CallPart(self.num_calls - 1, None, arguments))
             if self._state == "arguments":  # they go on
                 break

@@ -294,7 +294,8 @@ class ChatCompletionReply(OpenAIReply):
         if said.content or not (message or self.prompt.calls_tools):
             message["content"] = said.content
         if not choice.started:
-            message = {"role": "assistant"} | (message or {"content": ""})
+            nothing = {"content": None if self.prompt.calls_tools else ""}
+            message = {"role": "assistant"} | (message or nothing)
         choice.started = True
         tokens = [delta.token] if delta.token else []
         if not (message or tokens or choice.finish_reason):

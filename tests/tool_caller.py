@@ -1,11 +1,10 @@
 """A model that calls tools, without weights: guided decoding makes valid calls of its few wishes.
 
-`python tests/tool_caller.py --port 6100` serves it under the name "test". To a question with tools
-it answers with a short call of the one whose name is first in the alphabet, and to a result with
-the text "done".
+`PYTHONPATH=. python tests/tool_caller.py` serves it and prints the address. To a question with
+tools it answers with a short call of the one whose name is first in the alphabet, and to a result
+with the text "done".
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Iterable
@@ -78,12 +77,9 @@ class ToolCaller(ScriptedRunner):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=6100)
-    given = parser.parse_args()
     text = tool_tokenizer()
     caller = ToolCaller(text)
-    with serve(lambda _: chat_model(caller, text, 4096), port=given.port) as url:
+    with serve(lambda _: chat_model(caller, text, 4096)) as url:
         sys.stdout.write(f"{url}/v1\n")
         sys.stdout.flush()
         while True:

@@ -230,7 +230,7 @@ def test_streamed_deltas_are_the_whole_answer(client, caller, begin, lead):
 
 def test_chunks_say_the_id_and_the_name_first(client):
     chunks = [chunk.choices[0] for chunk in ask(client, stream=True)]
-    assert chunks[0].delta.role == "assistant"
+    assert (chunks[0].delta.role, chunks[0].delta.content) == ("assistant", None)
     calls = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
     first, *rest = calls
     assert (first.index, first.type, first.function.name) == (0, "function", "weather")

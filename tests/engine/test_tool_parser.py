@@ -91,6 +91,13 @@ def test_nothing_is_held_back_for_longer_than_needed():
     assert parser.push("tool_call>", True) == ("", [])
 
 
+def test_one_part_of_a_call_comes_at_once():
+    parser = ToolCallParser(COMMON)
+    begun, rest = TWO.split("}}", 1)
+    assert parser.push(begun) == ("", [CallPart(0, "a", '{"x": 1')])
+    assert parser.push("}}" + rest) == ("", [CallPart(0, None, "}"), CallPart(1, "b.c-d_e", "{}")])
+
+
 def test_special_tokens_are_told_from_text_that_spells_them():
     parser = ToolCallParser(TOKENS, lambda text: text.replace("<|", "secret(").replace("|>", ")"))
     content, parts = parser.push("<|calls|>a<|args|>{} secret(calls)b secret(args){}", True)
