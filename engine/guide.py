@@ -14,6 +14,8 @@ from engine.errors import InvalidInput
 
 # A longer JSON schema takes too long to compile.
 MAX_SCHEMA_CHARS = 2**16
+# Larger ones are not exact in the doubles that JSON's numbers commonly are (RFC 8259, section 6).
+MAX_INTEGER = 2**53
 # With the default limits, a pattern such as ^(a{1000}){1000}$ would block every answer for seconds.
 GUIDE_LIMITS = LLParserLimits(initial_lexer_fuel=100_000)
 
@@ -66,12 +68,27 @@ def with_known_spaces(spec: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
+def check_numbers(spelled: str, argument: str) -> None:
+    """Raise InvalidInput for an integer in a JSON text that llguidance would round to a double."""
+
+    def check(digits: str) -> None:
+        if abs(int(digits)) > MAX_INTEGER:
+            raise InvalidInput(
+                f"a JSON schema must have no integers beyond {MAX_INTEGER:,}, which JSON's numbers"
+                " do not hold exactly; take a string for them",
+                argument,
+            )
+
+    json.loads(spelled, parse_int=check)
+
+
 def spell_schema(schema: dict[str, Any]) -> str:
-    """A schema as JSON. Raises InvalidInput if it is too long."""
+    """A schema as JSON. Raises InvalidInput if it is too long, or has too large integers."""
     spelled = json.dumps(schema)
     if len(spelled) > MAX_SCHEMA_CHARS:
         most = f"{MAX_SCHEMA_CHARS:,} characters"
         raise InvalidInput(f"the JSON schema is longer than {most}", "schema")
+    check_numbers(spelled, "schema")
     return spelled
 
 

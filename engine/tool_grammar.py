@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import InvalidInput
+from engine.guide import check_numbers
 from engine.tool_format import ToolFormat
 
 # How the arguments are written: as models are trained to. Keywords that cannot be checked as JSON
@@ -162,11 +163,13 @@ def without_others(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_size(tools: Sequence[Any]) -> None:
-    """Raise InvalidInput if the tools' schemas are too long to compile."""
-    spelled = sum(len(json.dumps(tool["function"]["parameters"])) for tool in tools)
-    if spelled > MAX_SCHEMAS_CHARS:
+    """Raise InvalidInput if the tools' schemas are too long, or have too large integers."""
+    spelled = [json.dumps(tool["function"]["parameters"]) for tool in tools]
+    if sum(map(len, spelled)) > MAX_SCHEMAS_CHARS:
         most = f"{MAX_SCHEMAS_CHARS:,} characters"
         raise InvalidInput(f"the tools' JSON schemas are longer than {most} together", "tools")
+    for schema in spelled:
+        check_numbers(schema, "tools")
 
 
 def explained(error: InvalidInput, tools: list[Any]) -> InvalidInput:

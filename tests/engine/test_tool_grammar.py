@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.detokenizer import Detokenizer
 from engine.errors import InvalidInput
-from engine.guide import Guide, GuideCompiler
+from engine.guide import Guide, GuideCompiler, spell_schema
 from engine.tokenizer import ChatTokenizer
 from engine.tool_format import COMMON, ToolFormat
 from engine.tool_grammar import Thoughts, ToolChoice, ToolGrammar, check_size, explained
@@ -133,7 +133,9 @@ LEAVES = st.one_of(
     st.just({"type": "null"}),
     st.just({"type": "string", "maxLength": 4}),
     st.integers(-20, 20).map(lambda n: {"type": "integer", "minimum": n, "maximum": n + 12}),
-    st.lists(WORDS | st.integers() | st.none(), min_size=1, max_size=3).map(lambda e: {"enum": e}),
+    st.lists(WORDS | st.integers(-(2**53), 2**53) | st.none(), min_size=1, max_size=3).map(
+        lambda e: {"enum": e}
+    ),
     WORDS.map(lambda word: {"const": word}),
 )
 
@@ -345,3 +347,12 @@ def test_schemas_at_their_bound():
     check_size([function("a", longest), function("b", longest)])
     with pytest.raises(InvalidInput, match="longer than 65,536 characters together"):
         check_size([function("a", longest), function("b", {"const": longest["const"] + "x"})])
+
+
+@pytest.mark.parametrize("number", [2**53 + 1, -(2**53) - 1, 10**4000])
+def test_integers_that_would_be_rounded_are_refused(number):
+    parameters = {"type": "object", "properties": {"n": {"enum": [number]}}}
+    with pytest.raises(InvalidInput, match="no integers beyond 9,007,199,254,740,992"):
+        check_size([{"function": {"name": "f", "parameters": parameters}}])
+    with pytest.raises(InvalidInput, match="no integers beyond 9,007,199,254,740,992"):
+        spell_schema(parameters)
