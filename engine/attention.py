@@ -60,6 +60,11 @@ def scaled_dot_product(
     return weights.to(value.dtype) @ value
 
 
+def added(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask to be added to scores: -inf for what is hidden."""
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
+
+
 class Group(Protocol):
     """Part of a step's tokens, whose attention is one call or one loop."""
 
@@ -127,7 +132,7 @@ class ChunkAttention(NamedTuple):
                 mask = mask.triu(total - new - window + 1)[:, -(new + window - 1) :]
             mask = mask.repeat(sharing, 1)
             if query.device.type == "cpu":
-                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+                mask = added(~mask, query.dtype)
             self.masks[sharing, window] = mask
         return self.masks[sharing, window]
 
@@ -202,8 +207,7 @@ class SlicedAttention(NamedTuple):
                 counts = torch.tensor(self.counts, device=hidden.device)[:, None, None, None]
                 places = torch.arange(hidden.shape[-1], device=hidden.device)
                 hidden = (hidden | (places < counts - window))[..., first:]
-            mask = torch.zeros_like(hidden, dtype=dtype)
-            self.masks[dtype, window] = mask.masked_fill_(hidden, -torch.inf)
+            self.masks[dtype, window] = added(hidden, dtype)
         return self.masks.get((dtype, window))
 
 

@@ -56,6 +56,14 @@ def pack(matrix: torch.Tensor, bits: Bits) -> tuple[torch.Tensor, torch.Tensor]:
     return exact.div_(scale).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
+def pack_stack(weight: torch.Tensor, bits: Bits) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix, or a stack of them one by one, as packing takes a copy in float32; see `pack`."""
+    if weight.ndim == 2:
+        return pack(weight, bits)
+    pairs = [pack(matrix, bits) for matrix in weight]
+    return torch.stack([packed for packed, _ in pairs]), torch.stack([scale for _, scale in pairs])
+
+
 def scale_dtype(weight: torch.Tensor) -> torch.dtype:
     """The type of scales in 8 bits; fp16 has too few exponents for them."""
     return torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32

@@ -22,7 +22,7 @@ from engine.quantized import (
     QuantizedLinear,
     fits,
     load_bitsandbytes,
-    pack,
+    pack_stack,
     shapes_of,
 )
 
@@ -109,9 +109,9 @@ def check_experts(experts: Any) -> None:
                 setattr(own, name, torch.nn.Parameter(drawn, requires_grad=False))
             packed = QuantizedExperts(own, 8)
             for name in EXPERTS:
-                pairs = [pack(matrix, 8) for matrix in getattr(own, name)]
-                getattr(packed, name).data = torch.stack([weight for weight, _ in pairs])
-                getattr(packed, f"{name}_scale").data = torch.stack([scale for _, scale in pairs])
+                weight, scale = pack_stack(getattr(own, name), 8)
+                getattr(packed, name).data = weight
+                getattr(packed, f"{name}_scale").data = scale
             if computes_alike(packed, own):
                 return
     raise StartError(
@@ -142,12 +142,7 @@ class Pack(ConversionOps):
         packed = {}
         for name, found in input_dict.items():
             weight = found[0] if isinstance(found, list) else found
-            if weight.ndim == 2:
-                parts = pack(weight, self.bits)
-            else:  # one by one, as packing takes a copy in float32
-                pairs = [pack(matrix, self.bits) for matrix in weight]
-                parts = (torch.stack([w for w, _ in pairs]), torch.stack([s for _, s in pairs]))
-            packed[name], packed[f"{name}_scale"] = parts
+            packed[name], packed[f"{name}_scale"] = pack_stack(weight, self.bits)
         return packed
 
 

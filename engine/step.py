@@ -140,8 +140,8 @@ class LayerRows:
             size = heads * self.rows * width * like.itemsize
             zeros = torch.from_numpy(np.zeros(size, np.uint8)).view(like.dtype)
             return zeros.view(heads, self.rows, width).transpose(0, 1)
-        # Not zeroed: no row is read before it is written.
-        return like.new_empty((self.rows, heads, width))
+        # Zeros here too, as a view of several spans reads rows before they are written.
+        return like.new_zeros((self.rows, heads, width))
 
 
 class Pool:

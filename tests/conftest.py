@@ -60,19 +60,22 @@ def byte_tokenizer(special: list[str] = SPECIAL) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+# A model of two layers for byte_tokenizer's vocabulary.
+TINY = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
 def tiny_llama(**changes: object) -> LlamaForCausalLM:
     """Two layers, random weights from a fixed seed, float32."""
     torch.manual_seed(0)
-    settings = {
-        "vocab_size": 260,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "eos_token_id": 256,
-    }
+    settings = TINY | {"eos_token_id": 256}
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
 
 

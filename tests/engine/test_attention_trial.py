@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import TINY, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -26,16 +26,6 @@ from engine.attention_trial import Mask, attention_windows, check_attention, win
 from engine.checkpoint import load_model
 from engine.errors import StartError
 from engine.loading import load
-
-TINY = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
 
 
 def test_window_is_how_many_keys_a_query_sees():

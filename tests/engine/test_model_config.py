@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, greedy, tiny_llama
+from conftest import TINY, byte_tokenizer, greedy, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -22,17 +22,7 @@ from engine.errors import StartError
 from engine.loading import load
 from engine.model_config import context_length, load_config
 
-TINY = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "eos_token_id": 256,
-    "pad_token_id": 0,
-}
+ENDING = TINY | {"eos_token_id": 256, "pad_token_id": 0}
 
 
 def saved(config: Any, folder: Path) -> Path:
@@ -108,10 +98,10 @@ def test_architectures_that_cannot_be_run_are_told_as_not_supported(tmp_path, co
 @pytest.mark.parametrize(
     "config",
     [
-        Phi3Config(**TINY, sliding_window=262_144),
-        MistralConfig(**TINY, sliding_window=512),
+        Phi3Config(**ENDING, sliding_window=262_144),
+        MistralConfig(**ENDING, sliding_window=512),
         Qwen3Config(
-            **TINY, head_dim=8, use_sliding_window=True, sliding_window=4096, max_window_layers=0
+            **ENDING, head_dim=8, use_sliding_window=True, sliding_window=4096, max_window_layers=0
         ),
     ],
     ids=lambda config: config.model_type,
