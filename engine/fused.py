@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from engine.linear import HalfLinear, Int8Linear, fits_fp16
 from engine.quantized import QuantizedLinear
@@ -55,15 +54,37 @@ class Part(torch.nn.Module):
 
 
 class RMSNorm(torch.nn.Module):
-    """A model's RMSNorm as torch's own."""
+    """A model's RMSNorm (arXiv 1910.07467), over the last dimension, in four operations.
+
+    The root of the mean square is the vector's norm over the root of its width.
+    """
 
     def __init__(self, weight: torch.nn.Parameter, eps: float):
         super().__init__()
         self.weight = weight
         self.eps = eps
+        width = weight.shape[-1]
+        self.scale = weight.detach().float() * width**0.5
+        self.floor = torch.tensor((width * eps) ** 0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x.div(norm.hypot(self.floor)).mul_(self.scale)
+
+
+class FusedMLP(torch.nn.Module):
+    """A gated MLP (arXiv 2002.05202) of two products, gate and up being one."""
+
+    def __init__(self, module: Any):
+        super().__init__()
+        self.product = module.gate_proj.shared.product
+        self.middle = module.gate_proj.out_features
+        self.act_fn = module.act_fn
+        self.down_proj = module.down_proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both = self.product(x)
+        return self.down_proj(self.act_fn(both[..., : self.middle]) * both[..., self.middle :])
 
 
 def can_be_shared(layer: Any) -> bool:
@@ -101,3 +122,22 @@ def fuse_norms(model: Any) -> None:
     for name, module in list(model.named_modules()):
         if norm := plain_norm(module):
             model.set_submodule(name, norm)
+
+
+def plain_mlp(module: Any) -> FusedMLP | None:
+    """A module in few operations, if it computes no more than a gated MLP."""
+    names = {name for name, _ in module.named_children()}
+    if names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return None
+    if not isinstance(module.gate_proj, Part):
+        return None
+    fused = FusedMLP(module)
+    probe = torch.linspace(-30, 30, 2 * module.gate_proj.in_features).reshape(1, 2, -1)
+    return fused if torch.allclose(fused(probe), module(probe)) else None
+
+
+def fuse_mlps(model: Any) -> None:
+    """Replace a model's gated MLPs, where they are no more than that."""
+    for name, module in list(model.named_modules()):
+        if fused := plain_mlp(module):
+            model.set_submodule(name, fused)

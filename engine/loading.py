@@ -1,8 +1,12 @@
 """How a chat model is loaded, checked and started."""
 
+import threading
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -17,13 +21,17 @@ from engine.checkpoint import (
 from engine.engine import Engine
 from engine.errors import StartError
 from engine.families import checkpoint_defaults
-from engine.form import settle_form, tolerance_of
+from engine.form import tolerance_of
+from engine.form_trial import settle_form
 from engine.model import ChatModel
 from engine.model_config import context_length, not_supported
 from engine.quantized import num_parameters
 from engine.runner import Runner, create_runner, input_device
 from engine.sequence import Span
 from engine.tokenizer import ChatTokenizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def probes(model: Any) -> tuple[list[int], list[int]]:
@@ -121,6 +129,31 @@ def context_summary(runner: Runner, context: int) -> str:
     return f"{context:,} tokens; KV cache: {runner.rows:,} tokens"
 
 
+def in_thread_of_its_own(function: Callable[P, T]) -> Callable[P, T]:
+    """Call a function in a thread that ends with it.
+
+    OpenMP keeps threads for each thread that has computed something. As soon as they are more than
+    the CPU's cores they no longer wait for the next operation but sleep, and waking them takes as
+    long as a small operation does. So none may be left but the engine's.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        result: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                result.set_result(function(*args, **kwargs))
+            except BaseException as error:
+                result.set_exception(error)
+
+        threading.Thread(target=run, name=function.__name__, daemon=True).start()
+        return result.result()
+
+    return call
+
+
+@in_thread_of_its_own
 def load(
     folder: Path | str,
     *,

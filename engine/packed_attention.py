@@ -27,26 +27,49 @@ def packed_attention(
     Takes [1, heads, tokens, width], returns [1, tokens, heads, width]. What a layer may ask for,
     `attention_windows` has checked.
     """
-    window = module.attention_window
-    scoring = Scoring(scaling, window, kwargs.get("softcap"), kwargs.get("s_aux"))
-    step.attended += 1
-    here = step.on(query.device)
-    layer = step.pool.layers[module.layer_idx]
-    layer.scoring = scoring
-    query = query[0].transpose(0, 1)
+    scoring = Scoring(scaling, module.attention_window, kwargs.get("softcap"), kwargs.get("s_aux"))
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if keeps_latent(module):
-        rows, _ = layer.write(here.write, torch.cat([key, value], dim=-1), None)
-        parts = [
-            attend_latent(module, group, query[group.tokens], group.select(rows), scoring)
-            for group in here.groups
-        ]
-    else:
-        keys, values = layer.write(here.write, key, value)
-        parts = [
-            group.attend(query[group.tokens], group.select(keys), group.select(values), scoring)
-            for group in here.groups
-        ]
-    return torch.cat(parts)[None], None
+        return attend_latents(step, module, query, key, value, scoring)[None], None
+    return attend_rows(step, module.layer_idx, query, key, value, scoring)[None], None
+
+
+def attend_rows(
+    step: Step,
+    layer_idx: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """A layer's attention for [tokens, heads, width], of which keys and values are cached."""
+    layer = step.enter(layer_idx, scoring)
+    here = step.on(query.device)
+    keys, values = layer.write(here.write, key, value)
+    parts = [
+        group.attend(query[group.tokens], group.select(keys), group.select(values), scoring)
+        for group in here.groups
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def attend_latents(
+    step: Step,
+    module: Any,
+    query: torch.Tensor,
+    latent: torch.Tensor,
+    rotated: torch.Tensor,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """The same of MLA, of which latents and rotated keys are cached, side by side."""
+    layer = step.enter(module.layer_idx, scoring)
+    here = step.on(query.device)
+    rows, _ = layer.write(here.write, torch.cat([latent, rotated], dim=-1), None)
+    parts = [
+        attend_latent(module, group, query[group.tokens], group.select(rows), scoring)
+        for group in here.groups
+    ]
+    return torch.cat(parts)
 
 
 def attend_latent(

@@ -14,6 +14,7 @@ from engine.attention_trial import attention_windows
 from engine.cuda_graph import DecodeGraph
 from engine.errors import StartError
 from engine.form import computes_exactly
+from engine.fused_attention import fuse_attention
 from engine.model_config import context_length
 from engine.packed_attention import use_packed_attention
 from engine.quantized import largest_unpacked
@@ -81,9 +82,9 @@ def create_runner(model: Any, cache_memory: str = "auto", max_rows: int = 2**31 
     Raises StartError if the model cannot be batched this way, or the memory is too small.
     """
     prepare_model(model)
-    # One token makes each layer create its rows, which shows what a row costs on which device.
+    # A few tokens make each layer create its rows, which shows what a row costs on which device.
     trial = Runner(model, 8)
-    trial.forward([(Span([0]), 1)])
+    fuse_attention(model, lambda: trial.forward([(Span([*range(7)]), 7)]))
     rows = min(max_rows, affordable_rows(trial, cache_memory))
     if rows < 64:
         raise StartError(f"the KV cache holds only {rows} tokens; raise --cache-memory")

@@ -79,6 +79,13 @@ class Step:
                 token = group.tokens.stop
                 yield group
 
+    def enter(self, layer_idx: int, scoring: Scoring) -> "LayerRows":
+        """The rows of a layer whose attention is computed now, once in a step."""
+        self.attended += 1
+        layer = self.pool.layers[layer_idx]
+        layer.scoring = scoring
+        return layer
+
     def on(self, device: torch.device) -> "Step":
         """The step with its tensors on a device, copied there once for all layers."""
         if device not in self._copies:
@@ -103,7 +110,7 @@ class LayerRows:
     def write(
         self, where: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write rows [1, heads, tokens, width], and return all keys and values.
+        """Write rows [tokens, heads, width], and return all keys and values.
 
         Without values, which MLA's latents hold already, the keys are returned for both.
         """
@@ -130,10 +137,10 @@ class LayerRows:
             # A masked row must be finite, or its weight of zero times it is not a number. What is
             # not finite here is also in the token's own logits, which end its answer.
             new = new.nan_to_num(0.0, HUGE, -HUGE)
-        rows.index_copy_(0, where, new[0].transpose(0, 1))
+        rows.index_copy_(0, where, new)
 
     def _create(self, like: torch.Tensor) -> torch.Tensor:
-        heads, width = like.shape[1], like.shape[3]
+        _, heads, width = like.shape
         if like.device.type == "cpu":
             # A head's rows side by side, as sdpa reads them there. They are zeros, as masked rows
             # must be finite, by calloc: until a page is written it costs no memory.

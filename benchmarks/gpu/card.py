@@ -39,7 +39,7 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.attention import flash_attention  # noqa: E402
-from engine.form import settle_form  # noqa: E402
+from engine.form_trial import settle_form  # noqa: E402
 from engine.loading import attention_summary, start_runner  # noqa: E402
 from engine.packed_attention import keep_latent  # noqa: E402
 from engine.quantizer import quantize_layers  # noqa: E402

@@ -79,7 +79,7 @@ def test_nothing_is_read_behind_the_room_of_the_last_span():
 
 def test_what_is_not_finite_in_the_cache_stays_with_its_own():
     layer = LayerRows(20)
-    bad = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0]).view(1, 1, 4, 1)
+    bad = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0]).view(4, 1, 1)
     keys, values = layer.write(torch.arange(10, 14), bad, bad)
     assert keys.isfinite().all()
     assert values.isfinite().all()

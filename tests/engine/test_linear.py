@@ -8,10 +8,11 @@ from alone import FAMILIES, FIXTURES
 from conftest import tiny_llama
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from engine import form, linear
+from engine import form_trial, linear
 from engine.checkpoint import load_model
-from engine.form import computes_alike, convert, fastest_form, has_fused_experts, settle_form
-from engine.fused import Part, RMSNorm, plain_norm
+from engine.form import computes_alike, convert, has_fused_experts
+from engine.form_trial import fastest_form, settle_form
+from engine.fused import FusedMLP, RMSNorm, plain_norm
 from engine.linear import HalfExperts, HalfLinear, WideEmbedding
 from engine.loading import probes, reference_logits
 
@@ -147,7 +148,7 @@ def test_weights_that_do_not_fit_fp16_stay_exact():
         layer.up_proj.weight[0, 0] = 1e6
         layer.down_proj.weight *= 1e-9
     convert(model, "fp16 weights")
-    assert isinstance(model.model.layers[1].mlp.gate_proj, Part)
+    assert isinstance(model.model.layers[1].mlp, FusedMLP)
     for kept in (layer.up_proj, layer.down_proj):
         assert type(kept) is torch.nn.Linear
         assert kept.weight.dtype == torch.float32
@@ -167,7 +168,7 @@ def test_weights_of_single_precision_are_kept():
 
 
 def test_a_torch_without_the_products_chooses_among_the_others(monkeypatch):
-    monkeypatch.setattr(form, "is_available", lambda: False)
+    monkeypatch.setattr(form_trial, "is_available", lambda: False)
     model = tiny_llama().bfloat16()
     assert "fp16" not in settle_form(model)
     assert not any(isinstance(module, HalfLinear) for module in model.modules())
@@ -197,12 +198,12 @@ def test_the_fastest_form_is_chosen_if_it_clearly_is(as_it_is, fp16, chosen):
 
 def test_the_start_log_says_what_was_chosen_and_why(monkeypatch):
     monkeypatch.setattr(
-        form,
+        form_trial,
         "measure_forms",
         lambda model: {"as it is": [19.0, 222.0], "fp16 weights": [14.0, 41.0]},
     )
     said = settle_form(tiny_llama().bfloat16())
     assert said == (
-        "fp16 weights (products of 1 and 16 tokens here:"
+        "fp16 weights (a step of 1 and 16 tokens here:"
         " bfloat16 19 and 222 ms, fp16 weights 14 and 41 ms)"
     )

@@ -20,6 +20,7 @@ import model_download
 from engine import ChatModel
 from engine.checkpoint import check_gpus
 from engine.errors import StartError
+from engine.form_trial import settle_form
 from engine.loading import load
 from model_download import DownloadError, find_model
 
@@ -179,3 +180,17 @@ def test_device_that_is_not_there_is_no_damaged_file(checkpoint, device_map, rea
     with pytest.raises(StartError, match=reason) as refused:
         load(checkpoint, device_map=device_map)
     assert "damaged" not in str(refused.value)
+
+
+def test_what_computes_while_loading_ends_with_its_thread(checkpoint, monkeypatch):
+    """OpenMP's threads are then the engine's alone."""
+    computing = []
+
+    def settle(*args):
+        computing.append(threading.current_thread())
+        return settle_form(*args)
+
+    monkeypatch.setattr("engine.loading.settle_form", settle)
+    load(checkpoint, cache_memory="8MiB").close()
+    assert computing[0] is not threading.current_thread()
+    wait_for(lambda: not computing[0].is_alive())

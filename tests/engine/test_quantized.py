@@ -11,10 +11,10 @@ from alone import FIXTURES
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV2Config, GptOssConfig, GptOssForCausalLM
 
-from engine import form
+from engine import form_trial
 from engine.checkpoint import best_placement, load_model
 from engine.errors import StartError
-from engine.form import settle_form
+from engine.form_trial import settle_form
 from engine.linear import Int8Experts, Int8Linear, has_int8_products
 from engine.loading import reference_logits, start_runner
 from engine.packed_attention import can_absorb
@@ -137,7 +137,7 @@ def test_half_precision_starts_in_8_bits(folders, dtype):
 
 
 def test_without_fbgemm_weights_are_unpacked(folders, monkeypatch):
-    monkeypatch.setattr(form, "has_int8_products", lambda: False)
+    monkeypatch.setattr(form_trial, "has_int8_products", lambda: False)
     model = loaded(folders["llama"], "8bit", "bfloat16")
     assert "unpacked before each product" in settle_form(model)
     assert bits_of(model) == 8

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models
 from engine.attention import Scoring
 from engine.checkpoint import load_model
 from engine.engine import Engine
-from engine.form import settle_form
+from engine.form_trial import settle_form
 from engine.loading import start_runner
 from engine.model_config import context_length
 from engine.quantized import QuantizedLinear, pack

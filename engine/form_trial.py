@@ -1,0 +1,204 @@
+"""The fastest form of a model on this CPU, by measuring its layers."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from copy import deepcopy
+from functools import partial
+from math import inf, prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import convert_to_fp32
+
+from engine.form import Form, convert, convert_int8, convert_module, held_bytes
+from engine.linear import HalfLinear, has_int8_products, is_available
+from engine.quantized import bits_of
+
+# What is measured: the tokens in a step of one request, and of a full batch.
+TOKENS = (1, 16)
+# How often each form is tried.
+ROUNDS = 2
+# How much faster a form must be than one before it, so that a start under load chooses as an idle
+# one does.
+CLEARLY = 1.2
+# Up to how many times as long is no slower: so much differs from one measurement to the next.
+EQUALLY = 1.1
+
+
+def products_of(form: Form, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A matrix's product in a form, [tokens, in] to [tokens, out]."""
+    if form == "fp16 weights":
+        return HalfLinear(weight)
+    kept = weight if form == "as it is" else weight.float()
+    return lambda x: F.linear(x, kept)
+
+
+class Reached(Exception):
+    """Ends a forward pass at the layer whose input is wanted."""
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The model's layers one behind the other; none if it keeps them in another way."""
+    number = model.config.get_text_config().num_hidden_layers
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return next((list(layers) for layers in lists if len(layers) == number), [])
+
+
+def kinds_of(layers: list[Any]) -> Iterator[tuple[Any, int]]:
+    """One layer of each kind, and how many there are: a mixture's first ones often have none."""
+    kinds: dict[tuple[Any, ...], list[Any]] = {}
+    for layer in layers:
+        shapes = tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
+        kinds.setdefault(shapes, []).append(layer)
+    for alike in kinds.values():
+        yield alike[0], len(alike)
+
+
+def input_of(model: Any, layer: Any, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model's first layer is called with for so many tokens."""
+    given: list[Any] = []
+
+    def keep(_: Any, args: Any, kwargs: Any) -> None:
+        given.extend((args, kwargs))
+        raise Reached
+
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with suppress(Reached):
+            model(input_ids=torch.arange(tokens)[None], use_cache=False)
+    finally:
+        hook.remove()
+    args, kwargs = given
+    return args, kwargs
+
+
+def milliseconds_of(call: Callable[[], Any]) -> float:
+    """The shortest of a few calls."""
+    call()
+    shortest = inf
+    calls = 0
+    began = time.perf_counter()
+    while calls < 2 or (calls < 50 and time.perf_counter() - began < 0.02):
+        started = time.perf_counter()
+        call()
+        shortest = min(shortest, time.perf_counter() - started)
+        calls += 1
+    return 1000 * shortest
+
+
+def layer_in(form: Form, layer: Any) -> Any:
+    """A layer in a form; another one, unless it is as it is."""
+    if form == "as it is":
+        return layer
+    layer = deepcopy(layer)
+    convert_module(layer, form)
+    return layer
+
+
+@torch.inference_mode()
+def measure_forms(model: Any) -> dict[Form, list[float]]:
+    """The milliseconds of a forward pass in each form, for each number of TOKENS.
+
+    Measured on one layer of each kind and the head, and multiplied up. Empty if the model's layers
+    are not to be found.
+    """
+    layers = layers_of(model)
+    if not layers:
+        return {}
+    forms: list[Form] = ["as it is", "fp16 weights", "float32"]
+    if not is_available():
+        forms.remove("fp16 weights")
+    taken: dict[Form, list[float]] = {form: [0.0] * len(TOKENS) for form in forms}
+    inputs = [input_of(model, layers[0], tokens) for tokens in TOKENS]
+    for example, count in kinds_of(layers):
+        calls = {form: layer_in(form, example) for form in forms}
+        for n, (args, kwargs) in enumerate(inputs):
+            for form, milliseconds in measure_in_turns(calls, args, kwargs).items():
+                taken[form][n] += count * milliseconds
+    head = model.get_output_embeddings().weight
+    products = {form: products_of(form, head) for form in forms}
+    for n, tokens in enumerate(TOKENS):
+        hidden = torch.ones(tokens, head.shape[1], dtype=model.dtype)
+        for form, milliseconds in measure_in_turns(products, (hidden,), {}).items():
+            taken[form][n] += milliseconds
+    return taken
+
+
+def measure_in_turns(
+    calls: dict[Form, Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[Form, float]:
+    """The milliseconds of each form's call, which are given float32 but as it is.
+
+    In turns, so that what else the machine does meanwhile comes to all alike.
+    """
+    wide = convert_to_fp32(args), convert_to_fp32(kwargs)
+    shortest = dict.fromkeys(calls, inf)
+    for form in [*calls] * ROUNDS:
+        given, named = (args, kwargs) if form == "as it is" else wide
+        milliseconds = milliseconds_of(partial(calls[form], *given, **named))
+        shortest[form] = min(shortest[form], milliseconds)
+    return shortest
+
+
+def fastest_form(taken: dict[Form, list[float]]) -> Form:
+    """The first form than which none is clearly faster, and slower for no number of tokens."""
+    chosen: Form = "as it is"
+    for form, times in taken.items():
+        is_clear = CLEARLY ** len(TOKENS) * prod(times) < prod(taken[chosen])
+        if is_clear and all(a <= EQUALLY * b for a, b in zip(times, taken[chosen], strict=True)):
+            chosen = form
+    return chosen
+
+
+def settle_form(model: Any, dtype: str = "auto") -> str:
+    """Convert a model on the CPU to its fastest form; in words, what its weights are and why.
+
+    A dtype that was asked for is kept, and so is one that is no half precision.
+    """
+    kept = str(model.dtype).removeprefix("torch.")
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    asked = dtype != "auto" or model.dtype not in (torch.bfloat16, torch.float16)
+    if bits := bits_of(model):
+        how = settle_quantized(model, asked) if on_cpu else kernel_summary(bits, model)
+        return f"in {bits} bits, {held_bytes(model) / 2**30:.1f} GiB ({how})"
+    if asked or not on_cpu:
+        return kept
+    taken = measure_forms(model)
+    if not taken:
+        return kept
+    form = fastest_form(taken)
+    convert(model, form)
+    figures = [
+        f"{kept if other == 'as it is' else other} {' and '.join(f'{ms:.0f}' for ms in times)} ms"
+        for other, times in taken.items()
+    ]
+    tokens = " and ".join(map(str, TOKENS))
+    named = kept if form == "as it is" else form
+    return f"{named} (a step of {tokens} tokens here: {', '.join(figures)})"
+
+
+def kernel_summary(bits: int, model: Any) -> str:
+    """Let a card compute with the packed weights where it can; how it does, in words."""
+    if bits == 4:
+        return "products by bitsandbytes"
+    try:
+        from engine.int8_kernel import use_kernel
+
+        use_kernel(model)
+    except Exception as error:  # whatever a compiler for this card may raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return f"unpacked before each product: {reason}"
+    return "products of few tokens by a kernel of ours"
+
+
+def settle_quantized(model: Any, asked: bool) -> str:
+    """The same for a quantised model; how its products are computed."""
+    if bits_of(model) != 8 or not has_int8_products():
+        return "unpacked before each product"
+    if asked:
+        convert_int8(model)
+    else:
+        convert(model, "fp16 weights")
+    return "products by FBGEMM"

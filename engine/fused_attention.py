@@ -1,0 +1,139 @@
+"""An attention layer in few operations, for models whose products are packed for a CPU.
+
+Queries, keys and values are one product already (engine.fused); here the queries and keys of all
+heads are also turned together. Only where it computes what the model's own layer does.
+"""
+
+from collections.abc import Callable
+from copy import copy
+from functools import partial
+from typing import Any
+
+import torch
+
+from engine.attention import Scoring
+from engine.fused import Part, RMSNorm
+from engine.packed_attention import attend_rows
+from engine.step import Step
+
+# By how much a layer's result may differ, relatively: 8 bits round activations to 14.
+TOLERANCE = 1e-3
+
+
+class Turns:
+    """Rotary embeddings (arXiv 2104.09864) as complex numbers, made once a step for all layers."""
+
+    def __init__(self) -> None:
+        self.given: torch.Tensor | None = None
+        self.turns = torch.empty(0)
+
+    def of(self, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """From [1, tokens, width] each, of which the halves are the same, [tokens, 1, width / 2]"""
+        if cos is not self.given:
+            half = cos.shape[-1] // 2
+            self.turns = torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
+            self.given = cos
+        return self.turns
+
+
+class FusedAttention(torch.nn.Module):
+    """A layer of plain attention with rotary embeddings, norms of each head included.
+
+    Each pair of a head's numbers that is turned together is stored side by side, other than in
+    transformers, where it is half a head apart. Keys and queries have the same order.
+    """
+
+    def __init__(self, module: Any, scoring: Scoring, turns: Turns):
+        super().__init__()
+        self.layer_idx = module.layer_idx
+        self.attention_window = module.attention_window
+        self.scoring = scoring
+        self.turns = turns
+        self.product = module.q_proj.shared.product
+        self.o_proj = module.o_proj
+        self.width = module.head_dim
+        queries, keys, values = (count // self.width for count in module.q_proj.shared.widths)
+        self.counts = [queries, keys, values]
+        self.norm = head_norm(module, queries, keys)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        step: Step,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """By transformers' interface, [1, tokens, width]."""
+        queries, keys, _ = self.counts
+        heads = self.product(hidden_states[0]).view(-1, sum(self.counts), self.width)
+        turning, value = heads[:, : queries + keys], heads[:, queries + keys :]
+        if self.norm is not None:
+            turning = self.norm(turning)
+        half = self.width // 2
+        pairs = torch.complex(turning[..., :half], turning[..., half:])
+        turned = torch.view_as_real(pairs.mul_(self.turns.of(*position_embeddings))).flatten(2)
+        query, key = turned[:, :queries], turned[:, queries:]
+        out = attend_rows(step, self.layer_idx, query, key, value, self.scoring)
+        return self.o_proj(out.flatten(1))[None], None
+
+
+def head_norm(module: Any, queries: int, keys: int) -> RMSNorm | None:
+    """One norm for the heads of queries and keys, where a module has one for each."""
+    if not hasattr(module, "q_norm"):
+        return None
+    norms = module.q_norm, module.k_norm
+    weights = [n.weight.expand(count, -1) for n, count in zip(norms, (queries, keys), strict=True)]
+    return RMSNorm(torch.nn.Parameter(torch.cat(weights)), module.q_norm.eps)
+
+
+def can_be_fused(module: Any) -> bool:
+    """Whether a module looks like plain attention, with packed products and torch's norms."""
+    parts: list[Any] = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+    if not all(isinstance(part, Part) for part in parts) or not hasattr(module, "head_dim"):
+        return False
+    if module.head_dim % 2 or any(part.out_features % module.head_dim for part in parts):
+        return False
+    others = {name for name, _ in module.named_children()} - {"q_proj", "k_proj", "v_proj"}
+    if others == {"o_proj"}:
+        return True
+    norms: list[Any] = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
+    normed = others == {"o_proj", "q_norm", "k_norm"} and all(type(n) is RMSNorm for n in norms)
+    return normed and len({(n.eps, *n.weight.shape) for n in norms}) == 1
+
+
+class Comparison:
+    """Makes fused layers in a forward pass, and keeps those that compute what the model's do."""
+
+    def __init__(self) -> None:
+        self.turns = Turns()
+        self.alike: dict[str, FusedAttention] = {}
+
+    def hear(self, name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """What a layer was given and gave, as a forward hook is told."""
+        if not {"position_embeddings", "step"} <= kwargs.keys():
+            return
+        step = copy(kwargs["step"])  # it counts how often a layer is computed
+        if kwargs["position_embeddings"][0].shape[-1] != module.head_dim:
+            return  # a part of each head is turned
+        scoring = step.pool.layers[module.layer_idx].scoring
+        fused = FusedAttention(module, scoring, self.turns)
+        found, _ = fused(*args, **kwargs | {"step": step})
+        if (found - output[0]).norm() < TOLERANCE * output[0].norm():
+            self.alike[name] = fused
+
+
+def fuse_attention(model: Any, run: Callable[[], Any]) -> None:
+    """Replace a model's layers of attention where that computes the same in a forward pass."""
+    comparison = Comparison()
+    hooks = [
+        module.register_forward_hook(partial(comparison.hear, name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if can_be_fused(module)
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, fused in comparison.alike.items():
+        model.set_submodule(name, fused)

@@ -1,0 +1,121 @@
+"""Layers in few operations: which are replaced, and that they compute what the model's own do."""
+
+import pytest
+import torch
+from conftest import tiny_llama
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GlmConfig,
+    GptOssConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from engine import fused_attention
+from engine.form import convert
+from engine.fused import FusedMLP, RMSNorm
+from engine.fused_attention import FusedAttention, Turns
+from engine.loading import start_runner
+
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+}
+
+
+def model_of(config_class, **settings):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_class(**SIZES | settings)).eval().bfloat16()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases that do something
+            parameter += 0.1 * torch.rand_like(parameter)
+    return model
+
+
+def attention_of(model):
+    return [module for name, module in model.named_modules() if name.endswith(".self_attn")]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(lambda: tiny_llama().bfloat16(), id="llama"),
+        pytest.param(lambda: model_of(Qwen2Config), id="biases"),
+        pytest.param(lambda: model_of(Qwen3Config), id="norms of each head"),
+        pytest.param(
+            lambda: model_of(Gemma2Config, sliding_window=5), id="soft caps and sliding windows"
+        ),
+    ],
+)
+def test_attention_is_fused_and_says_the_same(model):
+    model = model()
+    convert(model, "fp16 weights")
+    runner = start_runner(model, "64MiB")  # compares it with the model's own
+    assert {type(module) for module in attention_of(model)} == {FusedAttention}
+    assert runner.difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(lambda: model_of(GlmConfig, partial_rotary_factor=0.5), id="half is turned"),
+        pytest.param(lambda: model_of(CohereConfig), id="neighbours are turned together"),
+        pytest.param(
+            lambda: model_of(GptOssConfig, num_local_experts=2, num_experts_per_tok=2),
+            id="of each angle there is one cosine",
+        ),
+    ],
+)
+def test_attention_that_turns_otherwise_stays(model):
+    model = model()
+    convert(model, "fp16 weights")
+    runner = start_runner(model, "64MiB")
+    assert FusedAttention not in {type(module) for module in attention_of(model)}
+    assert runner.difference < 1e-4
+
+
+def test_attention_as_it_is_stays():
+    model = tiny_llama().bfloat16()
+    start_runner(model, "64MiB")
+    assert FusedAttention not in {type(module) for module in model.modules()}
+
+
+def test_attention_that_computes_something_else_stays(monkeypatch):
+    class TooFar(Turns):
+        def of(self, cos, sin):
+            return super().of(cos, sin).square()
+
+    monkeypatch.setattr(fused_attention, "Turns", TooFar)
+    model = tiny_llama().bfloat16()
+    convert(model, "fp16 weights")
+    start_runner(model, "64MiB")
+    assert FusedAttention not in {type(module) for module in model.modules()}
+
+
+def test_gated_mlp_is_fused_only_where_it_is_no_more():
+    model = tiny_llama().bfloat16()
+    first, second = (layer.mlp for layer in model.model.layers[:2])
+    plain = type(second).forward
+    second.forward = lambda x: 2 * plain(second, x)
+    convert(model, "fp16 weights")
+    assert isinstance(model.model.layers[0].mlp, FusedMLP)
+    assert type(model.model.layers[1].mlp) is type(first)
+
+
+def test_norm_is_of_the_mean_square():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.rand(96))
+    norm = RMSNorm(weight, 1e-5)
+    for scale in (0.0, 1e-4, 1.0, 1e4):
+        x = scale * torch.randn(1, 7, 96)
+        wanted = torch.nn.functional.rms_norm(x, (96,), weight, 1e-5)
+        torch.testing.assert_close(norm(x), wanted, atol=1e-6, rtol=1e-5)
