@@ -1,7 +1,7 @@
 """The fastest form of a model on this CPU, by measuring its layers."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
@@ -35,43 +35,42 @@ def products_of(form: Form, weight: torch.Tensor) -> Callable[[torch.Tensor], to
     return lambda x: F.linear(x, kept)
 
 
-class Reached(Exception):
-    """Ends a forward pass at the layer whose input is wanted."""
+class AllReached(Exception):
+    """Ends a forward pass behind the last layer whose input is wanted."""
 
 
-def layers_of(model: Any) -> list[Any]:
-    """The model's layers one behind the other; none if it keeps them in another way."""
+def kinds_of(model: Any) -> dict[Any, int]:
+    """One layer of each kind, and how many there are: a mixture's first ones often have none.
+
+    None at all if the model does not keep its layers in a list.
+    """
     number = model.config.get_text_config().num_hidden_layers
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return next((list(layers) for layers in lists if len(layers) == number), [])
-
-
-def kinds_of(layers: list[Any]) -> Iterator[tuple[Any, int]]:
-    """One layer of each kind, and how many there are: a mixture's first ones often have none."""
+    lists = [x for x in model.get_decoder().modules() if isinstance(x, torch.nn.ModuleList)]
     kinds: dict[tuple[Any, ...], list[Any]] = {}
-    for layer in layers:
+    for layer in next((layers for layers in lists if len(layers) == number), []):
         shapes = tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
         kinds.setdefault(shapes, []).append(layer)
-    for alike in kinds.values():
-        yield alike[0], len(alike)
+    return {alike[0]: len(alike) for alike in kinds.values()}
 
 
-def input_of(model: Any, layer: Any, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model's first layer is called with for so many tokens."""
-    given: list[Any] = []
+def inputs_of(model: Any, layers: Iterable[Any], tokens: int) -> dict[Any, tuple[Any, Any]]:
+    """What layers are called with for so many tokens, positional and named."""
+    given: dict[Any, tuple[Any, Any]] = {}
+    wanted = set(layers)
 
-    def keep(_: Any, args: Any, kwargs: Any) -> None:
-        given.extend((args, kwargs))
-        raise Reached
+    def keep(layer: Any, args: Any, kwargs: Any) -> None:
+        given[layer] = args, kwargs
+        if given.keys() == wanted:
+            raise AllReached
 
-    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in wanted]
     try:
-        with suppress(Reached):
+        with suppress(AllReached):
             model(input_ids=torch.arange(tokens)[None], use_cache=False)
     finally:
-        hook.remove()
-    args, kwargs = given
-    return args, kwargs
+        for hook in hooks:
+            hook.remove()
+    return given
 
 
 def milliseconds_of(call: Callable[[], Any]) -> float:
@@ -104,18 +103,18 @@ def measure_forms(model: Any) -> dict[Form, list[float]]:
     Measured on one layer of each kind and the head, and multiplied up. Empty if the model's layers
     are not to be found.
     """
-    layers = layers_of(model)
-    if not layers:
+    kinds = kinds_of(model)
+    if not kinds:
         return {}
     forms: list[Form] = ["as it is", "fp16 weights", "float32"]
     if not is_available():
         forms.remove("fp16 weights")
     taken: dict[Form, list[float]] = {form: [0.0] * len(TOKENS) for form in forms}
-    inputs = [input_of(model, layers[0], tokens) for tokens in TOKENS]
-    for example, count in kinds_of(layers):
+    inputs = [inputs_of(model, kinds, tokens) for tokens in TOKENS]
+    for example, count in kinds.items():
         calls = {form: layer_in(form, example) for form in forms}
-        for n, (args, kwargs) in enumerate(inputs):
-            for form, milliseconds in measure_in_turns(calls, args, kwargs).items():
+        for n, given in enumerate(inputs):
+            for form, milliseconds in measure_in_turns(calls, *given[example]).items():
                 taken[form][n] += count * milliseconds
     head = model.get_output_embeddings().weight
     products = {form: products_of(form, head) for form in forms}

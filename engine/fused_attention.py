@@ -97,8 +97,10 @@ def can_be_fused(module: Any) -> bool:
     if others == {"o_proj"}:
         return True
     norms: list[Any] = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
-    normed = others == {"o_proj", "q_norm", "k_norm"} and all(type(n) is RMSNorm for n in norms)
-    return normed and len({(n.eps, *n.weight.shape) for n in norms}) == 1
+    if others != {"o_proj", "q_norm", "k_norm"} or any(type(n) is not RMSNorm for n in norms):
+        return False
+    # Of each head, and not of all together.
+    return {(n.eps, *n.weight.shape) for n in norms} == {(norms[0].eps, module.head_dim)}
 
 
 class Comparison:

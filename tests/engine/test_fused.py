@@ -6,6 +6,7 @@ from conftest import tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    FlexOlmoConfig,
     Gemma2Config,
     GlmConfig,
     GptOssConfig,
@@ -68,6 +69,10 @@ def test_attention_is_fused_and_says_the_same(model):
     "model",
     [
         pytest.param(lambda: model_of(GlmConfig, partial_rotary_factor=0.5), id="half is turned"),
+        pytest.param(
+            lambda: model_of(FlexOlmoConfig, num_experts=2, num_experts_per_tok=2),
+            id="a norm of all heads together",
+        ),
         pytest.param(lambda: model_of(CohereConfig), id="neighbours are turned together"),
         pytest.param(
             lambda: model_of(GptOssConfig, num_local_experts=2, num_experts_per_tok=2),
@@ -75,7 +80,7 @@ def test_attention_is_fused_and_says_the_same(model):
         ),
     ],
 )
-def test_attention_that_turns_otherwise_stays(model):
+def test_attention_of_another_kind_stays(model):
     model = model()
     convert(model, "fp16 weights")
     runner = start_runner(model, "64MiB")

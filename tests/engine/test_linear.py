@@ -11,7 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from engine import form_trial, linear
 from engine.checkpoint import load_model
 from engine.form import computes_alike, convert, has_fused_experts
-from engine.form_trial import fastest_form, settle_form
+from engine.form_trial import fastest_form, kinds_of, measure_forms, settle_form
 from engine.fused import FusedMLP, RMSNorm, plain_norm
 from engine.linear import HalfExperts, HalfLinear, WideEmbedding
 from engine.loading import probes, reference_logits
@@ -194,6 +194,24 @@ def test_products_that_this_cpu_lacks_are_not_available(monkeypatch):
 def test_the_fastest_form_is_chosen_if_it_clearly_is(as_it_is, fp16, chosen):
     taken = {"as it is": as_it_is, "fp16 weights": fp16, "float32": [30.0, 90.0]}
     assert fastest_form(taken) == chosen
+
+
+def test_each_kind_of_layer_is_measured():
+    """Of DeepSeek's, the first has no mixture."""
+    model, _ = load_model(FIXTURES / "deepseek_v2", dtype="bfloat16")
+    kinds = kinds_of(model)
+    assert list(kinds) == [*model.model.layers[:2]]
+    assert list(kinds.values()) == [1, 2]
+    taken = measure_forms(model)
+    assert set(taken) >= {"as it is", "float32"}
+    assert all(milliseconds > 0 for times in taken.values() for milliseconds in times)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_model_that_keeps_its_layers_otherwise_stays_as_it_is():
+    model = tiny_llama().bfloat16()
+    model.model.layers = torch.nn.Sequential(*model.model.layers)
+    assert settle_form(model) == "bfloat16"
 
 
 def test_the_start_log_says_what_was_chosen_and_why(monkeypatch):
