@@ -43,7 +43,7 @@ class Model(NamedTuple):
     """A model that can be fetched: its size, and its repository on each hub that has it."""
 
     size: str
-    cards: str  # the smallest card in 16, 8 and 4 bits, computed as README says
+    cards: str  # the smallest card in 16, 8 and 4 bits, computed as docs/recipes.md says
     repos: dict[str, str]  # it comes from the first, unless another is asked for
 
 
