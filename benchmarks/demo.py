@@ -1,6 +1,7 @@
 """What the demo model answers to thirty questions, at several sampling parameters.
 
     python benchmarks/demo.py > answers.md
+    python benchmarks/demo.py 600 > answers.md    with answers of up to 600 tokens
 
 docs/demo.md counts the right ones; a person has read them.
 """
@@ -63,18 +64,20 @@ TRIED: dict[str, tuple[str, dict[str, Any]]] = {
     "greedy, no penalty, and a system text": (BRIEF, {"repetition_penalty": 1.0}),
     "greedy, penalty 1.1, and a system text": (BRIEF, {"repetition_penalty": 1.1}),
 }
-MAX_NEW_TOKENS = 160
+MAX_NEW_TOKENS = int(sys.argv[1]) if len(sys.argv) > 1 else 160
 
 
 async def ask_all(model: engine.ChatModel, system: str, parameters: dict[str, Any]) -> list[str]:
-    """The answers to all questions, asked at once."""
+    """The answers to all questions, asked at once, each with its number of tokens."""
 
     async def ask(question: str) -> str:
         messages: list[engine.Message] = [{"role": "user", "content": question}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
         prompt = model.prepare(messages, parameters | {"max_new_tokens": MAX_NEW_TOKENS})
-        return "".join([delta.text async for delta in model.answer(prompt)])
+        deltas = [delta async for delta in model.answer(prompt)]
+        text = "".join(delta.text for delta in deltas)
+        return f"{text} ({deltas[-1].completion_tokens} tokens)"
 
     return await asyncio.gather(*map(ask, (*ENGLISH, *CHINESE)))
 

@@ -224,9 +224,13 @@ function messagesOf(conversation, count = conversation.messages.length) {
     return sent;
 }
 
-// A server that can go on with an answer says so; any other is asked to.
+// A model whose chat template lets an answer go on does so; any other is asked to.
 function bodyToContinue(messages, answer) {
-    const begun = [...messages, { role: "assistant", content: answer.content }];
+    const { thought, text } = splitThought(answer.content);
+    // What the server parted is sent back as it came, but for a thought that is not at its end.
+    const parted = answer.thinks === false;
+    const said = parted ? { content: text, reasoning_content: thought } : { content: answer.content };
+    const begun = [...messages, { role: "assistant", ...said }];
     if (config?.continue_final_message) return { messages: begun, continue_final_message: true };
     return { messages: [...begun, { role: "user", content: say("continue") }] };
 }
@@ -279,6 +283,21 @@ function asTrouble(error) {
     return error instanceof Trouble ? error : new Trouble("broken");
 }
 
+// Add what came to an answer: a thought that the server parted goes between marks again.
+function addText(message, { reasoning_content: thought, content }) {
+    if (thought) {
+        if (!message.thinks) message.content += "<think>";
+        message.thinks = true;
+        message.content += thought;
+    }
+    if (content) {
+        if (message.thinks) message.content += "</think>\n\n";
+        if (message.thinks) message.thinks = false;
+        message.content += content;
+    }
+    return thought || content;
+}
+
 async function receive(conversation, message, response) {
     part("status").textContent = say("answering");
     let first = 0;
@@ -287,8 +306,7 @@ async function receive(conversation, message, response) {
         if (event.error) throw new Trouble("failed", event.error.message);
         const now = performance.now();
         const choice = event.choices[0];
-        if (choice?.delta.content) {
-            message.content += choice.delta.content;
+        if (choice && addText(message, choice.delta)) {
             first ||= now;
             paint(message);
         }
@@ -675,7 +693,7 @@ function showConfig() {
     for (const field of part("fields").querySelectorAll("input")) {
         const value = config?.defaults[field.name];
         const words = { seed: say("random"), max_new_tokens: say("unlimited") };
-        field.placeholder = config ? words[field.name] ?? value : "";
+        field.placeholder = config ? value ?? words[field.name] : "";
     }
 }
 

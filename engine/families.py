@@ -171,6 +171,13 @@ def renders_like(family: Family, tokenizer: PreTrainedTokenizerFast) -> bool:
     return rendered == family.render(PROBE, add_generation_prompt=True).replace(PIECE_BREAK, "")
 
 
+def states_length(config: GenerationConfig, family: Family | None = None) -> bool:
+    """Whether a checkpoint's own generation_config.json, where it counts, bounds its answers."""
+    if family and family.ignores_generation_config:
+        return False
+    return config.max_new_tokens is not None
+
+
 def checkpoint_defaults(config: GenerationConfig, family: Family | None = None) -> SamplingParams:
     """The sampling of a checkpoint's generation_config.json, and the family's for the rest."""
     base = family.defaults if family else SamplingParams()

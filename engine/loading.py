@@ -20,7 +20,7 @@ from engine.checkpoint import (
 )
 from engine.engine import Engine
 from engine.errors import StartError
-from engine.families import checkpoint_defaults
+from engine.families import checkpoint_defaults, states_length
 from engine.form import tolerance_of
 from engine.form_trial import settle_form
 from engine.model import ChatModel
@@ -213,6 +213,7 @@ def chat_model(name: str, text: ChatTokenizer, engine: Engine, facts: dict[str, 
         tokenizer=text,
         engine=engine,
         defaults=checkpoint_defaults(model.generation_config, text.family),
+        states_length=states_length(model.generation_config, text.family),
         context_length=context,
         prompt_length=min(context, getattr(model.config, "max_tokenizer_truncation", context)),
         vocabulary=len(model.get_input_embeddings().weight),

@@ -34,6 +34,7 @@ class ChatModel:
     vocabulary: int  # token ids that the model has an embedding for
     facts: dict[str, str]  # what a developer asks: kernels, rounding, ids
     summary: dict[str, str]  # what an operator asks: size, dtype, devices, context
+    states_length: bool = False  # the default length is the checkpoint's own, and not ours
     loaded: int = field(default_factory=lambda: int(time.time()))
     # Variables of the chat template, where a request does not set them.
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -198,6 +199,18 @@ class ChatModel:
             ends |= set(self.tokenizer.special.values())
         given = given | {"stop_token_ids": tuple(sorted(ends))}
         return replace(self._with_length(ids, given, whole_context=True), continues=True)
+
+    @cached_property
+    def can_continue(self) -> bool:
+        """Whether an answer can go on from a message: some chat templates leave out the last."""
+        begun: list[Message] = [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "hello"},
+        ]
+        try:
+            return bool(self.encode(begun, continue_final=True))
+        except InvalidInput:
+            return False
 
     @cached_property
     def can_infill(self) -> bool:

@@ -7,6 +7,10 @@ import logging
 import os
 import queue
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from logging.handlers import QueueHandler, QueueListener
 from typing import Any
 
@@ -14,6 +18,10 @@ from typing import Any
 MAX_LINES = 1000
 # Most seconds that the end of the program waits for them.
 FLUSH_TIMEOUT = 2.0
+# Seconds between two lines that say that something still goes on.
+STILL_EVERY = 10.0
+
+log = logging.getLogger("chat")
 
 
 class LogQueue(QueueHandler):
@@ -55,18 +63,40 @@ def start_log(as_json: bool = False, level: str = "info") -> None:
     logging.basicConfig(
         level=max(logging.INFO, logging.getLevelName(level.upper())), handlers=[LogQueue(writer)]
     )
-    logging.getLogger("chat").setLevel(level.upper())
+    log.setLevel(level.upper())
+    settle_progress(as_json)
 
 
 def settle_progress(as_json: bool = False) -> None:
     """Let the progress bars of all libraries vanish when they are full, or show none at all.
 
     They are all tqdm's, which reads these variables when it is imported. In a file, or between
-    lines of JSON, a bar would be rubbish; the log names the same stages.
+    lines of JSON, a bar would be rubbish; the log names the same stages, and `still_logged` says
+    that they go on.
     """
     os.environ.setdefault("TQDM_LEAVE", "")  # to tqdm, an empty text is False
     if as_json or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+@contextmanager
+def still_logged(what: str) -> Iterator[None]:
+    """Say every STILL_EVERY seconds that something goes on, where no progress bar shows it."""
+    begun, ended = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(STILL_EVERY):
+            log.info("still %s (%.0f s)", what, time.monotonic() - begun)
+
+    teller = threading.Thread(target=tell, name="still", daemon=True)
+    if os.environ.get("TQDM_DISABLE"):
+        teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if teller.ident:
+            teller.join()
 
 
 def log_queues() -> list[LogQueue]:

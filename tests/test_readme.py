@@ -186,6 +186,11 @@ def test_links_have_targets(name):
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
+@each
+def test_readmes_are_read_in_five_minutes(text):
+    assert len(text.splitlines()) <= 150
+
+
 def test_readmes_link_every_document():
     for name, text in TEXTS.items():
         linked = set(re.findall(r"\]\((docs/[\w.-]+\.md)\)", text))
@@ -288,11 +293,12 @@ def test_table_of_statuses_is_the_programs():
 
 
 @table("field", "字段")
-def test_table_of_fields_is_the_programs(rows):
-    told = {field for row in rows for field in SPAN.findall(row[0])}
+def test_tables_of_fields_are_the_programs(rows):
+    further = rows_under(API, "field")
+    told = {field for row in [*rows, *further] for field in SPAN.findall(row[0])}
     taken = {"max_length" if f == "max_new_tokens" else f for f in api.ChatRequest.model_fields}
     assert told == taken
-    (lengths,) = (set(SPAN.findall(row[1])) for row in rows if row[0] == "`max_length`")
+    (lengths,) = (set(SPAN.findall(row[1])) for row in further if row[0] == "`max_length`")
     assert lengths | {"max_length"} == set(schemas.LENGTH_NAMES)
 
 
@@ -522,7 +528,8 @@ def test_example_call_is_answered_as_shown(demo):
 
 def test_python_examples_run(demo, capsys):
     names: dict[str, object] = {}
-    for code in [*blocks(TEXTS["README.md"], "python"), *blocks(API, "python")]:
+    pages = TEXTS["README.md"], PAGES["docs/tools.md"], API
+    for code in (code for page in pages for code in blocks(page, "python")):
         code = code.replace("http://127.0.0.1:6006", demo)
         if "get_completion" in code:
             code = re.sub(

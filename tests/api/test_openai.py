@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import openai
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import chat_model, ready, serve, tiny_llama, wait_for
 
+from engine import ChatModel
 from engine.guide import GuideCompiler
 from engine.runner import create_runner
 from engine.sampling_params import SamplingParams
@@ -130,6 +132,20 @@ def test_without_a_length_an_answer_may_fill_the_context(client, runner):
     assert runner.samplings[-1].max_new_tokens == 512 - 5
     client.completions.create(model="test", prompt="abc")
     assert runner.samplings[-1].max_new_tokens == 512 - 3
+
+
+def test_checkpoints_own_length_holds_in_a_chat_unless_one_is_asked_for(runner, tokenizer):
+    def load(_: object) -> ChatModel:
+        own = SamplingParams(max_new_tokens=40)
+        return replace(chat_model(runner, tokenizer), defaults=own, states_length=True)
+
+    with (
+        serve(load) as url,
+        openai.OpenAI(base_url=f"{ready(url)}/v1", api_key="x", max_retries=0) as client,
+    ):
+        for asked, expected in [({}, 40), ({"max_tokens": 50}, 50), ({"max_tokens": -1}, 507)]:
+            client.chat.completions.create(model="test", messages=HELLO, **asked)
+            assert runner.samplings[-1].max_new_tokens == expected
 
 
 def test_a_completion_of_a_text_or_of_token_ids(client, runner):

@@ -18,7 +18,14 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 import api
 from engine.checkpoint import NormalizeRows, UngroupQKV, best_placement, device_summary, load_model
 from engine.errors import ContextTooLong, StartError
-from engine.families import FAMILIES, checkpoint_defaults, family_of, format_of, renders_like
+from engine.families import (
+    FAMILIES,
+    checkpoint_defaults,
+    family_of,
+    format_of,
+    renders_like,
+    states_length,
+)
 from engine.loading import load, start_runner
 from engine.model_config import context_length
 from engine.sampling_params import SamplingParams
@@ -40,6 +47,13 @@ def test_checkpoint_defaults_go_before_ours():
         GenerationConfig(do_sample=True, temperature=0.3, top_k=7, max_new_tokens=33)
     )
     assert defaults == SamplingParams(max_new_tokens=33, temperature=0.3, top_k=7)
+
+
+def test_length_is_the_checkpoints_own_where_its_generation_config_counts():
+    own = GenerationConfig(max_new_tokens=33)
+    llama, internlm = (next(f for f in FAMILIES if f.name == n) for n in ("llama-3", "internlm2"))
+    assert [states_length(own, family) for family in (None, internlm, llama)] == [True, True, False]
+    assert not states_length(GenerationConfig())
 
 
 def test_checkpoint_with_do_sample_false_is_greedy():
