@@ -18,6 +18,7 @@ In a notebook, whose cells run in an event loop already, write `await main()` as
 
 from typing import TYPE_CHECKING, Any
 
+from engine.child_process import ChildEnded, ChildProcess, answer_questions
 from engine.errors import (
     ContextTooLong,
     EngineError,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CallPart",
     "ChatModel",
+    "ChildEnded",
+    "ChildProcess",
     "ContextTooLong",
     "Delta",
     "EngineError",
@@ -55,6 +58,7 @@ __all__ = [
     "TimedOut",
     "Token",
     "ToolCallParser",
+    "answer_questions",
     "load",
 ]
 

@@ -14,6 +14,7 @@ from conftest import ROOT
 # Each imports only from those before it. A new module is given its place here.
 ORDER = [
     "engine.errors",
+    "engine.child_process",
     "engine.sampling_params",
     "engine.tool_format",
     "engine.families",
