@@ -27,6 +27,7 @@ from engine.errors import (
     QueueFull,
     StartError,
     StepFailed,
+    TemplateTooCostly,
     TimedOut,
 )
 from engine.families import Message
@@ -55,6 +56,7 @@ __all__ = [
     "SamplingParams",
     "StartError",
     "StepFailed",
+    "TemplateTooCostly",
     "TimedOut",
     "Token",
     "ToolCallParser",

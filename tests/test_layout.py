@@ -15,6 +15,7 @@ from conftest import ROOT
 ORDER = [
     "engine.errors",
     "engine.child_process",
+    "engine.template_renderer",
     "engine.sampling_params",
     "engine.tool_format",
     "engine.families",

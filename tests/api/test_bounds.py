@@ -1,17 +1,20 @@
 """The bounds that docs/operating.md states: what it says of each, and what is at its edge."""
 
+import copy
 import json
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 
 import httpx
 import pytest
-from conftest import ROOT, chat_model, ready, serve, wait_for
+from conftest import ROOT, TEMPLATE, chat_model, ready, serve, wait_for
 from test_security import peer, told
 
 import api
-from engine import InvalidInput, guide, schema_trial, tool_grammar
+from engine import InvalidInput, guide, schema_trial, template_renderer, tool_grammar
 from engine.tokenizer import ChatTokenizer
 from serving import bodies, connection, log_queue, schemas, tool_fields
 
@@ -37,6 +40,10 @@ STATED = {
     ),
     "time to compile a schema": f"{schema_trial.COMPILE_TIMEOUT:g} seconds",
     "memory to compile a schema": f"{schema_trial.COMPILE_MEMORY // 2**20} MiB",
+    "time to render messages by a chat template": f"{template_renderer.RENDER_TIMEOUT:g} seconds",
+    "memory to render messages by a chat template": (
+        f"{template_renderer.RENDER_MEMORY // 2**20} MiB"
+    ),
     "lines of the log that wait to be written": f"{log_queue.MAX_LINES:,}",
     "a step of the model": f"{api.STEP_TIMEOUT:g} seconds",
 }
@@ -192,6 +199,33 @@ def test_schema_at_its_bound():
     assert len(guide.spell_schema(longest)) == guide.MAX_SCHEMA_CHARS
     with pytest.raises(InvalidInput, match="longer than 65,536 characters"):
         guide.spell_schema({"const": longest["const"] + "x"})
+
+
+MANY = "{% set m = range(100000) %}{% for a in m %}{% for b in m %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("explodes", ["{{ 'x' * size }}", MANY], ids=["memory", "time"])
+def test_a_template_that_a_request_makes_explode_costs_only_that_request(
+    runner, tokenizer, monkeypatch, explodes
+):
+    monkeypatch.setattr(template_renderer, "RENDER_TIMEOUT", 1.0)
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = f"{{% if size %}}{explodes}{{% endif %}}{TEMPLATE}"
+    hello = [{"role": "user", "content": "hello"}]
+    hostile = {"messages": hello, "chat_template_kwargs": {"size": 10**10}}
+    with (
+        serve(lambda settings: chat_model(runner, tokenizer)) as url,
+        httpx.Client(base_url=ready(url)) as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        path = "/v1/chat/completions"
+        ask = partial(client.post, path, timeout=30)
+        refused = [pool.submit(ask, json=hostile) for _ in range(3)]
+        assert ask(json={"messages": hello}).status_code == 200
+        for answer in (each.result() for each in refused):
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == "messages"
+            assert "chat template takes more than" in answer.json()["error"]["message"]
 
 
 LONG = "x" * 2**20
