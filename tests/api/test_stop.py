@@ -2,19 +2,21 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import uvicorn
 from benchmark import free_port
@@ -67,13 +69,12 @@ def started(
     slow_encode: bool = False,
     pause: float = 0.1,
     context: int = 512,
+    before: Callable[[], object] = wait_less,
 ) -> Iterator[tuple[ServerProcess, str]]:
     port = str(free_port())
     options = {"say": say, "load": load, "slow_encode": slow_encode}
     loader = partial(load_scripted, pause=pause, context=context, **options)
-    with server_process(
-        loader, "--port", port, "--no-chat-page", *flags, before=wait_less
-    ) as process:
+    with server_process(loader, "--port", port, "--no-chat-page", *flags, before=before) as process:
         url = f"http://127.0.0.1:{port}"
         wait_for(lambda: status(url) in ("ready", "loading"))
         if not load:
@@ -185,6 +186,44 @@ def test_an_answer_that_is_still_being_read_is_not_cut():
         assert process.wait(20) == 0
     assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     assert len(answer) > 2**22, "less would lie in the sockets' buffers"
+
+
+def test_a_server_that_was_paused_goes_on_and_answers_who_came_meanwhile():
+    """As with Ctrl-Z, a laptop's lid, or a virtual machine that is moved."""
+    body = b'{"prompt": "x"}'
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    with started() as (process, url):
+        client = Client(url)
+        process.send_signal(signal.SIGSTOP)
+        wait_for(lambda: psutil.Process(process.process.pid).status() == psutil.STATUS_STOPPED)
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as late:
+            late.sendall(head % len(body) + body)
+            process.send_signal(signal.SIGCONT)
+            answer = b"".join(iter(lambda: late.recv(65536), b""))
+        client.join(20)
+        assert status(url) == "ready"
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert client.events[-1] == "[DONE]"
+    assert json.loads(client.events[-2])["response"] == "x" * 20
+
+
+def leave_for_where_nothing_can_be_written() -> None:
+    os.chdir("/proc")
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="the system has no such folder")
+def test_a_server_needs_no_folder_to_write_in():
+    with started(before=leave_for_where_nothing_can_be_written, pause=0) as (process, url):
+        body = {
+            "messages": [{"role": "user", "content": "x"}],
+            "response_format": {"type": "json_schema", "json_schema": {"schema": {"const": 1}}},
+        }
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.json()["choices"][0]["message"]["content"] == "1", answer.text
+        assert httpx.post(url, json={"prompt": "x"}).json()["response"] == "x" * 20
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
 
 
 def test_a_second_signal_ends_at_once():
