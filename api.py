@@ -109,20 +109,22 @@ try:
         local_time,
         usage_of,
     )
-    from serving.schemas import (
-        ChatCompletionRequest,
-        ChatRequest,
+    from serving.response_models import (
         ChatResponse,
         Completion,
-        CompletionRequest,
-        DetokenizeRequest,
         DetokenizeResponse,
         ErrorBody,
         OpenAIError,
-        SamplingFields,
         State,
-        TokenizeRequest,
         TokenizeResponse,
+    )
+    from serving.schemas import (
+        ChatCompletionRequest,
+        ChatRequest,
+        CompletionRequest,
+        DetokenizeRequest,
+        SamplingFields,
+        TokenizeRequest,
         validation_error,
     )
     from serving.unknown_fields import printable

@@ -69,6 +69,7 @@ ORDER = [
     "serving.field_types",
     "serving.tool_fields",
     "serving.schemas",
+    "serving.response_models",
     "serving.thoughts",
     "serving.replies",
     "api",

@@ -6,7 +6,7 @@ import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
+from functools import partial, reduce
 
 import httpx
 import pytest
@@ -14,9 +14,19 @@ from conftest import ROOT, TEMPLATE, chat_model, ready, serve, wait_for
 from test_security import peer, told
 
 import api
-from engine import InvalidInput, guide, schema_trial, template_renderer, tool_grammar
+from engine import (
+    InvalidInput,
+    Prompt,
+    SamplingParams,
+    guide,
+    schema_trial,
+    template_renderer,
+    tool_grammar,
+)
 from engine.tokenizer import ChatTokenizer
-from serving import bodies, connection, log_queue, schemas, tool_fields
+from serving import bodies, connection, field_types, log_queue, schemas, tool_fields
+from serving.schemas import with_few_logprobs
+from serving.tool_fields import check_arguments
 
 STATED = {
     "headers, and what stands between them and the body": (
@@ -33,6 +43,10 @@ STATED = {
     "a body": f"{api.MAX_BODY // 2**20} MiB",
     "time to send the body": f"{api.BODY_TIMEOUT:g} seconds",
     "turns of a history, or messages": f"{schemas.MAX_TURNS:,}",
+    "logprobs, of all tokens of a request": f"{schemas.MAX_LOGPROBS:,}",
+    "depth of a tool's schema, a call's arguments, `chat_template_kwargs`": (
+        f"{field_types.MAX_DEPTH}"
+    ),
     "a JSON schema": f"{guide.MAX_SCHEMA_CHARS:,} characters",
     "tools of a request": (
         f"{tool_fields.MAX_TOOLS}, with schemas of {tool_grammar.MAX_SCHEMAS_CHARS:,} characters"
@@ -201,6 +215,82 @@ def test_schema_at_its_bound():
         guide.spell_schema({"const": longest["const"] + "x"})
 
 
+@pytest.mark.parametrize(("more", "status"), [(0, 200), (1, 400)])
+def test_depth_of_a_templates_variables_at_its_bound(runner, tokenizer, more, status):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = f"{{% if deep %}}!{{% endif %}}{TEMPLATE}"
+    deep = reduce(lambda inner, _: [inner], range(field_types.MAX_DEPTH - 1 + more), 1)
+    body = {"prompt": "x", "chat_template_kwargs": {"deep": deep}}
+    with serve(lambda settings: chat_model(runner, tokenizer)) as url:
+        answer = httpx.post(ready(url), json=body)
+    assert answer.status_code == status
+    if more:
+        assert answer.json()["error"]["param"] == "chat_template_kwargs"
+
+
+def called(*arguments: str) -> dict[str, object]:
+    """A conversation with calls that have these arguments."""
+    calls = [
+        {"id": str(n), "type": "function", "function": {"name": "f", "arguments": text}}
+        for n, text in enumerate(arguments)
+    ]
+    return {"messages": [{"role": "assistant", "content": None, "tool_calls": calls}]}
+
+
+def test_items_in_arguments_of_calls_at_their_bound():
+    """They are texts in the body, where the items of JSON are counted."""
+    half = '{"a": [' + "[]," * (bodies.MAX_CONTAINERS // 2 - 4) + "[]]}"
+    assert check_arguments(called(half, half)["messages"])
+    with pytest.raises(InvalidInput, match=r"arguments of tool_calls hold .* 131,072") as refused:
+        check_arguments(called(half, '{"a": [[], []]}', half)["messages"])
+    assert refused.value.argument == "messages"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_items_in_arguments_of_calls_are_counted_before_they_are_read(server, path):
+    body = called('{"a": ' + "[" * 500, '{"a": [' + "[]," * bodies.MAX_CONTAINERS + "[]]}")
+    answer = httpx.post(server + path, json=body)
+    assert answer.status_code == 400
+    assert "131,072" in answer.json()["error"]["message"]
+    odd = {"messages": [1, {"tool_calls": 1}, {"tool_calls": [1, {"function": 1}]}]}
+    assert httpx.post(server + path, json=odd).json()["error"]["param"] == "messages"
+
+
+def prompt_of(size: int, most: int, open_ended: bool = False, **params: int) -> Prompt:
+    return Prompt([1] * size, SamplingParams(max_new_tokens=most, **params), open_ended)
+
+
+def test_logprobs_of_a_request_at_their_bound():
+    most = schemas.MAX_LOGPROBS
+    exact = [prompt_of(100, most // 20 // 16, logprobs=20)]
+    assert with_few_logprobs(exact, 16) == exact
+    with pytest.raises(InvalidInput, match="1,048,576 logprobs") as refused:
+        with_few_logprobs([prompt_of(100, most // 20 // 16 + 1, logprobs=20)], 16)
+    assert refused.value.argument == "logprobs"
+    scored = [prompt_of(most // 4, 0, prompt_logprobs=2)] * 2
+    assert with_few_logprobs(scored, 1) == scored
+    with pytest.raises(InvalidInput, match="logprobs"):
+        with_few_logprobs([*scored, prompt_of(1, 0, prompt_logprobs=2)], 1)
+    without = [prompt_of(2**20, 2**20)] * 3
+    assert with_few_logprobs(without, 16) == without
+
+
+def test_answer_of_no_stated_length_is_shortened_to_the_logprobs_there_may_be():
+    both = [prompt_of(9, 2**17, open_ended=True, logprobs=20), prompt_of(9, 5, True, logprobs=20)]
+    lengths = [p.params.max_new_tokens for p in with_few_logprobs(both, 4)]
+    assert lengths == [schemas.MAX_LOGPROBS // 4 // 20 // 2, 5]
+
+
+def test_logprobs_that_are_too_many_are_refused_by_the_call(runner, tokenizer):
+    body = {"prompt": ["x" * 400] * 64, "n": 2, "echo": True, "logprobs": 20, "max_tokens": 16}
+    with serve(lambda settings: chat_model(runner, tokenizer)) as url:
+        refused = httpx.post(f"{ready(url)}/v1/completions", json=body)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "logprobs"
+        fewer = body | {"prompt": "x" * 400, "n": 1}
+        assert httpx.post(f"{url}/v1/completions", json=fewer).status_code == 200
+
+
 MANY = "{% set m = range(100000) %}{% for a in m %}{% for b in m %}{% endfor %}{% endfor %}"
 
 
@@ -245,6 +335,15 @@ def test_an_error_repeats_little_of_what_was_sent(server, field):
     answer = httpx.post(server, json={"prompt": "x"} | field)
     assert 400 <= answer.status_code < 500
     assert len(answer.content) < 2000
+
+
+def test_an_error_repeats_little_of_a_choice_of_tools(server):
+    tool = {"type": "function", "function": {"name": "f"}}
+    chosen = {"type": "function", "function": {"name": LONG}}
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": [tool], "tool_choice": chosen}
+    answer = httpx.post(f"{server}/v1/chat/completions", json=body)
+    assert answer.json()["error"]["param"] == "tool_choice"
+    assert len(answer.content) < 1000
 
 
 def test_an_error_repeats_little_of_a_path_or_header(server):

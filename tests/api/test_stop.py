@@ -1,6 +1,5 @@
 """A server that is told to stop loses nothing that it has begun."""
 
-import asyncio
 import json
 import os
 import signal
@@ -22,12 +21,10 @@ import uvicorn
 from benchmark import free_port
 from conftest import ROOT, ScriptedRunner, byte_tokenizer, chat_model, wait_for
 from server_process import ServerProcess, server_process
-from uvicorn.server import ServerState
 
 import api
 from engine import ChatModel
 from engine.tokenizer import ChatTokenizer
-from serving.connection import Connection
 
 # What uvicorn waits for connections that stay open after the requests are drained; it is told to
 # wait less here than api.py tells it to, so that tests outlast it sooner.
@@ -235,16 +232,6 @@ def test_a_second_signal_ends_at_once():
         assert process.wait(10) == 128 + signal.SIGINT
         client.join(20)
     assert client.cut_off
-
-
-def test_an_idle_connection_is_kept_for_longer_than_who_reuses_it_keeps_it():
-    """However uvicorn is configured; its own 5 seconds are just those of httpx."""
-
-    async def connection() -> Connection:
-        config = uvicorn.Config(api.build_app, factory=True, timeout_keep_alive=5)
-        return Connection(config, ServerState(), {})
-
-    assert asyncio.run(connection()).timeout_keep_alive > 60
 
 
 @pytest.mark.parametrize("load", [0, 60])
