@@ -620,6 +620,9 @@ class TokenizeRequest(Conversation):
             name = self.field_of_conversation()
             raise InvalidInput(f"{name} is for messages", name)
 
+    def field_of(self, argument: str | None) -> str | None:
+        return super().field_of("messages" if argument == "prompt" and self.messages else argument)
+
     def field_of_conversation(self) -> str | None:
         """A field that is given and only has a meaning beside messages."""
         return next((name for name in Conversation.model_fields if self._asks(name)), None)

@@ -14,6 +14,7 @@ from serving.field_types import ClosedModel, Text, check_json
 
 MAX_TOOLS = 128
 MAX_CALLS = 128  # of one message
+MAX_CALLS_IN_ALL = 4096
 # Of a function without parameters.
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -61,6 +62,8 @@ def argument_texts(messages: Any) -> Iterator[str]:
 def check_arguments(messages: Any) -> Any:
     """Bound the items of all arguments together: in the body they were texts, and not counted."""
     texts = [text.encode(errors="replace") for text in argument_texts(messages)]
+    if len(texts) > MAX_CALLS_IN_ALL:
+        raise ValueError(f"must have at most {MAX_CALLS_IN_ALL} tool_calls, not {len(texts)}")
     name = "what the arguments of tool_calls hold"
     check_items(*texts, name=name, argument="messages")
     return messages

@@ -5,7 +5,7 @@ import json
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial, reduce
 
 import httpx
@@ -43,6 +43,7 @@ STATED = {
     "a body": f"{api.MAX_BODY // 2**20} MiB",
     "time to send the body": f"{api.BODY_TIMEOUT:g} seconds",
     "turns of a history, or messages": f"{schemas.MAX_TURNS:,}",
+    "`tool_calls` of all messages": f"{tool_fields.MAX_CALLS_IN_ALL:,}",
     "logprobs, of all tokens of a request": f"{schemas.MAX_LOGPROBS:,}",
     "depth of a tool's schema, a call's arguments, `chat_template_kwargs`": (
         f"{field_types.MAX_DEPTH}"
@@ -256,6 +257,19 @@ def test_items_in_arguments_of_calls_are_counted_before_they_are_read(server, pa
     assert httpx.post(server + path, json=odd).json()["error"]["param"] == "messages"
 
 
+@pytest.mark.parametrize(("more", "known"), [(0, True), (1, False)])
+def test_calls_of_all_messages_at_their_bound(more, known):
+    turns = called("{}")["messages"] * (tool_fields.MAX_CALLS_IN_ALL + more)
+    with nullcontext() if known else pytest.raises(ValueError, match="at most 4096 tool_calls"):
+        check_arguments(turns)
+
+
+def test_what_is_wrong_with_messages_to_count_is_told_of_them(server):
+    body = {"messages": [{"role": "user", "content": "x" * 2**17}]}
+    answer = httpx.post(f"{server}/tokenize", json=body)
+    assert answer.json()["error"]["param"] == "messages"
+
+
 def prompt_of(size: int, most: int, open_ended: bool = False, **params: int) -> Prompt:
     return Prompt([1] * size, SamplingParams(max_new_tokens=most, **params), open_ended)
 
@@ -343,6 +357,14 @@ def test_an_error_repeats_little_of_a_choice_of_tools(server):
     body = {"messages": [{"role": "user", "content": "x"}], "tools": [tool], "tool_choice": chosen}
     answer = httpx.post(f"{server}/v1/chat/completions", json=body)
     assert answer.json()["error"]["param"] == "tool_choice"
+    assert len(answer.content) < 1000
+
+
+def test_an_error_repeats_little_of_a_schema(server):
+    wanted = {"type": "json_schema", "json_schema": {"schema": {"type": "x" * 60_000}}}
+    body = {"messages": [{"role": "user", "content": "x"}], "response_format": wanted}
+    answer = httpx.post(f"{server}/v1/chat/completions", json=body)
+    assert answer.json()["error"]["param"] == "response_format"
     assert len(answer.content) < 1000
 
 
