@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BeforeValidator,
     Field,
@@ -31,6 +32,7 @@ from serving.field_types import (
     TemplateKwargs,
     Text,
     TextToCount,
+    check_json,
     history_shape,
     join_text_parts,
     parse_prompts,
@@ -338,11 +340,14 @@ class StreamOptions(ClosedModel):
     include_obfuscation: bool | None = None  # which changes no answer
 
 
+Schema = Annotated[dict[str, Any], AfterValidator(check_json)]
+
+
 class JSONSchema(ClosedModel):
     name: str | None = None
     description: str | None = None
     strict: bool | None = None  # whatever it says, an answer keeps to its schema
-    wanted: dict[str, Any] = Field(validation_alias="schema")
+    wanted: Schema = Field(validation_alias="schema")
 
 
 class ResponseFormat(ClosedModel):
@@ -351,7 +356,7 @@ class ResponseFormat(ClosedModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
     # Beside json_object, as in llama.cpp.
-    wanted: dict[str, Any] | None = Field(None, validation_alias="schema")
+    wanted: Schema | None = Field(None, validation_alias="schema")
 
     def to_schema(self) -> dict[str, Any] | None:
         """The JSON schema of the answer; None if any text is allowed."""

@@ -45,7 +45,7 @@ STATED = {
     "turns of a history, or messages": f"{schemas.MAX_TURNS:,}",
     "`tool_calls` of all messages": f"{tool_fields.MAX_CALLS_IN_ALL:,}",
     "logprobs, of all tokens of a request": f"{schemas.MAX_LOGPROBS:,}",
-    "depth of a tool's schema, a call's arguments, `chat_template_kwargs`": (
+    "depth of a JSON schema, a call's arguments, `chat_template_kwargs`": (
         f"{field_types.MAX_DEPTH}"
     ),
     "a JSON schema": f"{guide.MAX_SCHEMA_CHARS:,} characters",
@@ -227,6 +227,27 @@ def test_depth_of_a_templates_variables_at_its_bound(runner, tokenizer, more, st
     assert answer.status_code == status
     if more:
         assert answer.json()["error"]["param"] == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize("call", ["format", "object", "tool"])
+def test_depth_of_a_schema_at_its_bound(server, call):
+    def answer(more: int) -> httpx.Response:
+        levels = field_types.MAX_DEPTH - 2 + more  # there are two around them
+        deep = reduce(lambda inner, _: {"not": inner}, range(levels), True)
+        schema = {"type": "object", "properties": {"x": deep}}
+        function = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+        asked = {
+            "format": {"response_format": wanted},
+            "object": {"response_format": {"type": "json_object", "schema": schema}},
+            "tool": {"tools": [function]},
+        }
+        body = {"messages": [{"role": "user", "content": "x"}]} | asked[call]
+        return httpx.post(f"{server}/v1/chat/completions", json=body, timeout=30)
+
+    assert "deeper" not in answer(0).text
+    assert answer(1).status_code == 400
+    assert "deeper than 64 levels" in answer(1).json()["error"]["message"]
 
 
 def called(*arguments: str) -> dict[str, object]:
