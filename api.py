@@ -86,6 +86,7 @@ try:
         QueueFull,
         StartError,
         StepFailed,
+        TemplateTooCostly,
         TimedOut,
     )
     from model_download import DownloadError, find_model
@@ -108,20 +109,22 @@ try:
         local_time,
         usage_of,
     )
-    from serving.schemas import (
-        ChatCompletionRequest,
-        ChatRequest,
+    from serving.response_models import (
         ChatResponse,
         Completion,
-        CompletionRequest,
-        DetokenizeRequest,
         DetokenizeResponse,
         ErrorBody,
         OpenAIError,
-        SamplingFields,
         State,
-        TokenizeRequest,
         TokenizeResponse,
+    )
+    from serving.schemas import (
+        ChatCompletionRequest,
+        ChatRequest,
+        CompletionRequest,
+        DetokenizeRequest,
+        SamplingFields,
+        TokenizeRequest,
         validation_error,
     )
     from serving.unknown_fields import printable
@@ -194,6 +197,7 @@ SERVER_FAILED = ErrorKind(500, "server_error", "internal_error")
 ERRORS: Mapping[type[Exception], ErrorKind] = {
     InvalidInput: ErrorKind(400, INVALID, "invalid_value"),
     ContextTooLong: ErrorKind(400, INVALID, "context_length_exceeded"),
+    TemplateTooCostly: ErrorKind(400, INVALID, "invalid_value"),
     Unauthorized: ErrorKind(
         401, "authentication_error", "invalid_api_key", {"WWW-Authenticate": "Bearer"}
     ),

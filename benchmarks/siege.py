@@ -127,6 +127,38 @@ async def wide(url: str, dice: random.Random) -> str:
     return await ask(url, post(dice.choice(["/", CHAT, TEXT]), body))
 
 
+def calls_of(arguments: str, count: int = 1) -> dict[str, Any]:
+    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call] * count}
+
+
+async def conversations(url: str, dice: random.Random) -> str:
+    """Messages that are dear to read or to render, and prompts that are dear to score."""
+    asks: list[Any] = [{"role": "user", "content": "x"}]
+    bodies: list[tuple[str, Any]] = [
+        (CHAT, {"messages": [calls_of('{"a":[' + "[]," * 2_500_000 + "[]]}")]}),
+        (CHAT, {"messages": [calls_of("{}", 120)] * 60}),
+        (CHAT, {"messages": [{"role": "system", "content": "a" * 1900}] * 4000}),
+        (CHAT, {"messages": asks, "chat_template_kwargs": {"messages": [[[{}] * 900] * 3]}}),
+        (TEXT, {"prompt": ["a b c " * 300] * 64, "echo": True, "logprobs": 20, "n": 2}),
+    ]
+    path, body = dice.choice(bodies)
+    return await leave(url, post(path, body), 2)
+
+
+async def tools(url: str, dice: random.Random) -> str:
+    hard = [
+        {"x": {"type": "integer", "multipleOf": 3_000_017}},
+        {"x": {"type": "string", "pattern": "^(a{1000}){1000}$"}},
+        {f"x{n}": {"enum": [f"{n}{m}" for m in range(90)]} for n in range(50)},
+    ]
+    parameters = {"type": "object", "properties": dice.choice(hard)}
+    functions = [{"name": f"f{n}", "parameters": parameters} for n in range(dice.choice([1, 128]))]
+    asked = [{"type": "function", "function": function} for function in functions]
+    messages = [{"role": "user", "content": "x"}]
+    return await leave(url, post(CHAT, {"messages": messages, "max_tokens": 5, "tools": asked}), 1)
+
+
 async def lengthy(url: str, dice: random.Random) -> str:
     """Texts of megabytes, whose senders do not wait for long."""
     text = dice.choice(["7", "word ", "茶", "\n", "a<|im_end|>"])
@@ -265,6 +297,8 @@ ATTACKS: dict[str, tuple[Attack, int, int]] = {
     "schemas": (schemas, 6, 2),
     "wide": (wide, 4, 1),
     "lengthy": (lengthy, 8, 2),
+    "conversations": (conversations, 4, 1),
+    "tools": (tools, 4, 1),
     "pipelined": (pipelined, 8, 1),
     "queue": (queue, 250, 8),
     "paths": (paths, 4, 1),

@@ -1,14 +1,9 @@
-"""Markdown, code and formulas as HTML that is safe to show.
+"""Markdown, code and formulas as HTML that is safe to show; run in a process of its own."""
 
-python -m chat_page.markdown    renders each line of stdin, a JSON string, as one of stdout
-"""
-
-import json
 import os
 import re
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from html import escape
 from typing import Any
@@ -23,6 +18,8 @@ from pygments import highlight
 from pygments.formatters.html import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
+
+from engine import answer_questions
 
 # A longer formula is shown as its source: its conversion takes the square of its length.
 MAX_FORMULA = 2000
@@ -155,16 +152,11 @@ def render(text: str) -> str:
     )
 
 
-def main() -> None:
-    """Answer until stdin is closed, which also happens when the server dies."""
-    # Ctrl-C reaches the whole process group; the server closes stdin when it has finished.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def prepare(_: Any) -> Callable[[str], str]:
     if sys.platform != "win32":
         os.nice(10)  # the model needs the processor more
-    for line in sys.stdin:
-        sys.stdout.write(json.dumps(render(json.loads(line))) + "\n")
-        sys.stdout.flush()
+    return render
 
 
 if __name__ == "__main__":
-    main()
+    answer_questions(prepare)

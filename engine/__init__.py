@@ -18,6 +18,7 @@ In a notebook, whose cells run in an event loop already, write `await main()` as
 
 from typing import TYPE_CHECKING, Any
 
+from engine.child_process import ChildEnded, ChildProcess, answer_questions
 from engine.errors import (
     ContextTooLong,
     EngineError,
@@ -26,6 +27,7 @@ from engine.errors import (
     QueueFull,
     StartError,
     StepFailed,
+    TemplateTooCostly,
     TimedOut,
 )
 from engine.families import Message
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CallPart",
     "ChatModel",
+    "ChildEnded",
+    "ChildProcess",
     "ContextTooLong",
     "Delta",
     "EngineError",
@@ -52,9 +56,11 @@ __all__ = [
     "SamplingParams",
     "StartError",
     "StepFailed",
+    "TemplateTooCostly",
     "TimedOut",
     "Token",
     "ToolCallParser",
+    "answer_questions",
     "load",
 ]
 

@@ -30,7 +30,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from transformers.utils.logging import disable_progress_bar
 
 from engine.attention_trial import check_attention
-from engine.errors import StartError
+from engine.errors import StartError, TemplateTooCostly
 from engine.families import format_of
 from engine.model_config import load_config, plain_attention
 from engine.quantizer import QuantizationSettings, misshapen, quantization_settings, quantize_layers
@@ -145,6 +145,8 @@ def explained(folder: Path | str) -> Iterator[None]:
         yield
     except (StartError, torch.OutOfMemoryError):
         raise
+    except TemplateTooCostly as error:
+        raise StartError(f"{error}; pass another one with --chat-template FILE") from error
     except Exception as error:  # the libraries raise almost every kind
         broken = first_damaged(Path(folder)) if isinstance(error, SafetensorError) else folder
         # Without ANSI colours and other control characters.

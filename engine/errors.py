@@ -17,6 +17,10 @@ class ContextTooLong(InvalidInput):
     """Prompt and answer do not fit: in the model's context, or in the KV cache."""
 
 
+class TemplateTooCostly(InvalidInput):
+    """The model's chat template takes too much time or memory to render what it is given."""
+
+
 class QueueFull(EngineError):
     """Too many requests are waiting; about half of them will be through in `retry_after` s."""
 

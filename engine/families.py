@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import InvalidInput, TemplateTooCostly
 from engine.sampling_params import SamplingParams
+from engine.template_renderer import render_template
 from engine.tool_format import ToolFormat
 
 if TYPE_CHECKING:  # importing transformers takes seconds
@@ -164,9 +166,12 @@ def renders_like(family: Family, tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether a tokenizer's chat template makes of a conversation what the family's format does."""
     if tokenizer.chat_template is None:
         return False
+    given = tokenizer.special_tokens_map | {"add_generation_prompt": True}
     try:
-        rendered = tokenizer.apply_chat_template(PROBE, tokenize=False, add_generation_prompt=True)
-    except Exception:  # jinja's errors, and whatever a template raises
+        rendered = render_template(tokenizer.get_chat_template(), PROBE, given)
+    except TemplateTooCostly:
+        raise
+    except InvalidInput:
         return False
     return rendered == family.render(PROBE, add_generation_prompt=True).replace(PIECE_BREAK, "")
 

@@ -16,6 +16,8 @@ from engine.errors import InvalidInput
 MAX_SCHEMA_CHARS = 2**16
 # Larger ones are not exact in the doubles that JSON's numbers commonly are (RFC 8259, section 6).
 MAX_INTEGER = 2**53
+# What llguidance says of a schema may repeat much of it.
+MAX_REASON = 500
 # With the default limits, a pattern such as ^(a{1000}){1000}$ would block every answer for seconds.
 GUIDE_LIMITS = LLParserLimits(initial_lexer_fuel=100_000)
 
@@ -48,7 +50,7 @@ class Guide:
     def check(self) -> None:
         """Raise InvalidInput if the matcher has failed, as it never raises by itself."""
         if self.matcher.is_error():
-            reason = self.matcher.get_error().partition("\n")[0]
+            reason = self.matcher.get_error().partition("\n")[0][:MAX_REASON]
             raise InvalidInput(f"the JSON schema: {reason}", self.argument)
 
 
@@ -117,7 +119,7 @@ class GuideCompiler:
                 spelled, overrides={"whitespace_flexible": False}
             )
         except ValueError as error:
-            raise InvalidInput(f"the JSON schema: {error}", "schema") from error
+            raise InvalidInput(f"the JSON schema: {str(error)[:MAX_REASON]}", "schema") from error
         return self._guide(grammar, self.markers, "schema")
 
     def compile_grammar(self, grammar: str, marks: Collection[int]) -> Guide:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from engine.errors import StartError
+from engine.errors import InvalidInput, StartError
 from engine.families import PIECE_BREAK
 
 # Added tokens of this form are special even where they are not flagged so, as DeepSeek's and
@@ -37,8 +37,18 @@ def secret_beside(words: Iterable[str]) -> str:
 
 
 def token_ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
-    """A text's ids, by encode_batch_fast: `encode` would block all threads during a long text."""
-    return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    """A text's ids. Raises InvalidInput where the tokenizer gives up.
+
+    By encode_batch_fast: `encode` would block all threads during a long text.
+    """
+    try:
+        return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    except BaseException as error:
+        # Of a library in Rust, which no module exports: a pattern goes back and forth in the text
+        # too often.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InvalidInput(f"the model's tokenizer gives up on this: {error}", "prompt") from error
 
 
 class SpecialTokens:

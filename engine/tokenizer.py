@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from engine.errors import ContextTooLong, InvalidInput, StartError
 from engine.families import PIECE_BREAK, Family, Message
 from engine.special_tokens import SpecialTokens, token_ids
+from engine.template_renderer import render_template
 from engine.token_bound import MIN_CHARS, TokenBound
 from engine.tool_prompt import ToolPrompt
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 # Between which of them a model thinks aloud, where its chat template knows them.
 THINKING_MARKERS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+
+# Whose turns every template repeats; of the assistant's, some leave the thoughts out.
+ASKING = ("system", "user")
 
 # Before the text, between it and the suffix, and after both, for models that can fill in what is
 # missing between: DeepSeek-Coder; Qwen2.5-Coder and CodeGemma; StarCoder and Granite; Code Llama.
@@ -166,6 +170,8 @@ class ChatTokenizer:
         With `continue_final` the last message, the assistant's, is left open for the answer to
         go on from it. Raises InvalidInput where the model's format does not allow for them.
         """
+        # A template puts all that is said into a prompt, which may take the square of its length.
+        self._check_length("".join(m["content"].strip() for m in messages if m["role"] in ASKING))
         given = self._special.quote(self._checked(template_kwargs or {}))
         quoted, listed = self.tools.arrange(
             self._special.quote(messages), self._special.quote(tools)
@@ -282,14 +288,7 @@ class ChatTokenizer:
     def _render(self, messages: list[Message], **given: Any) -> str:
         if self.family:
             return self.family.render(messages, **given)
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, **given
-            )
-        except Exception as error:  # jinja's errors, and whatever a template raises
-            raise InvalidInput(
-                f"the model's chat template refuses these turns: {error}", "messages"
-            ) from error
+        return render_template(self.template, messages, self.tokenizer.special_tokens_map | given)
 
     def _render_open(self, messages: list[Message], given: Mapping[str, Any]) -> str:
         """The prompt up to where the last message ends."""

@@ -157,7 +157,9 @@ def without_others(parameters: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(named, dict) or OTHERS & parameters.keys():
         return parameters
     required = parameters.get("required", [])
-    if not isinstance(required, list) or any(name not in list(named) for name in required):
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        return parameters
+    if not named.keys() >= set(required):
         return parameters
     return parameters | {"additionalProperties": False}
 

@@ -7,6 +7,7 @@ decent size are gigabytes too.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 from engine import InvalidInput, QueueFull
 
@@ -63,24 +64,29 @@ class HeldBody:
         self.all_bodies.num_held += more
 
 
-def check_items(body: bytes) -> None:
-    """Raise InvalidInput if a JSON text has more items than any request needs.
+def check_items(*texts: bytes, name: str = "the body", argument: str | None = None) -> None:
+    """Raise InvalidInput if JSON texts have more items together than any request needs.
 
-    Parsing them would take the event loop's time, and many times the memory of the text.
+    Parsing them would take the event loop's time, and many times the memory of the texts.
     """
-    containers, items = num_items(body)
+    counts = [num_items(text) for text in texts]
+    containers = sum(count for count, _ in counts)
+    items = sum(count for _, count in counts)
     if containers <= MAX_CONTAINERS and items <= MAX_ITEMS:
         return  # even if what stands in strings is counted too, which is most of all texts
     containers = items = 0
-    for piece in PIECE.finditer(body):
+    for piece in chain.from_iterable(map(PIECE.finditer, texts)):
         more_containers, more_items = num_items(STRINGS.sub(b"", piece[0]))
         containers, items = containers + more_containers, items + more_items
         if containers > MAX_CONTAINERS:
             raise InvalidInput(
-                f"the body has more than {MAX_CONTAINERS:,} lists, objects and fields; send fewer"
+                f"{name} has more than {MAX_CONTAINERS:,} lists, objects and fields; send fewer",
+                argument,
             )
         if items > MAX_ITEMS:
-            raise InvalidInput(f"the body has lists of more than {MAX_ITEMS:,} items; send fewer")
+            raise InvalidInput(
+                f"{name} has lists of more than {MAX_ITEMS:,} items; send fewer", argument
+            )
 
 
 def num_items(text: bytes) -> tuple[int, int]:

@@ -37,7 +37,6 @@ class Connection(H11Protocol):
         self.conn: RequestParser
         # h11 bounds with it whatever comes in lines: headers, trailers, and sizes of chunks.
         self.conn = RequestParser(h11.SERVER, MAX_HEADER_BYTES)
-        self.timeout_keep_alive = KEEP_ALIVE
         self.has_begun = False  # some of the next request's bytes have come
         self.at_eof = False  # the client sends nothing more
         self.probe: asyncio.TimerHandle | None = None
@@ -70,9 +69,10 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         self.has_begun = False
         self.waits_since = time.monotonic()
-        # uvicorn's own timer is cancelled by any byte, even one that begins no request.
         self._restart_timer(KEEP_ALIVE)
         super().on_response_complete()
+        # Of two timers: uvicorn's is cancelled by any byte, even one that begins no request.
+        self._unset_keepalive_if_required()
         self._set_timer()
         if self.at_eof and not self._owes_an_answer:
             self.transport.close()

@@ -73,7 +73,10 @@ def reject_lone_surrogates(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(reject_lone_surrogates)]
+IsUnicode = AfterValidator(reject_lone_surrogates)
+Text = Annotated[str, IsUnicode]
+MAX_TEXT = 2**20
+TextToCount = Annotated[str, Field(max_length=MAX_TEXT), IsUnicode]
 
 
 class HistoryMessage(ClosedModel):
@@ -132,7 +135,7 @@ def as_stop_strings(stop: Any) -> Any:
 
 
 StopStrings = Annotated[
-    tuple[Annotated[Text, Field(max_length=256)], ...],
+    tuple[Annotated[str, Field(max_length=256), IsUnicode], ...],
     Field(max_length=16, fail_fast=True),
     BeforeValidator(as_stop_strings, json_schema_input_type=str | list[str]),
 ]
@@ -226,18 +229,34 @@ EndIds = Annotated[
     ),
 ]
 
+MAX_DEPTH = 64  # of a JSON schema, a call's arguments, or a template's variables
 MAX_KWARGS_CHARS = 2**14
+
+
+def is_deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects are nested deeper; asked with as many steps as that at most."""
+    layer = [value]
+    for _ in range(most):
+        inner = [each for each in layer if isinstance(each, dict | list)]
+        if not inner:
+            return False
+        layer = [x for each in inner for x in (each.values() if isinstance(each, dict) else each)]
+    return any(isinstance(each, dict | list) for each in layer)
+
+
+def check_json(value: Any) -> Any:
+    """Bound how deep JSON is, so that whoever walks through it needs no long stack."""
+    if is_deeper(value, MAX_DEPTH):
+        raise ValueError(f"must not be nested deeper than {MAX_DEPTH} levels")
+    reject_lone_surrogates(json.dumps(value, ensure_ascii=False))
+    return value
 
 
 def check_kwargs(given: Any) -> Any:
     """Bound what a template is given, at whatever depth."""
     if not isinstance(given, dict):
         raise ValueError('must be an object, such as {"enable_thinking": false}')
-    try:
-        spelled = json.dumps(given, ensure_ascii=False)
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    if len(reject_lone_surrogates(spelled)) > MAX_KWARGS_CHARS:
+    if len(json.dumps(check_json(given), ensure_ascii=False)) > MAX_KWARGS_CHARS:
         raise ValueError(f"must be at most {MAX_KWARGS_CHARS:,} characters of JSON")
     return given
 

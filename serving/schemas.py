@@ -1,13 +1,13 @@
-"""Requests and responses as pydantic models; what a request is to the engine is settled here."""
+"""Requests as pydantic models; what a request is to the engine is settled here."""
 
 import re
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
-    BaseModel,
     BeforeValidator,
     Field,
     ModelWrapValidatorHandler,
@@ -17,16 +17,9 @@ from pydantic import (
     model_validator,
 )
 
-from engine import (
-    ChatModel,
-    ContextTooLong,
-    FinishReason,
-    InvalidInput,
-    Message,
-    Prompt,
-    SamplingParams,
-)
+from engine import ChatModel, ContextTooLong, InvalidInput, Message, Prompt, SamplingParams
 from serving.field_types import (
+    MAX_TEXT,
     MAX_TURNS,
     Biases,
     ClosedModel,
@@ -38,12 +31,14 @@ from serving.field_types import (
     StrictModel,
     TemplateKwargs,
     Text,
+    TextToCount,
+    check_json,
     history_shape,
     join_text_parts,
     parse_prompts,
 )
-from serving.tool_fields import NamedTool, Tool, ToolCalls, ToolChoice, Tools
-from serving.unknown_fields import asks_for_nothing, refusal_of
+from serving.tool_fields import NamedTool, Tool, ToolCalls, ToolChoice, Tools, check_arguments
+from serving.unknown_fields import asks_for_nothing, printable, refusal_of
 
 LENGTH_NAMES = ("max_length", "max_new_tokens", "max_tokens", "max_completion_tokens", "n_predict")
 
@@ -61,7 +56,7 @@ def validation_error(error: ValidationError) -> InvalidInput:
     if first["type"] == "missing":
         return InvalidInput(f"{name} is missing", str(path[0]))
     message = first["msg"].removeprefix("Value error, ").replace(" after validation", "")
-    message = re.sub("^(Input|List|Tuple|Value) should", "must", message)
+    message = re.sub("^(Input|List|String|Tuple|Value) should", "must", message)
     message = message.replace("a valid tuple", "a list")
     return InvalidInput(f"{name} {message[0].lower()}{message[1:]}", str(path[0]))
 
@@ -276,20 +271,6 @@ class ChatRequest(SamplingFields):
                 yield {"role": "assistant", "content": turn[1]}
 
 
-class ChatResponse(BaseModel):
-    """The response of POST /; its first four fields are the ones that clients rely on."""
-
-    response: str
-    history: list[Any]
-    status: int
-    time: str = Field(description="local time, YYYY-mm-dd HH:MM:SS")
-    finish_reason: FinishReason
-    usage: dict[str, int]
-    dropped_turns: int | None = Field(
-        None, description="with truncate: how many turns were left out"
-    )
-
-
 def check_role(role: Any) -> Any:
     if role == "function":
         raise ValueError('must be "tool" for the result of a tool; "function" is its old name')
@@ -345,7 +326,11 @@ class OpenAIMessage(ClosedModel):
         return turn
 
 
-Turns = Annotated[list[OpenAIMessage], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
+Turns = Annotated[
+    list[OpenAIMessage],
+    Field(min_length=1, max_length=MAX_TURNS, fail_fast=True),
+    BeforeValidator(check_arguments, json_schema_input_type=list[OpenAIMessage]),
+]
 
 
 class StreamOptions(ClosedModel):
@@ -355,11 +340,14 @@ class StreamOptions(ClosedModel):
     include_obfuscation: bool | None = None  # which changes no answer
 
 
+Schema = Annotated[dict[str, Any], AfterValidator(check_json)]
+
+
 class JSONSchema(ClosedModel):
     name: str | None = None
     description: str | None = None
     strict: bool | None = None  # whatever it says, an answer keeps to its schema
-    wanted: dict[str, Any] = Field(validation_alias="schema")
+    wanted: Schema = Field(validation_alias="schema")
 
 
 class ResponseFormat(ClosedModel):
@@ -368,7 +356,7 @@ class ResponseFormat(ClosedModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
     # Beside json_object, as in llama.cpp.
-    wanted: dict[str, Any] | None = Field(None, validation_alias="schema")
+    wanted: Schema | None = Field(None, validation_alias="schema")
 
     def to_schema(self) -> dict[str, Any] | None:
         """The JSON schema of the answer; None if any text is allowed."""
@@ -386,6 +374,34 @@ class ResponseFormat(ClosedModel):
         raise InvalidInput(problem, "response_format")
 
 
+# Of all tokens of a request's answers, and of its prompts with echo: each takes some 100 bytes.
+MAX_LOGPROBS = 2**20
+
+
+def with_few_logprobs(prompts: list[Prompt], num_answers: int) -> list[Prompt]:
+    """The prompts, their answers shortened to what has room if no length was stated.
+
+    Raises InvalidInput if one was stated that would make more than MAX_LOGPROBS.
+    """
+    params = prompts[0].params
+    each = 0 if params.logprobs is None else max(1, params.logprobs)
+    each_of_prompt = 0 if params.prompt_logprobs is None else max(1, params.prompt_logprobs)
+    most = MAX_LOGPROBS // num_answers - each_of_prompt * sum(len(p.ids) for p in prompts)
+    if each * sum(p.params.max_new_tokens for p in prompts) <= most:
+        return prompts
+    room = most // (max(1, each) * len(prompts))
+    if room < 1 or not prompts[0].open_ended:
+        raise InvalidInput(
+            f"there would be more than {MAX_LOGPROBS:,} logprobs; ask for fewer of them, or for"
+            " fewer or shorter answers",
+            "logprobs",
+        )
+    return [
+        replace(p, params=replace(p.params, max_new_tokens=min(room, p.params.max_new_tokens)))
+        for p in prompts
+    ]
+
+
 class OpenAIRequest(SamplingFields):
     """Fields shared by OpenAI's two endpoints."""
 
@@ -398,6 +414,9 @@ class OpenAIRequest(SamplingFields):
         super().check()
         if self.stream_options is not None and not self.stream:
             raise InvalidInput("stream_options needs stream to be true", "stream_options")
+
+    def prepare(self, model: ChatModel) -> list[Prompt]:
+        return with_few_logprobs(super().prepare(model), self.num_answers)
 
     @property
     def num_answers(self) -> int:
@@ -466,7 +485,9 @@ class ChatCompletionRequest(Conversation, OpenAIRequest):
         if isinstance(self.tool_choice, NamedTool):
             name = self.tool_choice.function.name
             if name not in names:
-                raise InvalidInput(f"tool_choice is {name!r}, which is not in tools", "tool_choice")
+                raise InvalidInput(
+                    f"tool_choice is {printable(name)!r}, which is not in tools", "tool_choice"
+                )
         elif self.tool_choice == "required" and not names:
             raise InvalidInput("tool_choice is required, but there are no tools", "tool_choice")
         if not self.usable_tools:
@@ -576,7 +597,6 @@ class CompletionRequest(OpenAIRequest):
         return model.prepare_text(text, given)
 
 
-MAX_TEXT = 2**20
 MAX_TOKENS = 2**18
 
 
@@ -585,7 +605,7 @@ class TokenizeRequest(Conversation):
 
     field_names: ClassVar[dict[str, str]] = {"template_kwargs": "chat_template_kwargs"}
 
-    prompt: Annotated[Text, Field(max_length=MAX_TEXT)] | None = None
+    prompt: TextToCount | None = None
     messages: Turns | None = None
     add_special_tokens: bool | None = Field(None, description="whether BOS goes before a text")
     return_token_strs: bool | None = Field(None, description="tell the tokens' texts too")
@@ -604,6 +624,9 @@ class TokenizeRequest(Conversation):
         if self.messages is None and self.field_of_conversation():
             name = self.field_of_conversation()
             raise InvalidInput(f"{name} is for messages", name)
+
+    def field_of(self, argument: str | None) -> str | None:
+        return super().field_of("messages" if argument == "prompt" and self.messages else argument)
 
     def field_of_conversation(self) -> str | None:
         """A field that is given and only has a meaning beside messages."""
@@ -644,51 +667,3 @@ class DetokenizeRequest(RequestModel):
     def result(self, model: ChatModel) -> dict[str, Any]:
         """The response. Raises InvalidInput for an id that the model does not have."""
         return {"prompt": model.decode(self.tokens)}
-
-
-class TokenizeResponse(BaseModel):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None
-
-
-class DetokenizeResponse(BaseModel):
-    prompt: str
-
-
-class OpenAIError(BaseModel):
-    """The body of an error under /v1."""
-
-    class Detail(BaseModel):
-        message: str
-        type: str
-        param: str | None
-        code: str
-
-    error: Detail
-
-
-class ErrorBody(OpenAIError):
-    """The body of an error elsewhere."""
-
-    status: int
-    time: str
-
-
-class State(BaseModel):
-    status: Literal["loading", "ready", "draining", "dead"]
-    running: int
-    waiting: int
-
-
-class Completion(BaseModel):
-    """The response of OpenAI's two endpoints, as far as the docs show it."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[dict[str, Any]]
-    usage: dict[str, Any]
-    system_fingerprint: str

@@ -4,36 +4,19 @@ https://platform.openai.com/docs/guides/function-calling
 """
 
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationError
 
-from serving.field_types import ClosedModel, Text, reject_lone_surrogates
+from serving.bodies import check_items
+from serving.field_types import ClosedModel, Text, check_json
 
 MAX_TOOLS = 128
 MAX_CALLS = 128  # of one message
-MAX_DEPTH = 64  # of a JSON schema, or of a call's arguments
+MAX_CALLS_IN_ALL = 4096
 # Of a function without parameters.
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-
-
-def is_deeper(value: Any, most: int) -> bool:
-    """Whether lists and objects are nested deeper; asked with as many steps as that at most."""
-    layer = [value]
-    for _ in range(most):
-        inner = [each for each in layer if isinstance(each, dict | list)]
-        if not inner:
-            return False
-        layer = [x for each in inner for x in (each.values() if isinstance(each, dict) else each)]
-    return any(isinstance(each, dict | list) for each in layer)
-
-
-def check_json(value: Any) -> Any:
-    """Bound how deep JSON is, so that whoever walks through it needs no long stack."""
-    if is_deeper(value, MAX_DEPTH):
-        raise ValueError(f"must not be nested deeper than {MAX_DEPTH} levels")
-    reject_lone_surrogates(json.dumps(value, ensure_ascii=False))
-    return value
 
 
 def check_parameters(schema: Any) -> Any:
@@ -63,6 +46,27 @@ def parse_arguments(text: Any) -> Any:
     if not isinstance(arguments, dict):
         raise ValueError('must be a JSON object as a text, such as "{\\"city\\": \\"Paris\\"}"')
     return check_json(arguments)
+
+
+def argument_texts(messages: Any) -> Iterator[str]:
+    """The calls' arguments in what should be messages."""
+    for message in messages if isinstance(messages, list) else ():
+        calls = message.get("tool_calls") if isinstance(message, dict) else None
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function") if isinstance(call, dict) else None
+            text = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(text, str):
+                yield text
+
+
+def check_arguments(messages: Any) -> Any:
+    """Bound the items of all arguments together: in the body they were texts, and not counted."""
+    texts = [text.encode(errors="replace") for text in argument_texts(messages)]
+    if len(texts) > MAX_CALLS_IN_ALL:
+        raise ValueError(f"must have at most {MAX_CALLS_IN_ALL} tool_calls, not {len(texts)}")
+    name = "what the arguments of tool_calls hold"
+    check_items(*texts, name=name, argument="messages")
+    return messages
 
 
 class CalledFunction(ClosedModel):

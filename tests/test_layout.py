@@ -14,6 +14,8 @@ from conftest import ROOT
 # Each imports only from those before it. A new module is given its place here.
 ORDER = [
     "engine.errors",
+    "engine.child_process",
+    "engine.template_renderer",
     "engine.sampling_params",
     "engine.tool_format",
     "engine.families",
@@ -67,6 +69,7 @@ ORDER = [
     "serving.field_types",
     "serving.tool_fields",
     "serving.schemas",
+    "serving.response_models",
     "serving.thoughts",
     "serving.replies",
     "api",

@@ -1,19 +1,32 @@
 """The bounds that docs/operating.md states: what it says of each, and what is at its edge."""
 
+import copy
 import json
 import re
 import threading
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from functools import partial, reduce
 
 import httpx
 import pytest
-from conftest import ROOT, chat_model, ready, serve, wait_for
+from conftest import ROOT, TEMPLATE, chat_model, ready, serve, wait_for
 from test_security import peer, told
 
 import api
-from engine import InvalidInput, guide, schema_trial, tool_grammar
+from engine import (
+    InvalidInput,
+    Prompt,
+    SamplingParams,
+    guide,
+    schema_trial,
+    template_renderer,
+    tool_grammar,
+)
 from engine.tokenizer import ChatTokenizer
-from serving import bodies, connection, log_queue, schemas, tool_fields
+from serving import bodies, connection, field_types, log_queue, schemas, tool_fields
+from serving.schemas import with_few_logprobs
+from serving.tool_fields import check_arguments
 
 STATED = {
     "headers, and what stands between them and the body": (
@@ -30,6 +43,11 @@ STATED = {
     "a body": f"{api.MAX_BODY // 2**20} MiB",
     "time to send the body": f"{api.BODY_TIMEOUT:g} seconds",
     "turns of a history, or messages": f"{schemas.MAX_TURNS:,}",
+    "`tool_calls` of all messages": f"{tool_fields.MAX_CALLS_IN_ALL:,}",
+    "logprobs, of all tokens of a request": f"{schemas.MAX_LOGPROBS:,}",
+    "depth of a JSON schema, a call's arguments, `chat_template_kwargs`": (
+        f"{field_types.MAX_DEPTH}"
+    ),
     "a JSON schema": f"{guide.MAX_SCHEMA_CHARS:,} characters",
     "tools of a request": (
         f"{tool_fields.MAX_TOOLS}, with schemas of {tool_grammar.MAX_SCHEMAS_CHARS:,} characters"
@@ -37,6 +55,10 @@ STATED = {
     ),
     "time to compile a schema": f"{schema_trial.COMPILE_TIMEOUT:g} seconds",
     "memory to compile a schema": f"{schema_trial.COMPILE_MEMORY // 2**20} MiB",
+    "time to render messages by a chat template": f"{template_renderer.RENDER_TIMEOUT:g} seconds",
+    "memory to render messages by a chat template": (
+        f"{template_renderer.RENDER_MEMORY // 2**20} MiB"
+    ),
     "lines of the log that wait to be written": f"{log_queue.MAX_LINES:,}",
     "a step of the model": f"{api.STEP_TIMEOUT:g} seconds",
 }
@@ -194,6 +216,143 @@ def test_schema_at_its_bound():
         guide.spell_schema({"const": longest["const"] + "x"})
 
 
+@pytest.mark.parametrize(("more", "status"), [(0, 200), (1, 400)])
+def test_depth_of_a_templates_variables_at_its_bound(runner, tokenizer, more, status):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = f"{{% if deep %}}!{{% endif %}}{TEMPLATE}"
+    deep = reduce(lambda inner, _: [inner], range(field_types.MAX_DEPTH - 1 + more), 1)
+    body = {"prompt": "x", "chat_template_kwargs": {"deep": deep}}
+    with serve(lambda settings: chat_model(runner, tokenizer)) as url:
+        answer = httpx.post(ready(url), json=body)
+    assert answer.status_code == status
+    if more:
+        assert answer.json()["error"]["param"] == "chat_template_kwargs"
+
+
+@pytest.mark.parametrize("call", ["format", "object", "tool"])
+def test_depth_of_a_schema_at_its_bound(server, call):
+    def answer(more: int) -> httpx.Response:
+        levels = field_types.MAX_DEPTH - 2 + more  # there are two around them
+        deep = reduce(lambda inner, _: {"not": inner}, range(levels), True)
+        schema = {"type": "object", "properties": {"x": deep}}
+        function = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+        asked = {
+            "format": {"response_format": wanted},
+            "object": {"response_format": {"type": "json_object", "schema": schema}},
+            "tool": {"tools": [function]},
+        }
+        body = {"messages": [{"role": "user", "content": "x"}]} | asked[call]
+        return httpx.post(f"{server}/v1/chat/completions", json=body, timeout=30)
+
+    assert "deeper" not in answer(0).text
+    assert answer(1).status_code == 400
+    assert "deeper than 64 levels" in answer(1).json()["error"]["message"]
+
+
+def called(*arguments: str) -> dict[str, object]:
+    """A conversation with calls that have these arguments."""
+    calls = [
+        {"id": str(n), "type": "function", "function": {"name": "f", "arguments": text}}
+        for n, text in enumerate(arguments)
+    ]
+    return {"messages": [{"role": "assistant", "content": None, "tool_calls": calls}]}
+
+
+def test_items_in_arguments_of_calls_at_their_bound():
+    """They are texts in the body, where the items of JSON are counted."""
+    half = '{"a": [' + "[]," * (bodies.MAX_CONTAINERS // 2 - 4) + "[]]}"
+    assert check_arguments(called(half, half)["messages"])
+    with pytest.raises(InvalidInput, match=r"arguments of tool_calls hold .* 131,072") as refused:
+        check_arguments(called(half, '{"a": [[], []]}', half)["messages"])
+    assert refused.value.argument == "messages"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_items_in_arguments_of_calls_are_counted_before_they_are_read(server, path):
+    body = called('{"a": ' + "[" * 500, '{"a": [' + "[]," * bodies.MAX_CONTAINERS + "[]]}")
+    answer = httpx.post(server + path, json=body)
+    assert answer.status_code == 400
+    assert "131,072" in answer.json()["error"]["message"]
+    odd = {"messages": [1, {"tool_calls": 1}, {"tool_calls": [1, {"function": 1}]}]}
+    assert httpx.post(server + path, json=odd).json()["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize(("more", "known"), [(0, True), (1, False)])
+def test_calls_of_all_messages_at_their_bound(more, known):
+    turns = called("{}")["messages"] * (tool_fields.MAX_CALLS_IN_ALL + more)
+    with nullcontext() if known else pytest.raises(ValueError, match="at most 4096 tool_calls"):
+        check_arguments(turns)
+
+
+def test_what_is_wrong_with_messages_to_count_is_told_of_them(server):
+    body = {"messages": [{"role": "user", "content": "x" * 2**17}]}
+    answer = httpx.post(f"{server}/tokenize", json=body)
+    assert answer.json()["error"]["param"] == "messages"
+
+
+def prompt_of(size: int, most: int, open_ended: bool = False, **params: int) -> Prompt:
+    return Prompt([1] * size, SamplingParams(max_new_tokens=most, **params), open_ended)
+
+
+def test_logprobs_of_a_request_at_their_bound():
+    most = schemas.MAX_LOGPROBS
+    exact = [prompt_of(100, most // 20 // 16, logprobs=20)]
+    assert with_few_logprobs(exact, 16) == exact
+    with pytest.raises(InvalidInput, match="1,048,576 logprobs") as refused:
+        with_few_logprobs([prompt_of(100, most // 20 // 16 + 1, logprobs=20)], 16)
+    assert refused.value.argument == "logprobs"
+    scored = [prompt_of(most // 4, 0, prompt_logprobs=2)] * 2
+    assert with_few_logprobs(scored, 1) == scored
+    with pytest.raises(InvalidInput, match="logprobs"):
+        with_few_logprobs([*scored, prompt_of(1, 0, prompt_logprobs=2)], 1)
+    without = [prompt_of(2**20, 2**20)] * 3
+    assert with_few_logprobs(without, 16) == without
+
+
+def test_answer_of_no_stated_length_is_shortened_to_the_logprobs_there_may_be():
+    both = [prompt_of(9, 2**17, open_ended=True, logprobs=20), prompt_of(9, 5, True, logprobs=20)]
+    lengths = [p.params.max_new_tokens for p in with_few_logprobs(both, 4)]
+    assert lengths == [schemas.MAX_LOGPROBS // 4 // 20 // 2, 5]
+
+
+def test_logprobs_that_are_too_many_are_refused_by_the_call(runner, tokenizer):
+    body = {"prompt": ["x" * 400] * 64, "n": 2, "echo": True, "logprobs": 20, "max_tokens": 16}
+    with serve(lambda settings: chat_model(runner, tokenizer)) as url:
+        refused = httpx.post(f"{ready(url)}/v1/completions", json=body)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "logprobs"
+        fewer = body | {"prompt": "x" * 400, "n": 1}
+        assert httpx.post(f"{url}/v1/completions", json=fewer).status_code == 200
+
+
+MANY = "{% set m = range(100000) %}{% for a in m %}{% for b in m %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("explodes", ["{{ 'x' * size }}", MANY], ids=["memory", "time"])
+def test_a_template_that_a_request_makes_explode_costs_only_that_request(
+    runner, tokenizer, monkeypatch, explodes
+):
+    monkeypatch.setattr(template_renderer, "RENDER_TIMEOUT", 1.0)
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = f"{{% if size %}}{explodes}{{% endif %}}{TEMPLATE}"
+    hello = [{"role": "user", "content": "hello"}]
+    hostile = {"messages": hello, "chat_template_kwargs": {"size": 10**10}}
+    with (
+        serve(lambda settings: chat_model(runner, tokenizer)) as url,
+        httpx.Client(base_url=ready(url)) as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        path = "/v1/chat/completions"
+        ask = partial(client.post, path, timeout=30)
+        refused = [pool.submit(ask, json=hostile) for _ in range(3)]
+        assert ask(json={"messages": hello}).status_code == 200
+        for answer in (each.result() for each in refused):
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == "messages"
+            assert "chat template takes more than" in answer.json()["error"]["message"]
+
+
 LONG = "x" * 2**20
 
 
@@ -211,6 +370,23 @@ def test_an_error_repeats_little_of_what_was_sent(server, field):
     answer = httpx.post(server, json={"prompt": "x"} | field)
     assert 400 <= answer.status_code < 500
     assert len(answer.content) < 2000
+
+
+def test_an_error_repeats_little_of_a_choice_of_tools(server):
+    tool = {"type": "function", "function": {"name": "f"}}
+    chosen = {"type": "function", "function": {"name": LONG}}
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": [tool], "tool_choice": chosen}
+    answer = httpx.post(f"{server}/v1/chat/completions", json=body)
+    assert answer.json()["error"]["param"] == "tool_choice"
+    assert len(answer.content) < 1000
+
+
+def test_an_error_repeats_little_of_a_schema(server):
+    wanted = {"type": "json_schema", "json_schema": {"schema": {"type": "x" * 60_000}}}
+    body = {"messages": [{"role": "user", "content": "x"}], "response_format": wanted}
+    answer = httpx.post(f"{server}/v1/chat/completions", json=body)
+    assert answer.json()["error"]["param"] == "response_format"
+    assert len(answer.content) < 1000
 
 
 def test_an_error_repeats_little_of_a_path_or_header(server):

@@ -6,11 +6,13 @@ import re
 import socket
 import time
 from contextlib import suppress
+from functools import partial
 from http.client import HTTPResponse
 
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from conftest import ScriptedRunner, chat_model, ready, serve, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 from test_families import FIXTURES, MARKERS, small, text_of
@@ -20,6 +22,7 @@ import api
 from engine import InvalidInput
 from engine.guide import GuideCompiler
 from engine.tokenizer import ChatTokenizer
+from serving.connection import KEEP_ALIVE
 
 HEAD_OF_16 = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n"
 KEY = "Authorization: Bearer sesame\r\n"
@@ -377,6 +380,7 @@ def test_a_second_request_is_waited_for_no_longer(server, monkeypatch):
 @pytest.mark.parametrize(
     ("request_", "crumb"),
     [
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b""),
         (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n"),
         (b"POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", b"x"),
     ],
@@ -389,6 +393,19 @@ def test_a_crumb_after_an_answer_holds_no_connection(server, monkeypatch, reques
         assert connection.recv(65536).startswith(b"HTTP/1.1 ")
         connection.sendall(crumb)
         assert told(connection) == b""
+
+
+def test_an_idle_connection_is_kept_for_as_long_as_we_say_and_not_uvicorn(
+    runner, tokenizer, monkeypatch
+):
+    """uvicorn's own 5 seconds are just those for which httpx reuses a connection."""
+    assert KEEP_ALIVE > 60
+    monkeypatch.setattr(uvicorn, "Config", partial(uvicorn.Config, timeout_keep_alive=0))
+    with serve(lambda settings: chat_model(runner, tokenizer)) as url, peer(ready(url)) as client:
+        for _ in range(3):
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b"ready" in client.recv(65536)
+            assert httpx.get(f"{url}/health").status_code == 200
 
 
 def test_between_requests_a_connection_is_kept_for_longer(server, monkeypatch):

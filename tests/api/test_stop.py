@@ -1,31 +1,30 @@
 """A server that is told to stop loses nothing that it has begun."""
 
-import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import uvicorn
 from benchmark import free_port
 from conftest import ROOT, ScriptedRunner, byte_tokenizer, chat_model, wait_for
 from server_process import ServerProcess, server_process
-from uvicorn.server import ServerState
 
 import api
 from engine import ChatModel
 from engine.tokenizer import ChatTokenizer
-from serving.connection import Connection
 
 # What uvicorn waits for connections that stay open after the requests are drained; it is told to
 # wait less here than api.py tells it to, so that tests outlast it sooner.
@@ -67,13 +66,12 @@ def started(
     slow_encode: bool = False,
     pause: float = 0.1,
     context: int = 512,
+    before: Callable[[], object] = wait_less,
 ) -> Iterator[tuple[ServerProcess, str]]:
     port = str(free_port())
     options = {"say": say, "load": load, "slow_encode": slow_encode}
     loader = partial(load_scripted, pause=pause, context=context, **options)
-    with server_process(
-        loader, "--port", port, "--no-chat-page", *flags, before=wait_less
-    ) as process:
+    with server_process(loader, "--port", port, "--no-chat-page", *flags, before=before) as process:
         url = f"http://127.0.0.1:{port}"
         wait_for(lambda: status(url) in ("ready", "loading"))
         if not load:
@@ -187,6 +185,44 @@ def test_an_answer_that_is_still_being_read_is_not_cut():
     assert len(answer) > 2**22, "less would lie in the sockets' buffers"
 
 
+def test_a_server_that_was_paused_goes_on_and_answers_who_came_meanwhile():
+    """As with Ctrl-Z, a laptop's lid, or a virtual machine that is moved."""
+    body = b'{"prompt": "x"}'
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    with started() as (process, url):
+        client = Client(url)
+        process.send_signal(signal.SIGSTOP)
+        wait_for(lambda: psutil.Process(process.process.pid).status() == psutil.STATUS_STOPPED)
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as late:
+            late.sendall(head % len(body) + body)
+            process.send_signal(signal.SIGCONT)
+            answer = b"".join(iter(lambda: late.recv(65536), b""))
+        client.join(20)
+        assert status(url) == "ready"
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert client.events[-1] == "[DONE]"
+    assert json.loads(client.events[-2])["response"] == "x" * 20
+
+
+def leave_for_where_nothing_can_be_written() -> None:
+    os.chdir("/proc")
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="the system has no such folder")
+def test_a_server_needs_no_folder_to_write_in():
+    with started(before=leave_for_where_nothing_can_be_written, pause=0) as (process, url):
+        body = {
+            "messages": [{"role": "user", "content": "x"}],
+            "response_format": {"type": "json_schema", "json_schema": {"schema": {"const": 1}}},
+        }
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.json()["choices"][0]["message"]["content"] == "1", answer.text
+        assert httpx.post(url, json={"prompt": "x"}).json()["response"] == "x" * 20
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
 def test_a_second_signal_ends_at_once():
     with started(say="x" * 300) as (process, url):
         client = Client(url)
@@ -196,16 +232,6 @@ def test_a_second_signal_ends_at_once():
         assert process.wait(10) == 128 + signal.SIGINT
         client.join(20)
     assert client.cut_off
-
-
-def test_an_idle_connection_is_kept_for_longer_than_who_reuses_it_keeps_it():
-    """However uvicorn is configured; its own 5 seconds are just those of httpx."""
-
-    async def connection() -> Connection:
-        config = uvicorn.Config(api.build_app, factory=True, timeout_keep_alive=5)
-        return Connection(config, ServerState(), {})
-
-    assert asyncio.run(connection()).timeout_keep_alive > 60
 
 
 @pytest.mark.parametrize("load", [0, 60])

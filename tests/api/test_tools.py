@@ -405,7 +405,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
         "64 levels",
     ),
     "arguments that are very deep": (
-        {"messages": [*HELLO, call('{"x":' * 90_000 + "1" + "}" * 90_000)]},
+        {"messages": [*HELLO, call('{"x":' * 60_000 + "1" + "}" * 60_000)]},
         "messages",
         "JSON object",
     ),

@@ -26,7 +26,7 @@ def compiler():
 
 def test_schema_that_takes_too_much_is_refused_and_the_next_is_compiled(compiler):
     compiler.compile(EASY)
-    worker = compiler._process
+    worker = compiler.trial.process
     with pytest.raises(InvalidInput, match="takes more than 2 seconds or 256 MiB") as refused:
         compiler.compile(HARD)
     assert refused.value.argument == "schema"
@@ -43,22 +43,22 @@ def test_schema_that_takes_too_much_memory_is_refused(compiler, monkeypatch):
 def test_invalid_schema_is_named_and_keeps_the_process(compiler):
     with pytest.raises(InvalidInput, match="bogus"):
         compiler.compile({"type": "bogus"})
-    worker = compiler._process
+    worker = compiler.trial.process
     compiler.compile(EASY)
-    assert compiler._process is worker
+    assert compiler.trial.process is worker
 
 
 def test_process_that_died_is_started_again(compiler):
     compiler.compile(EASY)
-    os.kill(compiler._process.pid, signal.SIGKILL)
-    wait_for(lambda: compiler._process.poll() is not None)
+    os.kill(compiler.trial.process.pid, signal.SIGKILL)
+    wait_for(lambda: compiler.trial.process.poll() is not None)
     compiler.compile(EASY)
 
 
 def test_grammar_with_a_schema_that_takes_too_much_is_refused(compiler):
     grammar = '%llguidance {}\nstart: "a" | %json '
     compiler.compile_grammar(grammar + json.dumps(EASY), ())
-    worker = compiler._process
+    worker = compiler.trial.process
     with pytest.raises(InvalidInput, match="takes more than 2 seconds or 256 MiB") as refused:
         compiler.compile_grammar(grammar + json.dumps(HARD), ())
     assert refused.value.argument == "tools"
@@ -67,17 +67,17 @@ def test_grammar_with_a_schema_that_takes_too_much_is_refused(compiler):
 
 def test_warming_up_starts_the_process_and_after_the_end_it_does_nothing(compiler):
     compiler.warm_up()
-    worker = compiler._process
+    worker = compiler.trial.process
     assert worker.poll() is None
     compiler.compile(EASY)
-    assert compiler._process is worker
+    assert compiler.trial.process is worker
     compiler.close()
     compiler.warm_up()
 
 
 def test_closing_ends_what_is_compiled(compiler):
     compiler.compile(EASY)
-    worker = compiler._process
+    worker = compiler.trial.process
     refused = []
 
     def ask() -> None:

@@ -9,12 +9,13 @@ import pytest
 from conftest import SPECIAL, TEMPLATE, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from transformers import GenerationConfig
 
 from engine import InvalidInput
 from engine.errors import StartError
 from engine.families import PIECE_BREAK, Message
+from engine.special_tokens import token_ids
 from engine.tokenizer import INFILL_MARKERS, ChatTokenizer, load_tokenizer
 
 
@@ -71,6 +72,17 @@ def test_error_raised_by_a_template_is_invalid_input(tokenizer):
     strict.chat_template = "{{ raise_exception('no system turns') }}"
     with pytest.raises(InvalidInput, match="no system turns"):
         ChatTokenizer(strict).encode(user("x"))
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+$"])
+def test_text_at_which_a_tokenizer_gives_up_is_invalid_input(pattern):
+    backend = byte_tokenizer().backend_tokenizer
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, backend.pre_tokenizer])
+    with pytest.raises(InvalidInput, match="tokenizer gives up") as refused:
+        token_ids(backend, "a" * 100 + "!")
+    assert refused.value.argument == "prompt"
+    assert len(token_ids(backend, "a b c!")) == 6
 
 
 def test_checkpoint_without_a_template_stops_the_start(tokenizer):

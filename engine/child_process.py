@@ -1,0 +1,154 @@
+"""A process that answers questions and can be ended, for work that could take for ever.
+
+Some libraries take minutes, or gigabytes, for a text that was made for it, and Python cannot end a
+thread. Questions and answers are JSON, a line each.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+# Seconds for the process to start, and to prepare what all of its answers need.
+START_TIMEOUT = 60.0
+
+
+class ChildEnded(Exception):
+    """The process gave no answer: it was ended after some time, or has died of the question."""
+
+
+class ChildProcess:
+    """Asks a module that calls `answer_questions`; thread-safe, one question after the other.
+
+    The process starts when it is first needed, and again after it has ended. `setup` is JSON that
+    it is given before the questions.
+    """
+
+    def __init__(self, module: str, setup: Any = None):
+        self.module, self.setup = module, setup
+        self.process: subprocess.Popen[str] | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Start the process if it does not run. Raises OSError, or ChildEnded."""
+        with self._lock:
+            self._start()
+
+    def ask(self, question: Any, seconds: float) -> Any:
+        """The answer; raises ChildEnded if there is none after so many seconds.
+
+        Raises OSError if the process cannot be started.
+        """
+        with self._lock:
+            self._start()
+            return self._answer(question, seconds)
+
+    def close(self) -> None:
+        """End the process, whatever it is doing, for good."""
+        self._closed = True
+        if process := self.process:
+            process.kill()
+        with self._lock:  # whoever has it gets no answer any more
+            self._end()
+
+    def _start(self) -> None:
+        if self.process and self.process.poll() is not None:
+            self._end()  # it died while it had nothing to do
+        if self.process is None and not self._closed:
+            self.process = start_module(self.module)
+            self._answer(self.setup, START_TIMEOUT)
+
+    def _answer(self, question: Any, seconds: float) -> Any:
+        process = self.process
+        if process is None:
+            raise ChildEnded
+        assert process.stdin
+        assert process.stdout
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        try:
+            if self._closed:
+                process.kill()
+            process.stdin.write(json.dumps([seconds, question]) + "\n")
+            process.stdin.flush()
+            # Empty, which is no JSON, if the process ended.
+            return json.loads(process.stdout.readline())
+        except (OSError, ValueError):
+            self._end()
+            raise ChildEnded from None
+        finally:
+            timer.cancel()
+
+    def _end(self) -> None:
+        process, self.process = self.process, None
+        if process:
+            process.kill()
+            process.communicate()
+
+
+def start_module(module: str) -> subprocess.Popen[str]:
+    # The same modules as here, wherever they were found; -P: but none from the current folder.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUTF8": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # what it says when it runs out of memory
+        text=True,
+        encoding="utf-8",
+        process_group=0,  # Ctrl-C is for the server, which has answers to finish
+    )
+
+
+# ---- In the process
+
+
+def answer_questions(
+    prepare: Callable[[Any], Callable[[Any], Any]], memory: int | None = None
+) -> None:
+    """Answer until stdin is closed, which also happens when the program that asks dies.
+
+    `prepare` is given the setup and returns what answers. `memory` is by how many bytes the process
+    may grow then.
+    """
+    _, setup = json.loads(sys.stdin.readline())
+    answer = prepare(setup)
+    if memory is not None:
+        limit_memory(memory)
+    say(None)
+    for line in sys.stdin:
+        seconds, question = json.loads(line)
+        # Twice as many, for when the one that would end it is gone.
+        limit_time(2 * seconds)
+        say(answer(question))
+
+
+def say(answer: Any) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+def limit_memory(num_bytes: int) -> None:
+    """Let this process grow by so many bytes, where the system has such limits."""
+    with suppress(ImportError, OSError):
+        import resource
+
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + num_bytes, resource.RLIM_INFINITY))
+
+
+def limit_time(seconds: float) -> None:
+    """End this process when it has used so many further seconds of the processor."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        most = int(used.ru_utime + used.ru_stime + seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
