@@ -28,6 +28,7 @@ from engine.model_config import context_length, not_supported
 from engine.quantized import num_parameters
 from engine.runner import Runner, create_runner, input_device
 from engine.sequence import Span
+from engine.threads import cores_settled_behind
 from engine.tokenizer import ChatTokenizer
 
 P = ParamSpec("P")
@@ -177,7 +178,7 @@ def load(
     """
     check_versions()
     check_gpus(device_map)
-    with explained(folder):
+    with explained(folder), cores_settled_behind():
         model, tokenizer = load_model(folder, dtype=dtype, device_map=device_map, quantize=quantize)
         text = chat_tokenizer(model, tokenizer, chat_template)
         ends = text.end_ids(model.generation_config)

@@ -20,6 +20,7 @@ from engine.packed_attention import use_packed_attention
 from engine.quantized import largest_unpacked
 from engine.sequence import Span, Work
 from engine.step import LayerRows, Pool, Step, Way
+from engine.threads import FreeCores
 
 log = logging.getLogger("chat")
 
@@ -142,6 +143,7 @@ class Runner:
         self.way: Way = self.fallback_way
         self.fallback_reason: str | None = None  # why attention is not in place
         self.graphs: list[DecodeGraph] = []
+        self.cores = FreeCores() if self.device.type == "cpu" else None
         self.difference = 0.0  # from the plain forward pass, as self_check measured it
 
     @property
@@ -160,6 +162,8 @@ class Runner:
 
         Wanted is each span's last token, or all of the computed ones if it has `all_logits`.
         """
+        if self.cores:
+            self.cores.settle()
         total = sum(new for _, new in work)
         wanted = sum(new if span.all_logits else 1 for span, new in work)
         graph = self._fitting_graph(work) if total == len(work) else None

@@ -36,6 +36,7 @@ ORDER = [
     "engine.model_config",
     "engine.attention",
     "engine.step",
+    "engine.threads",
     "engine.packed_attention",
     "engine.attention_trial",
     "engine.quantized",

@@ -1,0 +1,60 @@
+"""How many threads compute on a CPU: as many as there are cores that other programs leave.
+
+OpenMP's threads wait for each other hundreds of times in a step, and keep their cores busy with
+it. One whose core another program has keeps all of them waiting for as long as that one computes.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+# Seconds over which the use of the cores is measured.
+INTERVAL = 0.5
+# The part of a core that others may use before it is left to them.
+LITTLE = 0.6
+# Before any thread sets it for those that begin later.
+MOST = torch.get_num_threads()
+
+
+class FreeCores:
+    """Sets how many threads the operations of the calling thread have."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._when = time.monotonic()
+        self._used = self._used_by_others()
+
+    def settle(self) -> None:
+        """Look at what others have used since the last look, if that is long enough ago."""
+        now = time.monotonic()
+        seconds = now - self._when
+        if seconds < INTERVAL:
+            return
+        used = self._used_by_others()
+        torch.set_num_threads(cores_left(MOST, (used - self._used) / seconds))
+        self._when, self._used = now, used
+
+    def _used_by_others(self) -> float:
+        """Seconds of this process's cores that it has not used, nor nobody; since some time."""
+        cores = psutil.cpu_times(percpu=True)
+        if hasattr(self._process, "cpu_affinity"):
+            cores = [cores[number] for number in self._process.cpu_affinity()]
+        idle = sum(core.idle + getattr(core, "iowait", 0.0) for core in cores)
+        own = self._process.cpu_times()
+        return len(cores) * time.monotonic() - idle - own.user - own.system
+
+
+def cores_left(most: int, used: float) -> int:
+    """How many of so many cores are left, where others use as many as `used`."""
+    return max(1, most - int(used + 1 - LITTLE))
+
+
+@contextmanager
+def cores_settled_behind() -> Iterator[None]:
+    """What follows a block computes on the cores that others have left meanwhile."""
+    cores = FreeCores()
+    yield
+    cores.settle()
