@@ -202,7 +202,11 @@ def started(name: str, command: list[str], port: int, model: str | None = None) 
     finally:
         go_on(process)
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:  # it waits for clients that are gone
+            process.kill()
+            process.wait()
 
 
 async def healthy(url: str) -> bool:
@@ -607,10 +611,10 @@ def main() -> None:
             targets.append(stack.enter_context(one_at_a_time(options.model)))
             targets.append(stack.enter_context(transformers_serve(options.model)))
         rows = measure(targets, options)
-    print(f"{machine()}\n")
-    print_table(rows)
-    if options.plot:
-        plot(rows, options.plot)
+        print(f"{machine()}\n")
+        print_table(rows)
+        if options.plot:
+            plot(rows, options.plot)
 
 
 if __name__ == "__main__":
