@@ -28,7 +28,7 @@ class Turns:
         self.turns = torch.empty(0)
 
     def of(self, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """From [1, tokens, width] each, of which the halves are the same, [tokens, 1, width / 2]"""
+        """From two [1, tokens, width], the halves of each the same, to [tokens, 1, width / 2]."""
         if cos is not self.given:
             half = cos.shape[-1] // 2
             self.turns = torch.complex(cos[0, :, None, :half], sin[0, :, None, :half])
@@ -114,9 +114,9 @@ class Comparison:
         """What a layer was given and gave, as a forward hook is told."""
         if not {"position_embeddings", "step"} <= kwargs.keys():
             return
-        step = copy(kwargs["step"])  # it counts how often a layer is computed
         if kwargs["position_embeddings"][0].shape[-1] != module.head_dim:
             return  # a part of each head is turned
+        step = copy(kwargs["step"])  # it counts how often a layer is computed
         scoring = step.pool.layers[module.layer_idx].scoring
         fused = FusedAttention(module, scoring, self.turns)
         found, _ = fused(*args, **kwargs | {"step": step})

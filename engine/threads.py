@@ -7,6 +7,7 @@ it. One whose core another program has keeps all of them waiting for as long as 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
@@ -34,22 +35,28 @@ class FreeCores:
         if seconds < INTERVAL:
             return
         used = self._used_by_others()
-        torch.set_num_threads(cores_left(MOST, (used - self._used) / seconds))
+        left = cores_left(len(self._cores()), (used - self._used) / seconds)
+        torch.set_num_threads(min(left, MOST))
         self._when, self._used = now, used
 
-    def _used_by_others(self) -> float:
-        """Seconds of this process's cores that it has not used, nor nobody; since some time."""
+    def _cores(self) -> list[Any]:
+        """The times of the cores that this process may use, as the system counts them."""
         cores = psutil.cpu_times(percpu=True)
         if hasattr(self._process, "cpu_affinity"):
             cores = [cores[number] for number in self._process.cpu_affinity()]
+        return cores
+
+    def _used_by_others(self) -> float:
+        """Seconds of its cores that this process has not used, nor were idle; since some time."""
+        cores = self._cores()
         idle = sum(core.idle + getattr(core, "iowait", 0.0) for core in cores)
         own = self._process.cpu_times()
         return len(cores) * time.monotonic() - idle - own.user - own.system
 
 
-def cores_left(most: int, used: float) -> int:
-    """How many of so many cores are left, where others use as many as `used`."""
-    return max(1, most - int(used + 1 - LITTLE))
+def cores_left(cores: int, used: float) -> int:
+    """How many of the cores are left, where others use as many as `used`; at least one."""
+    return max(1, cores - int(used + 1 - LITTLE))
 
 
 @contextmanager

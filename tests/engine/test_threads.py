@@ -5,6 +5,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from engine.threads import FreeCores, cores_left
 
 
 @pytest.mark.parametrize(
-    ("most", "used", "left"),
+    ("cores", "used", "left"),
     [
         (2, 0.0, 2),
         (2, 0.3, 2),  # a client on the same machine
@@ -26,8 +27,8 @@ from engine.threads import FreeCores, cores_left
         (2, -0.2, 2),  # the clocks do not agree
     ],
 )
-def test_cores_that_others_use_are_left_to_them(most, used, left):
-    assert cores_left(most, used) == left
+def test_cores_that_others_use_are_left_to_them(cores, used, left):
+    assert cores_left(cores, used) == left
 
 
 def look(cores):
@@ -43,7 +44,7 @@ def test_threads_become_fewer_beside_busy_programs(monkeypatch):
     with ThreadPoolExecutor(1) as thread:  # of whose threads nothing is left behind
         number = torch.get_num_threads()
         cores = thread.submit(FreeCores).result()
-        programs = [subprocess.Popen(busy) for _ in range(8)]
+        programs = [subprocess.Popen(busy) for _ in range(2 * psutil.cpu_count())]
         try:
             assert any(thread.submit(look, cores).result() == 1 for _ in range(20))
         finally:
