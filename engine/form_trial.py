@@ -12,9 +12,17 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_to_fp32
 
-from engine.form import Form, convert, convert_int8, convert_module, held_bytes
+from engine.form import (
+    Form,
+    convert,
+    convert_int8,
+    convert_module,
+    held_bytes,
+    matrices_of,
+    replaceable,
+)
 from engine.linear import HalfLinear, has_int8_products, is_available
-from engine.quantized import bits_of
+from engine.quantized import BLOCK, Bits, bits_of, fits
 
 # What is measured: the tokens in a step of one request, and of a full batch.
 TOKENS = (1, 16)
@@ -161,7 +169,9 @@ def settle_form(model: Any, dtype: str = "auto") -> str:
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     asked = dtype != "auto" or model.dtype not in (torch.bfloat16, torch.float16)
     if bits := bits_of(model):
+        unfit = unfit_summary(model, bits)
         how = settle_quantized(model, asked) if on_cpu else kernel_summary(bits, model)
+        how += unfit
         return f"in {bits} bits, {held_bytes(model) / 2**30:.1f} GiB ({how})"
     if asked or not on_cpu:
         return kept
@@ -177,6 +187,15 @@ def settle_form(model: Any, dtype: str = "auto") -> str:
     tokens = " and ".join(map(str, TOKENS))
     named = kept if form == "as it is" else form
     return f"{named} (a step of {tokens} tokens here: {', '.join(figures)})"
+
+
+def unfit_summary(model: Any, bits: Bits) -> str:
+    """How many layers are not packed though others like them are; nothing if all could be."""
+    layers = replaceable(model).values()
+    unfit = sum(not all(fits(x, bits) for x in matrices_of(layer)) for layer in layers)
+    if not unfit:
+        return ""
+    return f"; {unfit} layers stay as they are, whose rows are not whole blocks of {BLOCK} weights"
 
 
 def kernel_summary(bits: int, model: Any) -> str:

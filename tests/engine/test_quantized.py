@@ -297,3 +297,11 @@ def test_missing_bitsandbytes_is_one_sentence_with_the_command(folders, monkeypa
 def test_unknown_width_is_refused(folders):
     with pytest.raises(StartError, match="--quantize 3bit is not known"):
         loaded(folders["llama"], "3bit")
+
+
+@needs_bitsandbytes
+def test_start_log_says_what_is_not_packed(folders):
+    whole = settle_form(loaded(folders["deepseek_v2"], "4bit", "bfloat16"))
+    assert "stay as they are" not in whole
+    narrow = settle_form(loaded(FIXTURES / "deepseek_v2", "4bit", "bfloat16"))
+    assert "layers stay as they are, whose rows are not whole blocks of 64 weights" in narrow
