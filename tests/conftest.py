@@ -34,6 +34,13 @@ from engine.tokenizer import ChatTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure() -> None:
+    """The settings of whoever runs the tests, such as a key, are not the tests'."""
+    for name in [*os.environ]:
+        if name.startswith("CHAT_") and not name.startswith("CHAT_TEST_"):
+            del os.environ[name]
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Four, which mostly wait; but each takes its time to import torch, so none for one file."""
     if len(config.args) == 1 and ".py" in config.args[0]:
