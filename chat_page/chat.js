@@ -291,8 +291,10 @@ function addText(message, { reasoning_content: thought, content }) {
         message.content += thought;
     }
     if (content) {
-        if (message.thinks) message.content += "</think>\n\n";
-        if (message.thinks) message.thinks = false;
+        if (message.thinks) {
+            message.content += "</think>\n\n";
+            message.thinks = false;
+        }
         message.content += content;
     }
     return thought || content;

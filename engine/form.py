@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from engine.fused import Part, fuse_mlps, fuse_norms, share_products
+from engine.fused import Part, fuse_parts, share_products
 from engine.linear import HalfExperts, HalfLinear, Int8Experts, Int8Linear, WideEmbedding, fits_fp16
 from engine.packed_attention import can_absorb
 from engine.quantized import QuantizedLinear, is_int8
@@ -94,8 +94,7 @@ def convert_module(model: Any, form: Form) -> None:
     for parameter in model.parameters():
         if parameter not in kept and parameter.is_floating_point():
             parameter.data = parameter.data.float()
-    fuse_norms(model)
-    fuse_mlps(model)
+    fuse_parts(model)
 
 
 @torch.inference_mode()

@@ -171,8 +171,7 @@ def settle_form(model: Any, dtype: str = "auto") -> str:
     if bits := bits_of(model):
         unfit = unfit_summary(model, bits)
         how = settle_quantized(model, asked) if on_cpu else kernel_summary(bits, model)
-        how += unfit
-        return f"in {bits} bits, {held_bytes(model) / 2**30:.1f} GiB ({how})"
+        return f"in {bits} bits, {held_bytes(model) / 2**30:.1f} GiB ({how}{unfit})"
     if asked or not on_cpu:
         return kept
     taken = measure_forms(model)

@@ -107,7 +107,7 @@ def share_products(module: Any) -> None:
 
 
 def plain_norm(module: Any) -> RMSNorm | None:
-    """Torch's RMSNorm in place of a module, if it computes the same: some models add 1."""
+    """Our RMSNorm in place of a module, if it computes the same: some models add 1."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or weight is None or eps is None:
@@ -115,13 +115,6 @@ def plain_norm(module: Any) -> RMSNorm | None:
     norm = RMSNorm(weight, eps)
     probe = torch.linspace(-3, 3, 2 * weight.numel()).reshape(1, 2, -1)
     return norm if torch.allclose(norm(probe), module(probe), atol=1e-5, rtol=1e-5) else None
-
-
-def fuse_norms(model: Any) -> None:
-    """Replace a model's norms by torch's, where they are the same."""
-    for name, module in list(model.named_modules()):
-        if norm := plain_norm(module):
-            model.set_submodule(name, norm)
 
 
 def plain_mlp(module: Any) -> FusedMLP | None:
@@ -136,8 +129,8 @@ def plain_mlp(module: Any) -> FusedMLP | None:
     return fused if torch.allclose(fused(probe), module(probe)) else None
 
 
-def fuse_mlps(model: Any) -> None:
-    """Replace a model's gated MLPs, where they are no more than that."""
+def fuse_parts(model: Any) -> None:
+    """Replace a model's norms and gated MLPs, where they are no more than that."""
     for name, module in list(model.named_modules()):
-        if fused := plain_mlp(module):
+        if fused := plain_norm(module) or plain_mlp(module):
             model.set_submodule(name, fused)

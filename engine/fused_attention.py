@@ -46,7 +46,6 @@ class FusedAttention(torch.nn.Module):
     def __init__(self, module: Any, scoring: Scoring, turns: Turns):
         super().__init__()
         self.layer_idx = module.layer_idx
-        self.attention_window = module.attention_window
         self.scoring = scoring
         self.turns = turns
         self.product = module.q_proj.shared.product
@@ -87,7 +86,7 @@ def head_norm(module: Any, queries: int, keys: int) -> RMSNorm | None:
 
 
 def can_be_fused(module: Any) -> bool:
-    """Whether a module looks like plain attention, with packed products and torch's norms."""
+    """Whether a module looks like plain attention, with packed products, and norms as ours."""
     parts: list[Any] = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
     if not all(isinstance(part, Part) for part in parts) or not hasattr(module, "head_dim"):
         return False

@@ -50,7 +50,7 @@ def attend_rows(
         group.attend(query[group.tokens], group.select(keys), group.select(values), scoring)
         for group in here.groups
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined(parts)
 
 
 def attend_latents(
@@ -69,7 +69,12 @@ def attend_latents(
         attend_latent(module, group, query[group.tokens], group.select(rows), scoring)
         for group in here.groups
     ]
-    return torch.cat(parts)
+    return joined(parts)
+
+
+def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """What the groups say, one behind the other, without a copy of a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def attend_latent(

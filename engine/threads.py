@@ -7,7 +7,6 @@ it. One whose core another program has keeps all of them waiting for as long as 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import psutil
 import torch
@@ -25,6 +24,9 @@ class FreeCores:
 
     def __init__(self) -> None:
         self._process = psutil.Process()
+        # Those that this process may use, where the system says so.
+        usable = getattr(self._process, "cpu_affinity", lambda: range(psutil.cpu_count()))
+        self._cores = [*usable()]
         self._when = time.monotonic()
         self._used = self._used_by_others()
 
@@ -35,20 +37,14 @@ class FreeCores:
         if seconds < INTERVAL:
             return
         used = self._used_by_others()
-        left = cores_left(len(self._cores()), (used - self._used) / seconds)
+        left = cores_left(len(self._cores), (used - self._used) / seconds)
         torch.set_num_threads(min(left, MOST))
         self._when, self._used = now, used
 
-    def _cores(self) -> list[Any]:
-        """The times of the cores that this process may use, as the system counts them."""
-        cores = psutil.cpu_times(percpu=True)
-        if hasattr(self._process, "cpu_affinity"):
-            cores = [cores[number] for number in self._process.cpu_affinity()]
-        return cores
-
     def _used_by_others(self) -> float:
         """Seconds of its cores that this process has not used, nor were idle; since some time."""
-        cores = self._cores()
+        times = psutil.cpu_times(percpu=True)
+        cores = [times[number] for number in self._cores]
         idle = sum(core.idle + getattr(core, "iowait", 0.0) for core in cores)
         own = self._process.cpu_times()
         return len(cores) * time.monotonic() - idle - own.user - own.system

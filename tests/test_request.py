@@ -22,11 +22,10 @@ def command(*arguments: str) -> list[str]:
 
 def run(*arguments: str, said: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     """The command to its end; the user says `said`, in UTF-8 whatever the locale."""
-    clean = {name: value for name, value in os.environ.items() if name != "CHAT_API_KEY"}
     return subprocess.run(
         command(*arguments),
         input=said,
-        env=clean | variables,
+        env=os.environ | variables,
         capture_output=True,
         encoding="utf-8",
         timeout=60,

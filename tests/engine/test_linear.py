@@ -54,7 +54,7 @@ def test_each_family_has_its_logits_in_fp16_weights(name):
         assert error < (before.float() - wanted).norm() / wanted.norm()
 
 
-def test_layers_of_one_input_are_one_product_and_norms_are_torchs():
+def test_layers_of_one_input_are_one_product_and_norms_are_fused():
     model = tiny_llama().bfloat16()
     with torch.no_grad():
         for parameter in model.parameters():
