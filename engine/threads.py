@@ -24,11 +24,8 @@ class FreeCores:
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        # Those that this process may use, where the system says so.
-        usable = getattr(self._process, "cpu_affinity", lambda: range(psutil.cpu_count()))
-        self._cores = [*usable()]
         self._when = time.monotonic()
-        self._used = self._used_by_others()
+        _, self._used = self._used_by_others()
 
     def settle(self) -> None:
         """Look at what others have used since the last look, if that is long enough ago."""
@@ -36,18 +33,24 @@ class FreeCores:
         seconds = now - self._when
         if seconds < INTERVAL:
             return
-        used = self._used_by_others()
-        left = cores_left(len(self._cores), (used - self._used) / seconds)
-        torch.set_num_threads(min(left, MOST))
+        number, used = self._used_by_others()
+        torch.set_num_threads(min(MOST, cores_left(number, (used - self._used) / seconds)))
         self._when, self._used = now, used
 
-    def _used_by_others(self) -> float:
-        """Seconds of its cores that this process has not used, nor were idle; since some time."""
-        times = psutil.cpu_times(percpu=True)
-        cores = [times[number] for number in self._cores]
+    def _used_by_others(self) -> tuple[int, float]:
+        """How many cores this process may use, and the seconds of them that others have used.
+
+        The seconds are since some time; what counts is their difference.
+        """
+        cores = psutil.cpu_times(percpu=True)
+        if hasattr(self._process, "cpu_affinity"):
+            numbers = self._process.cpu_affinity()
+            # A container may list its own cores alone, while the numbers are the machine's.
+            if max(numbers) < len(cores):
+                cores = [cores[number] for number in numbers]
         idle = sum(core.idle + getattr(core, "iowait", 0.0) for core in cores)
         own = self._process.cpu_times()
-        return len(cores) * time.monotonic() - idle - own.user - own.system
+        return len(cores), len(cores) * time.monotonic() - idle - own.user - own.system
 
 
 def cores_left(cores: int, used: float) -> int:

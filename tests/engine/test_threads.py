@@ -52,3 +52,16 @@ def test_threads_become_fewer_beside_busy_programs(monkeypatch):
                 program.kill()
                 program.wait()
             torch.set_num_threads(number)
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "cpu_affinity"), reason="the system does not say")
+@pytest.mark.parametrize("numbers", [[0], [0, 4096], [4095, 4096]])
+def test_numbers_of_cores_may_be_others_than_those_that_are_listed(monkeypatch, numbers):
+    """As in a container, which lists its own cores from 0 on, or with cores switched off."""
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: numbers)
+    monkeypatch.setattr(threads, "MOST", 2)
+    number = torch.get_num_threads()
+    try:
+        assert look(FreeCores()) in (1, 2)
+    finally:
+        torch.set_num_threads(number)
