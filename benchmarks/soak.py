@@ -74,9 +74,12 @@ class State:
 
     @property
     def kept(self) -> tuple[float, ...]:
-        """What must be as before once all is over. Threads may also be fewer."""
-        names = "num_requests_running", "num_requests_waiting", "cache_tokens_used"
-        return (*(self[name] for name in names), self.files)
+        """What must be as before once all is over. Threads may also be fewer.
+
+        Not the rows that the last request leaves in the cache: where a stop string ends it, a step
+        more or less has been computed by then. Whether all are free is for `emptied` to see.
+        """
+        return self["num_requests_running"], self["num_requests_waiting"], self.files
 
 
 def process_of(url: str) -> psutil.Process:
