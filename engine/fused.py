@@ -1,4 +1,7 @@
-"""Fewer and larger operations for a model on a CPU, where each costs as much as the work in it."""
+"""Fewer and larger operations for a model on a CPU, where each costs as much as the work in it.
+
+So does calling a module: here, and in what is made of these, only `forward` is called.
+"""
 
 from typing import Any
 
@@ -69,7 +72,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x.div(norm.hypot(self.floor)).mul_(self.scale)
+        return x.div(norm.hypot_(self.floor)).mul_(self.scale)
 
 
 class FusedMLP(torch.nn.Module):
@@ -78,13 +81,12 @@ class FusedMLP(torch.nn.Module):
     def __init__(self, module: Any):
         super().__init__()
         self.product = module.gate_proj.shared.product
-        self.middle = module.gate_proj.out_features
         self.act_fn = module.act_fn
         self.down_proj = module.down_proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        both = self.product(x)
-        return self.down_proj(self.act_fn(both[..., : self.middle]) * both[..., self.middle :])
+        gate, up = self.product.forward(x).chunk(2, -1)
+        return self.down_proj.forward(self.act_fn.forward(gate) * up)
 
 
 def can_be_shared(layer: Any) -> bool:

@@ -1,12 +1,9 @@
 """An attention layer in few operations, for models whose products are packed for a CPU.
 
 Queries, keys and values are one product already (engine.fused); here the queries and keys of all
-heads are also turned together. Only where it computes what the model's own layer does.
+heads are also turned together.
 """
 
-from collections.abc import Callable
-from copy import copy
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +12,6 @@ from engine.attention import Scoring
 from engine.fused import Part, RMSNorm
 from engine.packed_attention import attend_rows
 from engine.step import Step
-
-# By how much a layer's result may differ, relatively: 8 bits round activations to 14.
-TOLERANCE = 1e-3
 
 
 class Turns:
@@ -63,17 +57,23 @@ class FusedAttention(torch.nn.Module):
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """By transformers' interface, [1, tokens, width]."""
-        queries, keys, _ = self.counts
-        heads = self.product(hidden_states[0]).view(-1, sum(self.counts), self.width)
-        turning, value = heads[:, : queries + keys], heads[:, queries + keys :]
+        return self.attend(hidden_states[0], position_embeddings, step)[None], None
+
+    def attend(
+        self, x: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor], step: Step
+    ) -> torch.Tensor:
+        """The same of [tokens, width], for embeddings of the positions."""
+        queries, keys, values = self.counts
+        heads = self.product.forward(x).view(-1, queries + keys + values, self.width)
+        turning = heads.narrow(1, 0, queries + keys)
+        value = heads.narrow(1, queries + keys, values)
         if self.norm is not None:
-            turning = self.norm(turning)
-        half = self.width // 2
-        pairs = torch.complex(turning[..., :half], turning[..., half:])
-        turned = torch.view_as_real(pairs.mul_(self.turns.of(*position_embeddings))).flatten(2)
-        query, key = turned[:, :queries], turned[:, queries:]
+            turning = self.norm.forward(turning)
+        pairs = torch.complex(*turning.chunk(2, -1)).mul_(self.turns.of(*embeddings))
+        turned = torch.view_as_real(pairs).flatten(2)
+        query, key = turned.narrow(1, 0, queries), turned.narrow(1, queries, keys)
         out = attend_rows(step, self.layer_idx, query, key, value, self.scoring)
-        return self.o_proj(out.flatten(1))[None], None
+        return self.o_proj.forward(out.flatten(1))
 
 
 def head_norm(module: Any, queries: int, keys: int) -> RMSNorm | None:
@@ -100,41 +100,3 @@ def can_be_fused(module: Any) -> bool:
         return False
     # Of each head, and not of all together.
     return {(n.eps, *n.weight.shape) for n in norms} == {(norms[0].eps, module.head_dim)}
-
-
-class Comparison:
-    """Makes fused layers in a forward pass, and keeps those that compute what the model's do."""
-
-    def __init__(self) -> None:
-        self.turns = Turns()
-        self.alike: dict[str, FusedAttention] = {}
-
-    def hear(self, name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        """What a layer was given and gave, as a forward hook is told."""
-        if not {"position_embeddings", "step"} <= kwargs.keys():
-            return
-        if kwargs["position_embeddings"][0].shape[-1] != module.head_dim:
-            return  # a part of each head is turned
-        step = copy(kwargs["step"])  # it counts how often a layer is computed
-        scoring = step.pool.layers[module.layer_idx].scoring
-        fused = FusedAttention(module, scoring, self.turns)
-        found, _ = fused(*args, **kwargs | {"step": step})
-        if (found - output[0]).norm() < TOLERANCE * output[0].norm():
-            self.alike[name] = fused
-
-
-def fuse_attention(model: Any, run: Callable[[], Any]) -> None:
-    """Replace a model's layers of attention where that computes the same in a forward pass."""
-    comparison = Comparison()
-    hooks = [
-        module.register_forward_hook(partial(comparison.hear, name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if can_be_fused(module)
-    ]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, fused in comparison.alike.items():
-        model.set_submodule(name, fused)

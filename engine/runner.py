@@ -14,7 +14,7 @@ from engine.attention_trial import attention_windows
 from engine.cuda_graph import DecodeGraph
 from engine.errors import StartError
 from engine.form import computes_exactly
-from engine.fused_attention import fuse_attention
+from engine.fused_layer import fuse_layers
 from engine.model_config import context_length
 from engine.packed_attention import use_packed_attention
 from engine.quantized import largest_unpacked
@@ -85,7 +85,7 @@ def create_runner(model: Any, cache_memory: str = "auto", max_rows: int = 2**31 
     prepare_model(model)
     # A few tokens make each layer create its rows, which shows what a row costs on which device.
     trial = Runner(model, 8)
-    fuse_attention(model, lambda: trial.forward([(Span([*range(7)]), 7)]))
+    fuse_layers(model, lambda: trial.forward([(Span([*range(7)]), 7)]))
     rows = min(max_rows, affordable_rows(trial, cache_memory))
     if rows < 64:
         raise StartError(f"the KV cache holds only {rows} tokens; raise --cache-memory")

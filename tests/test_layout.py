@@ -44,6 +44,7 @@ ORDER = [
     "engine.linear",
     "engine.fused",
     "engine.fused_attention",
+    "engine.fused_layer",
     "engine.form",
     "engine.form_trial",
     "engine.quantizer",

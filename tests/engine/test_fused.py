@@ -10,14 +10,17 @@ from transformers import (
     Gemma2Config,
     GlmConfig,
     GptOssConfig,
+    GraniteConfig,
+    Olmo2Config,
     Qwen2Config,
     Qwen3Config,
 )
 
-from engine import fused_attention
+from engine import fused_layer
 from engine.form import convert
 from engine.fused import FusedMLP, RMSNorm
 from engine.fused_attention import FusedAttention, Turns
+from engine.fused_layer import FusedLayer
 from engine.loading import start_runner
 
 SIZES = {
@@ -99,11 +102,46 @@ def test_attention_that_computes_something_else_stays(monkeypatch):
         def of(self, cos, sin):
             return super().of(cos, sin).square()
 
-    monkeypatch.setattr(fused_attention, "Turns", TooFar)
+    monkeypatch.setattr(fused_layer, "Turns", TooFar)
     model = tiny_llama().bfloat16()
     convert(model, "fp16 weights")
     start_runner(model, "64MiB")
     assert FusedAttention not in {type(module) for module in model.modules()}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(lambda: tiny_llama().bfloat16(), id="llama"),
+        pytest.param(lambda: model_of(Qwen2Config), id="biases"),
+        pytest.param(lambda: model_of(Qwen3Config), id="norms of each head"),
+        pytest.param(lambda: model_of(GraniteConfig, residual_multiplier=1.0), id="a factor of 1"),
+    ],
+)
+def test_whole_layer_is_fused_and_says_the_same(model):
+    model = model()
+    convert(model, "fp16 weights")
+    runner = start_runner(model, "64MiB")
+    assert {type(layer) for layer in model.model.layers} == {FusedLayer}
+    assert runner.difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(
+            lambda: model_of(GraniteConfig, residual_multiplier=0.5), id="a factor of a half"
+        ),
+        pytest.param(lambda: model_of(Gemma2Config), id="norms on both sides"),
+        pytest.param(lambda: model_of(Olmo2Config), id="norms behind"),
+    ],
+)
+def test_layer_of_another_kind_stays(model):
+    model = model()
+    convert(model, "fp16 weights")
+    runner = start_runner(model, "64MiB")
+    assert FusedLayer not in {type(module) for module in model.modules()}
+    assert runner.difference < 1e-4
 
 
 def test_gated_mlp_is_fused_only_where_it_is_no_more():
