@@ -1020,16 +1020,13 @@ class ChatService:
     ) -> Response:
         """Read the body, and respond with what needs no generation."""
         info = request_info(request.scope)
-        try:
-            async with time_limit(info, self.settings.request_timeout):
-                body = await read_body(request, schema)
-                info.field_of = body.field_of
-                model = self.model(body.model)
-                self.check_queue(model)
-                work = self.workers.run(partial(body.result, model))
-                return JSONText(await while_connected(request, work))
-        except ClientDisconnect:
-            return Response(status_code=499)
+        async with time_limit(info, self.settings.request_timeout):
+            body = await read_body(request, schema)
+            info.field_of = body.field_of
+            model = self.model(body.model)
+            self.check_queue(model)
+            work = self.workers.run(partial(body.result, model))
+            return JSONText(await while_connected(request, work))
 
     def error_payload(self, scope: Scope, error: Exception) -> dict[str, Any]:
         """The body of an error in the client's dialect; its code is how the request ended."""
@@ -1135,6 +1132,7 @@ def add_error_handlers(app: FastAPI, service: ChatService) -> None:
 
     for kind in (EngineError, RequestError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)
+    app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=499))
 
 
 def build_app(
