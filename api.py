@@ -250,6 +250,7 @@ class Settings(BaseSettings):
         env_prefix="CHAT_",
         env_ignore_empty=True,
         frozen=True,
+        allow_inf_nan=False,
         cli_kebab_case=True,
         cli_avoid_json=True,
         cli_implicit_flags=True,
