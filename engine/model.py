@@ -183,10 +183,12 @@ class ChatModel:
 
     def prepare_text(self, prompt: str | list[int], given: dict[str, Any]) -> Prompt:
         """The same for a text to continue, or its token ids, without a chat format."""
-        ids = self.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
-        if not ids:
+        if isinstance(prompt, str):
+            self.tokenizer.check_length(prompt)
+            prompt = self.tokenizer.encode_text(prompt)
+        if not prompt:
             raise InvalidInput("prompt is empty; send a text or token ids", "prompt")
-        return replace(self._with_length(ids, given, whole_context=True), continues=True)
+        return replace(self._with_length(prompt, given, whole_context=True), continues=True)
 
     def prepare_infill(self, prefix: str, suffix: str, given: dict[str, Any]) -> Prompt:
         """The same for what is missing between two texts, which any special token ends.
