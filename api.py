@@ -446,7 +446,7 @@ def with_template_kwargs(model: ChatModel, given: dict[str, Any]) -> ChatModel:
     model = replace(model, template_kwargs=given)
     try:
         model.encode([{"role": "user", "content": "hi"}])
-    except InvalidInput as error:
+    except EngineError as error:
         model.close()
         raise StartError(f"--chat-template-kwargs: {error}") from error
     return model

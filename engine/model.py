@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ContextTooLong, InvalidInput
+from engine.errors import ContextTooLong, EngineError, InvalidInput
 from engine.families import Message
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta, Prompt
@@ -211,7 +211,7 @@ class ChatModel:
         ]
         try:
             return bool(self.encode(begun, continue_final=True))
-        except InvalidInput:
+        except EngineError:
             return False
 
     @cached_property

@@ -168,7 +168,8 @@ class ChatTokenizer:
         `tools` are what the answer may call, as in OpenAI's API.
         `template_kwargs` are variables for the chat template, such as Qwen's `enable_thinking`.
         With `continue_final` the last message, the assistant's, is left open for the answer to
-        go on from it. Raises InvalidInput where the model's format does not allow for them.
+        go on from it. Raises InvalidInput where the model's format does not allow for them,
+        ContextTooLong or TemplateTooCostly where they are too much for it.
         """
         # A template puts all that is said into a prompt, which may take the square of its length.
         self.check_length("".join(m["content"].strip() for m in messages if m["role"] in ASKING))
