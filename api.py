@@ -72,6 +72,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect
+    from starlette.routing import Match
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     import chat_page
@@ -1119,13 +1120,24 @@ class ChatService:
             )
 
 
+def allowed_methods(app: FastAPI, scope: Scope, known: str) -> str:
+    """What a path takes: the methods of all its routes. Starlette knows those of the first one."""
+    methods = set(known.split(", "))
+    for route in app.routes:
+        if route.matches(scope)[0] is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return ", ".join(sorted(methods))
+
+
 def add_error_handlers(app: FastAPI, service: ChatService) -> None:
     """Give every exception its response."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        headers: Mapping[str, str] = {}
+        headers: dict[str, str] = {}
         if isinstance(error, HTTPException):
-            headers = error.headers or {}  # Allow, at a path that does not take the method
+            headers = dict(error.headers or {})
+            if known := headers.get("Allow"):
+                headers["Allow"] = allowed_methods(app, request.scope, known)
             error = from_starlette(error, request.url.path)
         response = service.refuse(request.scope, error)
         response.headers.update(headers)

@@ -236,7 +236,9 @@ def test_a_body_too_large_is_413_declared_and_chunked(server):
 
 def test_unknown_places_and_methods_are_refused_in_the_same_shape(server):
     assert refusal(httpx.get(f"{server}/nowhere"), 404)["code"] == "not_found"
-    assert refusal(httpx.put(server), 405)["code"] == "method_not_allowed"
+    refused = httpx.put(server)
+    assert refusal(refused, 405)["code"] == "method_not_allowed"
+    assert refused.headers["allow"] == "GET, HEAD, POST"
 
 
 # ---- Streaming
