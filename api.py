@@ -72,6 +72,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect
+    from starlette.routing import Match
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     import chat_page
@@ -250,6 +251,7 @@ class Settings(BaseSettings):
         env_prefix="CHAT_",
         env_ignore_empty=True,
         frozen=True,
+        allow_inf_nan=False,
         cli_kebab_case=True,
         cli_avoid_json=True,
         cli_implicit_flags=True,
@@ -445,7 +447,7 @@ def with_template_kwargs(model: ChatModel, given: dict[str, Any]) -> ChatModel:
     model = replace(model, template_kwargs=given)
     try:
         model.encode([{"role": "user", "content": "hi"}])
-    except InvalidInput as error:
+    except EngineError as error:
         model.close()
         raise StartError(f"--chat-template-kwargs: {error}") from error
     return model
@@ -1020,16 +1022,13 @@ class ChatService:
     ) -> Response:
         """Read the body, and respond with what needs no generation."""
         info = request_info(request.scope)
-        try:
-            async with time_limit(info, self.settings.request_timeout):
-                body = await read_body(request, schema)
-                info.field_of = body.field_of
-                model = self.model(body.model)
-                self.check_queue(model)
-                work = self.workers.run(partial(body.result, model))
-                return JSONText(await while_connected(request, work))
-        except ClientDisconnect:
-            return Response(status_code=499)
+        async with time_limit(info, self.settings.request_timeout):
+            body = await read_body(request, schema)
+            info.field_of = body.field_of
+            model = self.model(body.model)
+            self.check_queue(model)
+            work = self.workers.run(partial(body.result, model))
+            return JSONText(await while_connected(request, work))
 
     def error_payload(self, scope: Scope, error: Exception) -> dict[str, Any]:
         """The body of an error in the client's dialect; its code is how the request ended."""
@@ -1121,13 +1120,24 @@ class ChatService:
             )
 
 
+def allowed_methods(app: FastAPI, scope: Scope, known: str) -> str:
+    """What a path takes: the methods of all its routes. Starlette knows those of the first one."""
+    methods = set(known.split(", "))
+    for route in app.routes:
+        if route.matches(scope)[0] is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return ", ".join(sorted(methods))
+
+
 def add_error_handlers(app: FastAPI, service: ChatService) -> None:
     """Give every exception its response."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        headers: Mapping[str, str] = {}
+        headers: dict[str, str] = {}
         if isinstance(error, HTTPException):
-            headers = error.headers or {}  # Allow, at a path that does not take the method
+            headers = dict(error.headers or {})
+            if known := headers.get("Allow"):
+                headers["Allow"] = allowed_methods(app, request.scope, known)
             error = from_starlette(error, request.url.path)
         response = service.refuse(request.scope, error)
         response.headers.update(headers)
@@ -1135,6 +1145,7 @@ def add_error_handlers(app: FastAPI, service: ChatService) -> None:
 
     for kind in (EngineError, RequestError, HTTPException, Exception):
         app.add_exception_handler(kind, handle)
+    app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=499))
 
 
 def build_app(

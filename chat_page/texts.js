@@ -68,9 +68,9 @@ const TEXTS = {
     offline: ["There is no connection to the server.", "无法连接服务器。"],
     unanswered: ["This question has no answer yet.", "这个问题还没有回答。"],
     busy: ["The server is busy; trying again in {n} s.", "服务器繁忙，{n} 秒后重试。"],
-    key: ["This server needs an API key.", "此服务器需要 API 密钥。"],
-    keyLabel: ["API key", "API 密钥"],
-    keyRefused: ["The server does not know this key.", "密钥不正确。"],
+    key: ["This server needs an API key.", "此服务器需要 API Key。"],
+    keyLabel: ["API key", "API Key"],
+    keyRefused: ["The server does not know this key.", "API Key 不正确。"],
     remember: ["Remember it in this browser", "在此浏览器中记住"],
     use: ["Use", "使用"],
     tooLong: [

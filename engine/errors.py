@@ -17,8 +17,10 @@ class ContextTooLong(InvalidInput):
     """Prompt and answer do not fit: in the model's context, or in the KV cache."""
 
 
-class TemplateTooCostly(InvalidInput):
+class TemplateTooCostly(EngineError):
     """The model's chat template takes too much time or memory to render what it is given."""
+
+    argument = "messages"
 
 
 class QueueFull(EngineError):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ContextTooLong, InvalidInput
+from engine.errors import ContextTooLong, EngineError, InvalidInput
 from engine.families import Message
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta, Prompt
@@ -183,10 +183,12 @@ class ChatModel:
 
     def prepare_text(self, prompt: str | list[int], given: dict[str, Any]) -> Prompt:
         """The same for a text to continue, or its token ids, without a chat format."""
-        ids = self.tokenizer.encode_text(prompt) if isinstance(prompt, str) else prompt
-        if not ids:
+        if isinstance(prompt, str):
+            self.tokenizer.check_length(prompt)
+            prompt = self.tokenizer.encode_text(prompt)
+        if not prompt:
             raise InvalidInput("prompt is empty; send a text or token ids", "prompt")
-        return replace(self._with_length(ids, given, whole_context=True), continues=True)
+        return replace(self._with_length(prompt, given, whole_context=True), continues=True)
 
     def prepare_infill(self, prefix: str, suffix: str, given: dict[str, Any]) -> Prompt:
         """The same for what is missing between two texts, which any special token ends.
@@ -209,7 +211,7 @@ class ChatModel:
         ]
         try:
             return bool(self.encode(begun, continue_final=True))
-        except InvalidInput:
+        except EngineError:
             return False
 
     @cached_property

@@ -50,8 +50,7 @@ def render_template(
         raise InvalidInput(f"the model's chat template refuses these turns: {reason}", "messages")
     raise TemplateTooCostly(
         f"the model's chat template takes more than {RENDER_TIMEOUT:g} seconds or"
-        f" {RENDER_MEMORY // 2**20} MiB to render these turns",
-        "messages",
+        f" {RENDER_MEMORY // 2**20} MiB to render these turns"
     )
 
 

@@ -168,10 +168,11 @@ class ChatTokenizer:
         `tools` are what the answer may call, as in OpenAI's API.
         `template_kwargs` are variables for the chat template, such as Qwen's `enable_thinking`.
         With `continue_final` the last message, the assistant's, is left open for the answer to
-        go on from it. Raises InvalidInput where the model's format does not allow for them.
+        go on from it. Raises InvalidInput where the model's format does not allow for them,
+        ContextTooLong or TemplateTooCostly where they are too much for it.
         """
         # A template puts all that is said into a prompt, which may take the square of its length.
-        self._check_length("".join(m["content"].strip() for m in messages if m["role"] in ASKING))
+        self.check_length("".join(m["content"].strip() for m in messages if m["role"] in ASKING))
         given = self._special.quote(self._checked(template_kwargs or {}))
         quoted, listed = self.tools.arrange(
             self._special.quote(messages), self._special.quote(tools)
@@ -181,7 +182,7 @@ class ChatTokenizer:
             text = self._render_open(quoted, given)
         else:
             text = self._render(quoted, add_generation_prompt=True, **given)
-        self._check_length(text)
+        self.check_length(text)
         pieces = text.split(PIECE_BREAK)
         return [i for piece in pieces if piece for i in self._special.encode(piece)]
 
@@ -189,8 +190,8 @@ class ChatTokenizer:
         """The ids of a raw prompt, in which special tokens count.
 
         With `begin`, BOS goes in front if the model has one and the text does not begin with it.
+        The text may be longer than any prompt; who wants one calls `check_length` first.
         """
-        self._check_length(text)
         ids = token_ids(self.backend, text)
         return ids if not begin or ids[: len(self._begin)] == self._begin else self._begin + ids
 
@@ -206,7 +207,7 @@ class ChatTokenizer:
             raise InvalidInput(
                 "this model cannot fill in the middle of a text; leave suffix out", "suffix"
             )
-        self._check_length(prefix + suffix)
+        self.check_length(prefix + suffix)
         begin, between, end = map(self._special.name, markers)
         return self._begin + token_ids(self.plain, f"{begin}{prefix}{between}{suffix}{end}")
 
@@ -217,7 +218,7 @@ class ChatTokenizer:
     def num_tokens(self, text: str) -> float:
         """How many tokens a text has by itself; infinity where it is not worth counting."""
         try:
-            self._check_length(text)
+            self.check_length(text)
         except ContextTooLong:
             return inf
         return len(token_ids(self.plain, text))
@@ -243,7 +244,7 @@ class ChatTokenizer:
             ends |= {self.tokenizer.eos_token_id, self.special.get(closing[0]) if closing else None}
         return {i for i in ends if i is not None}
 
-    def _check_length(self, text: str) -> None:
+    def check_length(self, text: str) -> None:
         """Raise ContextTooLong if a prompt surely has more than `most_tokens`."""
         if self.most_tokens is None or len(text) < MIN_CHARS:
             return

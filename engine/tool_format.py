@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.errors import InvalidInput, TemplateTooCostly
+from engine.errors import InvalidInput
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,6 @@ def turn_of_calls(count: int, as_text: bool) -> dict[str, Any]:
 def rendered(render: Render, messages: list[dict[str, Any]]) -> str | None:
     try:
         return render(messages, tools=[TOOL])
-    except TemplateTooCostly:
-        raise
     except InvalidInput:
         return None
 

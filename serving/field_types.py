@@ -244,11 +244,16 @@ def is_deeper(value: Any, most: int) -> bool:
     return any(isinstance(each, dict | list) for each in layer)
 
 
-def check_json(value: Any) -> Any:
-    """Bound how deep JSON is, so that whoever walks through it needs no long stack."""
+def spell_json(value: Any) -> str:
+    """JSON as a text, of a bounded depth, so that whoever walks through it needs no long stack."""
     if is_deeper(value, MAX_DEPTH):
         raise ValueError(f"must not be nested deeper than {MAX_DEPTH} levels")
-    reject_lone_surrogates(json.dumps(value, ensure_ascii=False))
+    return reject_lone_surrogates(json.dumps(value, ensure_ascii=False))
+
+
+def check_json(value: Any) -> Any:
+    """The same value, if it can be spelled."""
+    spell_json(value)
     return value
 
 
@@ -256,7 +261,7 @@ def check_kwargs(given: Any) -> Any:
     """Bound what a template is given, at whatever depth."""
     if not isinstance(given, dict):
         raise ValueError('must be an object, such as {"enable_thinking": false}')
-    if len(json.dumps(check_json(given), ensure_ascii=False)) > MAX_KWARGS_CHARS:
+    if len(spell_json(given)) > MAX_KWARGS_CHARS:
         raise ValueError(f"must be at most {MAX_KWARGS_CHARS:,} characters of JSON")
     return given
 

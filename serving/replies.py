@@ -145,9 +145,14 @@ class ClassicReply:
 
 
 def fingerprint(model: ChatModel) -> str:
-    """What an answer depends on beside the request: the model, its data type, this version."""
-    facts = "|".join((__version__, model.name, *model.facts.values()))
-    return f"fp_{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+    """What an answer depends on beside the request: the model, how it computes, this version.
+
+    What a start measures stands in brackets: it is another each time, and changes no answer.
+    """
+    names = ("model", "weights", "devices", "attention")
+    facts = [model.facts.get(name, "").partition(" (")[0] for name in names]
+    told = "|".join((__version__, model.name, *facts))
+    return f"fp_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
 
 class OpenAIReply:

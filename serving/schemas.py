@@ -96,7 +96,8 @@ class RequestModel(StrictModel):
                     raise refusal_of(name, names)
                 continue
             first = sent.setdefault(names[name], name)
-            if value is None or value == body[first]:
+            # NaN is not even equal to itself.
+            if name == first or value is None or value == body[first]:
                 continue
             if body[first] is not None:
                 raise InvalidInput(f"{first} and {name} mean the same; send one of them", name)

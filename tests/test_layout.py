@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from itertools import pairwise
 from pathlib import Path
 
@@ -201,6 +202,25 @@ def test_an_import_loads_no_torch(name):
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert out.stdout == "[]\n"
+
+
+def test_what_is_imported_is_required_by_its_name():
+    """It may else be gone, or another version, when what brought it changes."""
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    required = {name.lower().replace("_", "-") for name in re.findall(r"^[\w-]+", text, re.M)}
+    # What comes with torch for a card; and what --quantize 4bit asks for by itself.
+    optional = {"triton", "bitsandbytes"}
+    own = {name.split(".")[0] for name in SOURCES}
+    known = sys.stdlib_module_names | own | optional
+    programs = [name for name in SOURCES if name != "deploy.cluster"]
+    found = {package for name in programs for package in packages(name)} - known
+    brought_by = packages_distributions()
+    without = {
+        package
+        for package in found
+        if required.isdisjoint(d.lower().replace("_", "-") for d in brought_by[package])
+    }
+    assert not without
 
 
 # ---- How long things may become

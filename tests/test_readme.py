@@ -468,6 +468,12 @@ def test_every_module_of_the_engine_is_described():
     assert sorted(told) == sorted(path.stem for path in (ROOT / "engine").glob("*.py"))
 
 
+def test_every_room_of_serving_is_described():
+    rooms = {f"serving/{path.name}" for path in (ROOT / "serving").glob("*.py")}
+    told = {name for row in rows_under(HOW, "file") for name in SPAN.findall(row[0])}
+    assert rooms - told == {"serving/__init__.py"}
+
+
 # ---- Its examples
 
 

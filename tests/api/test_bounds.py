@@ -291,6 +291,15 @@ def test_what_is_wrong_with_messages_to_count_is_told_of_them(server):
     assert answer.json()["error"]["param"] == "messages"
 
 
+def test_text_to_count_may_be_longer_than_a_prompt(server):
+    text = "x" * field_types.MAX_TEXT
+    assert httpx.post(f"{server}/tokenize", json={"prompt": text}).json()["count"] == len(text)
+    longer = httpx.post(f"{server}/tokenize", json={"prompt": text + "x"})
+    assert longer.json()["error"]["code"] == "invalid_value"
+    asked = httpx.post(f"{server}/v1/completions", json={"prompt": text})
+    assert asked.json()["error"]["code"] == "context_length_exceeded"
+
+
 def prompt_of(size: int, most: int, open_ended: bool = False, **params: int) -> Prompt:
     return Prompt([1] * size, SamplingParams(max_new_tokens=most, **params), open_ended)
 

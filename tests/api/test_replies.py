@@ -1,5 +1,7 @@
 """What an answer looks like on its way out: thoughts, fingerprints, and OpenAI's exact shapes."""
 
+from dataclasses import replace
+
 import httpx
 import openai
 import pytest
@@ -7,6 +9,7 @@ from conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from serving.replies import fingerprint
 from serving.thoughts import ThoughtParser
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -215,6 +218,21 @@ def test_a_fingerprint_stays_the_same(server):
     answers = [httpx.post(server + CHAT, json={"messages": HELLO}).json() for _ in range(2)]
     assert len({answer["system_fingerprint"] for answer in answers}) == 1
     assert len({answer["id"] for answer in answers}) == 2
+
+
+def test_a_fingerprint_is_of_how_a_model_computes_and_not_of_what_a_start_measured(make, runner):
+    facts = {"model": "demo", "weights": "bfloat16 (a step of 1 token here: 35 ms)"}
+    facts |= {"devices": "cuda:0 (9.1 GiB left)", "context": "8,192 tokens"}
+    model = make(runner)
+
+    def fingerprint_with(**changes: str) -> str:
+        return fingerprint(replace(model, facts=facts | changes))
+
+    same = fingerprint_with()
+    assert same == fingerprint_with(weights="bfloat16 (a step of 1 token here: 36 ms)")
+    assert same == fingerprint_with(devices="cuda:0 (8.7 GiB left)")
+    assert same != fingerprint_with(weights="float16 (a step of 1 token here: 35 ms)")
+    assert same != fingerprint_with(devices="cpu")
 
 
 # ---- OpenAI's own models take what we send, field by field

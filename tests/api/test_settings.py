@@ -35,6 +35,7 @@ def test_an_empty_variable_is_no_value(monkeypatch):
         (["--port", "70000"], ["--port: must be a whole number from 1 to 65535, not '70000'."]),
         (["--max-batch", "1.5"], ["--max-batch: must be a whole number, not '1.5'."]),
         (["--request-timeout", "-1"], ["--request-timeout: must be greater than 0, not '-1'."]),
+        (["--drain-timeout", "inf"], ["--drain-timeout: must be a finite number, not 'inf'."]),
         (["--dtype", "int3"], ["--dtype: must be", "bfloat16"]),
     ],
 )

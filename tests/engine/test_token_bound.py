@@ -78,16 +78,19 @@ def test_flood_is_refused_without_being_tokenized(tokenizer, monkeypatch):
     monkeypatch.setattr("engine.tokenizer.token_ids", None)
     monkeypatch.setattr("engine.special_tokens.token_ids", None)
     flood = "x" * (2 * MIN_CHARS + 100)
-    for encode in (lambda: tokenizer.encode(messages(flood)), lambda: tokenizer.encode_text(flood)):
+    for refuse in (
+        lambda: tokenizer.encode(messages(flood)),
+        lambda: tokenizer.check_length(flood),
+    ):
         with pytest.raises(ContextTooLong, match="maximum context length is 131072 tokens"):
-            encode()
+            refuse()
     assert tokenizer.num_tokens(flood) == float("inf")
 
 
 def test_text_at_the_limit_is_tokenized(tokenizer):
-    assert len(tokenizer.encode_text("x" * 2 * MIN_CHARS)) == 2 * MIN_CHARS
-    marked = "<|end|>" * MIN_CHARS + "x" * MIN_CHARS
-    assert len(tokenizer.encode_text(marked)) == 2 * MIN_CHARS
+    for text in ("x" * 2 * MIN_CHARS, "<|end|>" * MIN_CHARS + "x" * MIN_CHARS):
+        tokenizer.check_length(text)
+        assert len(tokenizer.encode_text(text)) == 2 * MIN_CHARS
 
 
 def test_text_that_a_template_leaves_out_does_not_count():
