@@ -119,7 +119,7 @@ def cache_budget(setting: str, device: torch.device, needed: int = 0) -> int:
         # The rest is for activations and CUDA graphs.
         return int(min(0.85 * free, max(free / 2, free - 2**30)))
     if setting == "auto":
-        return 2**31
+        return min(2**31, free // 2)
     try:
         return int(free * float(setting))
     except ValueError:
