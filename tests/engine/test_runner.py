@@ -141,3 +141,12 @@ def test_dynamic_rope_is_held_to_its_original_length(kind, most):
     if kind == "longrope":
         config.rope_parameters["original_max_position_embeddings"] = 32
     assert context_length(config) == most
+
+
+def test_memory_beside_a_new_shape_is_given_back(monkeypatch):
+    runner = create_runner(tiny_llama().bfloat16(), "1MiB")
+    calls = []
+    monkeypatch.setattr("engine.runner.return_freed_memory", lambda: calls.append(1))
+    for count, given_back in ((3, 1), (3, 1), (5, 2), (3, 2)):
+        runner.forward([(Span([*range(count)], 0, runner.rows), count)])
+        assert len(calls) == given_back
