@@ -283,8 +283,9 @@ class Settings(BaseSettings):
     )
     cache_memory: Annotated[str, AfterValidator(check_memory)] = Field(
         "auto",
-        description="memory for the KV cache on each device: auto (most of a GPU's free memory; 2"
-        " GiB on the CPU), a size such as 4GiB, or a fraction of the free memory such as 0.5",
+        description="memory for the KV cache on each device: auto (most of a GPU's free memory; on"
+        " the CPU 2 GiB, or half of what is free if that is less), a size such as 4GiB, or a"
+        " fraction of the free memory such as 0.5",
     )
     reuse: bool = Field(
         True, description="prefix caching: reuse the KV cache for prompts that begin alike"

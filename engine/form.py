@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from engine.fused import Part, fuse_parts, share_products
+from engine.freed_memory import return_freed_memory
+from engine.fused import Part, fuse_parts, parents_of_siblings, share_products
 from engine.linear import HalfExperts, HalfLinear, Int8Experts, Int8Linear, WideEmbedding, fits_fp16
 from engine.packed_attention import can_absorb
 from engine.quantized import QuantizedLinear, is_int8
@@ -77,24 +78,30 @@ def convert(model: Any, form: Form) -> None:
 def convert_module(model: Any, form: Form) -> None:
     """The same for a model or for a part of it; its embedding stays."""
     if form == "fp16 weights":
-        for module in list(model.modules()):
+        for module in parents_of_siblings(model):
             share_products(module)
+            return_freed_memory()
         convert_int8(model)
         layers = replaceable(model)
         while layers:  # each is freed before the next is made
-            name, layer = layers.popitem()
-            if not all(map(fits_fp16, matrices_of(layer))):
-                continue
-            if isinstance(layer, torch.nn.Linear):
-                model.set_submodule(name, HalfLinear(layer.weight, layer.bias))
-            elif computes_alike(half := HalfExperts(layer), layer):
-                model.set_submodule(name, half)
+            convert_half(model, *layers.popitem())
+            return_freed_memory()
     wide = [module for module in model.modules() if isinstance(module, WideEmbedding)]
     kept = {parameter for embedding in wide for parameter in embedding.parameters()}
     for parameter in model.parameters():
         if parameter not in kept and parameter.is_floating_point():
             parameter.data = parameter.data.float()
     fuse_parts(model)
+
+
+def convert_half(model: Any, name: str, layer: Any) -> None:
+    """Let FBGEMM read a layer's or a mixture's weights in fp16, if they fit it."""
+    if not all(map(fits_fp16, matrices_of(layer))):
+        return
+    if isinstance(layer, torch.nn.Linear):
+        model.set_submodule(name, HalfLinear(layer.weight, layer.bias))
+    elif computes_alike(half := HalfExperts(layer), layer):
+        model.set_submodule(name, half)
 
 
 @torch.inference_mode()
@@ -107,6 +114,8 @@ def convert_int8(model: Any) -> None:
             model.set_submodule(name, Int8Linear(layer.weight, layer.weight_scale, layer.bias))
         else:
             model.set_submodule(name, Int8Experts(layer))
+        del layer
+        return_freed_memory()
 
 
 def computes_exactly(model: Any) -> bool:
@@ -134,11 +143,16 @@ def product_of(module: Any) -> Any:
 
 
 def held_bytes(model: Any) -> int:
-    """The memory that a model's weights take in whatever form."""
-    total = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    for module in model.modules():
-        product = product_of(module)
+    """The memory that a model's weights take in whatever form; those on disk take none."""
+    tensors = [*model.parameters(), *model.buffers()]
+    total = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
+    for product in map(product_of, model.modules()):
         if isinstance(product, HalfLinear | Int8Linear):
-            each = 2 if isinstance(product, HalfLinear) else 1
-            total += each * product.in_features * product.out_features
+            total += product.packed_bytes
     return total
+
+
+def held_size(model: Any) -> str:
+    """The same in words."""
+    size = held_bytes(model)
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -17,7 +17,7 @@ from engine.form import (
     convert,
     convert_int8,
     convert_module,
-    held_bytes,
+    held_size,
     matrices_of,
     replaceable,
 )
@@ -171,12 +171,10 @@ def settle_form(model: Any, dtype: str = "auto") -> str:
     if bits := bits_of(model):
         unfit = unfit_summary(model, bits)
         how = settle_quantized(model, asked) if on_cpu else kernel_summary(bits, model)
-        return f"in {bits} bits, {held_bytes(model) / 2**30:.1f} GiB ({how}{unfit})"
-    if asked or not on_cpu:
-        return kept
-    taken = measure_forms(model)
+        return f"in {bits} bits, {held_size(model)} ({how}{unfit})"
+    taken = {} if asked or not on_cpu else measure_forms(model)
     if not taken:
-        return kept
+        return f"{kept}, {held_size(model)}"
     form = fastest_form(taken)
     convert(model, form)
     figures = [
@@ -185,7 +183,7 @@ def settle_form(model: Any, dtype: str = "auto") -> str:
     ]
     tokens = " and ".join(map(str, TOKENS))
     named = kept if form == "as it is" else form
-    return f"{named} (a step of {tokens} tokens here: {', '.join(figures)})"
+    return f"{named}, {held_size(model)} (a step of {tokens} tokens here: {', '.join(figures)})"
 
 
 def unfit_summary(model: Any, bits: Bits) -> str:

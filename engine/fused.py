@@ -96,6 +96,12 @@ def can_be_shared(layer: Any) -> bool:
     return type(layer) is torch.nn.Linear and fits_fp16(layer.weight)
 
 
+def parents_of_siblings(model: Any) -> list[Any]:
+    """A model's modules that have layers of one input; the list itself keeps no layer alive."""
+    first = {names[0] for names in SIBLINGS}
+    return [x for x in model.modules() if first & {name for name, _ in x.named_children()}]
+
+
 def share_products(module: Any) -> None:
     """Let a module's linear layers of one input be computed together, where all can be."""
     for names in SIBLINGS:

@@ -12,6 +12,9 @@ import torch
 
 from engine.quantized import QuantizedExperts
 
+# FBGEMM stores a row of fp16 weights in blocks of so many; the last is filled up with zeros.
+PACKED_BLOCK = 512
+
 # The largest relative error of a layer's weights in fp16, by their norms.
 MAX_ERROR = 1e-4
 
@@ -35,6 +38,12 @@ class HalfLinear(torch.nn.Module):
         packed = weight.detach().float().contiguous()
         self.packed = torch.ops.quantized.linear_prepack_fp16(packed, bias)
         self.product = direct(torch.ops.quantized.linear_dynamic_fp16)
+
+    @property
+    def packed_bytes(self) -> int:
+        """The memory that the weights take."""
+        blocks = -(-self.in_features // PACKED_BLOCK)
+        return 2 * self.out_features * blocks * PACKED_BLOCK
 
     @property
     def weight(self) -> torch.Tensor:
@@ -82,6 +91,11 @@ class Int8Linear(torch.nn.Module):
         # As tensors, since a number would become one each time.
         self.step = torch.tensor(1 / STEPS)
         self.finer = torch.tensor(2.0 * STEPS)
+
+    @property
+    def packed_bytes(self) -> int:
+        """The memory that the weights take; the fill of their last block is never written to."""
+        return self.out_features * self.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features).float()
@@ -184,7 +198,13 @@ def has_int8_products() -> bool:
 
 
 def fits_fp16(weight: torch.Tensor) -> bool:
-    """Whether fp16 holds the weights: it has fewer exponents than bfloat16."""
-    wide = weight.detach().float()
-    error = (wide.half().float() - wide).norm()
-    return bool(error <= MAX_ERROR * wide.norm())
+    """Whether fp16 holds the weights: it has fewer exponents than bfloat16.
+
+    Some rows at a time, as it takes three copies of them in float32.
+    """
+    sizes, errors = [], []
+    for rows in weight.detach().split(4096):
+        wide = rows.float()
+        sizes.append(wide.norm())
+        errors.append((wide.half().float() - wide).norm())
+    return bool(torch.stack(errors).norm() <= MAX_ERROR * torch.stack(sizes).norm())

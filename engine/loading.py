@@ -23,6 +23,7 @@ from engine.errors import StartError
 from engine.families import checkpoint_defaults, states_length
 from engine.form import tolerance_of
 from engine.form_trial import settle_form
+from engine.freed_memory import return_freed_memory
 from engine.model import ChatModel
 from engine.model_config import context_length, not_supported
 from engine.quantized import num_parameters
@@ -200,7 +201,9 @@ def load(
 def settled_weights(model: Any, name: str, dtype: str) -> dict[str, str]:
     """Settle the form of a model's weights, and say what they are."""
     kind, size = type(model).__name__, f"{num_parameters(model):,} parameters"
-    return {"model": f"{name}, {kind}, {size}", "weights": settle_form(model, dtype)}
+    weights = settle_form(model, dtype)
+    return_freed_memory()  # of what was tried
+    return {"model": f"{name}, {kind}, {size}", "weights": weights}
 
 
 def chat_model(name: str, text: ChatTokenizer, engine: Engine, facts: dict[str, str]) -> ChatModel:

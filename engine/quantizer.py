@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from engine.errors import StartError
 from engine.form import computes_alike, has_fused_experts
+from engine.freed_memory import return_freed_memory
 from engine.quantized import (
     Bits,
     QuantizedExperts,
@@ -143,6 +144,7 @@ class Pack(ConversionOps):
         for name, found in input_dict.items():
             weight = found[0] if isinstance(found, list) else found
             packed[name], packed[f"{name}_scale"] = pack_stack(weight, self.bits)
+        return_freed_memory()
         return packed
 
 
@@ -151,6 +153,13 @@ class PackingQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         quantize_layers(model, self.quantization_config.bits)
+
+    @torch.no_grad()
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        """Copy what is not packed: as a part of a mapped file, it would keep all of it mapped."""
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu" and parameter.is_floating_point():
+                parameter.data = parameter.data.clone()
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         module, name = get_module_from_name(model, param_name)

@@ -14,6 +14,7 @@ from engine.attention_trial import attention_windows
 from engine.cuda_graph import DecodeGraph
 from engine.errors import StartError
 from engine.form import computes_exactly
+from engine.freed_memory import return_freed_memory
 from engine.fused_layer import fuse_layers
 from engine.model_config import context_length
 from engine.packed_attention import use_packed_attention
@@ -119,7 +120,7 @@ def cache_budget(setting: str, device: torch.device, needed: int = 0) -> int:
         # The rest is for activations and CUDA graphs.
         return int(min(0.85 * free, max(free / 2, free - 2**30)))
     if setting == "auto":
-        return 2**31
+        return min(2**31, free // 2)
     try:
         return int(free * float(setting))
     except ValueError:
@@ -133,8 +134,10 @@ class Runner:
         self.model = model
         self.device = input_device(model)
         self.split = len(set(getattr(model, "hf_device_map", {}).values())) > 1
-        # For every new shape in half precision oneDNN allocates memory that it never frees.
+        # For every new shape in half precision oneDNN allocates memory that it never frees, and the
+        # room of unpacked weights beside it is not used again.
         self.pads = self.device.type == "cpu" and not computes_exactly(model)
+        self.sizes: set[int] = set()  # of steps so far, where they are padded
         self.num_layers = model.config.get_text_config().num_hidden_layers
         self.pool = Pool(self.num_layers, rows)
         # The token id in each row, for penalties; and the span that pads a step.
@@ -174,6 +177,9 @@ class Runner:
             size = padded_size(total)
         step = Step([*work, *[(self.idle, 1)] * (size - total)], self.way)
         logits = graph(step) if graph else self.compute(step, wanted)
+        if self.pads and size not in self.sizes:
+            self.sizes.add(size)
+            return_freed_memory()
         return logits[:wanted]
 
     def compute(self, step: Step, wanted: int | None = None) -> torch.Tensor:

@@ -38,6 +38,7 @@ ORDER = [
     "engine.attention",
     "engine.step",
     "engine.threads",
+    "engine.freed_memory",
     "engine.packed_attention",
     "engine.attention_trial",
     "engine.quantized",

@@ -491,7 +491,7 @@ def demo(demo_model):
 # What is measured at each start, and what follows from it.
 MEASURED = re.compile(
     r"[\d.]+e-\d+|\b\d+ ms|\d+ and (?=\d+ ms)|KV cache: [\d,]+"
-    r"|(?<=weights: )[\w ]+|(?<=parameters, )[\w ]+(?=, on )"
+    r"|(?<=weights: )[\w ,.]+|(?<=parameters, )[\w ,.]+(?=, on )"
 )
 
 

@@ -1,8 +1,10 @@
 """Five families from their hubs' own files, natively: what each says, and how it is asked."""
 
 import asyncio
+import importlib.util
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import sentencepiece
 import torch
 from conftest import ROOT, TEMPLATE, byte_tokenizer, greedy, ready, serve
 from safetensors.torch import load_file, save_file
+from server_process import server_process
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import api
@@ -323,6 +326,10 @@ def test_index_marks_its_turns_with_single_tokens():
     assert text.end_ids(GenerationConfig()) == {2}
 
 
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
+)
+
 # Each family's special tokens, in a small tokenizer of ours.
 MARKERS = {
     "deepseek_v2": ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜fim▁hole｜>"],
@@ -547,7 +554,34 @@ def test_check_option_reports_model_prompt_and_answer(tmp_path):
     assert "eight tokens" in said
 
 
-# ---- What docs/how-it-works.md says
+@pytest.mark.parametrize(
+    "quantize", ["none", "8bit", pytest.param("4bit", marks=needs_bitsandbytes)]
+)
+@pytest.mark.parametrize("kind", MARKERS)
+def test_check_option_reports_each_family_in_each_width(kind, quantize, tmp_path):
+    """Without a word from a library."""
+    folder = dressed(kind, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    # The checkpoint's own ids are beyond the small tokenizer's.
+    config |= {"bos_token_id": 0, "eos_token_id": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    flags = ["--model", str(folder), "--quantize", quantize, "--device-map", "cpu"]
+    with server_process(api.load_served, "--check", *flags) as process:
+        assert process.wait(120) == 0
+        lines = process.said().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("model: "))
+    assert [line for line in lines[:start] if " INFO " not in line] == []
+    report = dict(re.split(r": +", line, maxsplit=1) for line in lines[start:])
+    assert list(report)[1:3] == ["weights", "prompt"]
+    widths = {
+        "none": r"(bfloat16|fp16 weights|float32), ",
+        "8bit": "in 8 bits, ",
+        "4bit": "in 4 bits, ",
+    }
+    assert re.match(widths[quantize] + r"\d+ MiB \(", report["weights"])
+    assert float(report["self-check"].split()[2]) < 0.1
+    assert len(report["its ids"].split()) > 5
+    assert report["eight tokens"] != "''"
 
 
 def row(kind: str) -> str:

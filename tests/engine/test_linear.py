@@ -1,6 +1,8 @@
 """The form of linear layers on a CPU: what is chosen, and what it computes."""
 
+import weakref
 from copy import deepcopy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,12 +10,12 @@ from alone import FAMILIES, FIXTURES
 from conftest import tiny_llama
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from engine import form_trial, linear
+from engine import form, form_trial, linear
 from engine.checkpoint import load_model
-from engine.form import computes_alike, convert, has_fused_experts
+from engine.form import computes_alike, convert, has_fused_experts, held_bytes, held_size
 from engine.form_trial import fastest_form, kinds_of, measure_forms, settle_form
 from engine.fused import FusedMLP, RMSNorm, plain_norm
-from engine.linear import HalfExperts, HalfLinear, WideEmbedding
+from engine.linear import HalfExperts, HalfLinear, WideEmbedding, fits_fp16, is_available
 from engine.loading import probes, reference_logits
 
 
@@ -157,13 +159,13 @@ def test_weights_that_do_not_fit_fp16_stay_exact():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_dtype_that_was_asked_for_is_kept(dtype):
     model = tiny_llama().to(getattr(torch, dtype))
-    assert settle_form(model, dtype) == dtype
+    assert settle_form(model, dtype) == f"{dtype}, {held_size(model)}"
     assert model.dtype == getattr(torch, dtype)
 
 
 def test_weights_of_single_precision_are_kept():
     model = tiny_llama()
-    assert settle_form(model) == "float32"
+    assert settle_form(model) == f"float32, {held_size(model)}"
     assert not any(isinstance(module, HalfLinear) for module in model.modules())
 
 
@@ -211,7 +213,7 @@ def test_each_kind_of_layer_is_measured():
 def test_model_that_keeps_its_layers_otherwise_stays_as_it_is():
     model = tiny_llama().bfloat16()
     model.model.layers = torch.nn.Sequential(*model.model.layers)
-    assert settle_form(model) == "bfloat16"
+    assert settle_form(model).startswith("bfloat16, ")
 
 
 def test_the_start_log_says_what_was_chosen_and_why(monkeypatch):
@@ -222,6 +224,35 @@ def test_the_start_log_says_what_was_chosen_and_why(monkeypatch):
     )
     said = settle_form(tiny_llama().bfloat16())
     assert said == (
-        "fp16 weights (a step of 1 and 16 tokens here:"
+        "fp16 weights, 1 MiB (a step of 1 and 16 tokens here:"
         " bfloat16 19 and 222 ms, fp16 weights 14 and 41 ms)"
     )
+
+
+@pytest.mark.skipif(not is_available(), reason="needs FBGEMM")
+def test_memory_of_fp16_weights_is_that_of_whole_blocks():
+    assert held_bytes(HalfLinear(torch.ones(48, 512))) == 48 * 512 * 2
+    assert held_bytes(HalfLinear(torch.ones(48, 513))) == 48 * 1024 * 2
+
+
+def test_weights_anywhere_in_a_large_matrix_must_fit_fp16():
+    weight = torch.ones(9000, 8)
+    assert fits_fp16(weight)
+    for row in (0, 8999):
+        large = weight.clone()
+        large[row] = 1e6
+        assert not fits_fp16(large)
+
+
+@pytest.mark.skipif(not is_available(), reason="needs FBGEMM")
+def test_each_layer_is_freed_before_others_change_their_form(monkeypatch):
+    model = tiny_llama(num_hidden_layers=4).bfloat16()
+    layers = [weakref.ref(x) for x in model.modules() if type(x) is torch.nn.Linear]
+    alive = [len(layers)]
+    monkeypatch.setattr(
+        form, "return_freed_memory", lambda: alive.append(sum(x() is not None for x in layers))
+    )
+    convert(model, "fp16 weights")
+    # Queries, keys and values are one product, and so are gate and up; others come one by one.
+    assert max(before - after for before, after in pairwise(alive)) <= 3
+    assert alive[-1] <= 2

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_broken_activations_stay_broken():
 def test_half_precision_starts_in_8_bits(folders, dtype):
     model = loaded(folders["deepseek_v2"], "8bit", dtype)
     said = settle_form(model)
-    assert said.startswith("in 8 bits, 0.0 GiB (")
+    assert said.startswith("in 8 bits, 1 MiB (")
     assert start_runner(model, "1MiB").difference < 0.1
 
 
@@ -191,6 +192,16 @@ def test_tensors_of_another_shape_are_refused(folders, tmp_path, quantize):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"of another shape.*up_proj"):
         loaded(folder, quantize)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("quantize", BOTH)
+def test_packed_model_keeps_no_file_in_memory(folders, tmp_path, quantize):
+    """Norms alone, which are not packed, would keep the files mapped of which they are a part."""
+    folder = shutil.copytree(folders["llama"], tmp_path / "llama")
+    model = loaded(folder, quantize)
+    assert bits_of(model)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
 def test_cache_leaves_room_for_the_largest_stack_of_experts(folders):

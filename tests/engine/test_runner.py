@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,6 +24,14 @@ def test_cache_budget_is_a_size_or_a_fraction():
     assert cache_budget("500MB", cpu) == 500 * 10**6
     free = psutil.virtual_memory().available
     assert 0.4 * free < cache_budget("0.5", cpu) < 0.6 * free
+
+
+def test_cache_of_a_cpu_takes_half_of_what_is_free_at_most(monkeypatch):
+    for free, taken in ((2**40, 2**31), (2**30, 2**29)):
+        monkeypatch.setattr(
+            psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free)
+        )
+        assert cache_budget("auto", torch.device("cpu")) == taken
 
 
 def test_cache_budget_buys_rows(tiny_model):
@@ -132,3 +141,12 @@ def test_dynamic_rope_is_held_to_its_original_length(kind, most):
     if kind == "longrope":
         config.rope_parameters["original_max_position_embeddings"] = 32
     assert context_length(config) == most
+
+
+def test_memory_beside_a_new_shape_is_given_back(monkeypatch):
+    runner = create_runner(tiny_llama().bfloat16(), "1MiB")
+    calls = []
+    monkeypatch.setattr("engine.runner.return_freed_memory", lambda: calls.append(1))
+    for count, given_back in ((3, 1), (3, 1), (5, 2), (3, 2)):
+        runner.forward([(Span([*range(count)], 0, runner.rows), count)])
+        assert len(calls) == given_back
