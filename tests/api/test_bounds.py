@@ -176,6 +176,39 @@ def test_connections_that_wait_at_their_bound(server, monkeypatch):
             assert each.recv(65536).startswith(b"HTTP/1.1 200")
 
 
+def test_connection_waits_anew_after_each_answer(server, monkeypatch):
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 2)
+    with peer(server) as first, peer(server) as second:
+        for _ in range(2):
+            first.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert first.recv(65536).startswith(b"HTTP/1.1 200")
+        assert httpx.get(f"{server}/health").status_code == 200
+        assert told(second) == b""
+        first.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert first.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_connection_that_is_answered_does_not_wait(server, runner, monkeypatch):
+    """Nor does it once it has gone, and a pipelined request waits no longer than any other."""
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 2)
+    runner.hold()
+    waiting = lambda: sum(map(len, connection.WAITING.values()))  # noqa: E731
+    wait_for(lambda: waiting() == 0)
+    with peer(server) as first, peer(server) as second:
+        for asking in (first, second):
+            asking.sendall((head(15) + padded(15)) * 2)
+        wait_for(lambda: httpx.get(f"{server}/health").json()["running"] == 2)
+        with peer(server) as third, peer(server) as fourth:
+            wait_for(lambda: waiting() == 2)
+            runner.free()
+            for asking in (first, second):
+                wait_for(lambda a=asking: a.recv(65536).startswith(b"HTTP/1.1 200"))
+            for asking in (third, fourth):
+                asking.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                told(asking)
+    wait_for(lambda: waiting() == 0)
+
+
 @pytest.mark.parametrize("slow", ["its body is sent", "it is tokenized", "it is answered"])
 def test_time_of_a_request_is_counted_from_its_arrival(runner, tokenizer, monkeypatch, slow):
     release = threading.Event()
