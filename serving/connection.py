@@ -31,6 +31,7 @@ class Connection(H11Protocol):
     """uvicorn's protocol, with bounds on the time that a client may take to ask.
 
     A timer runs while no request is being answered, and closes the connection at its end.
+    A body is read piece by piece, each once the application asks for it.
 
     A client that closes its sending side only is answered still. By TCP it looks like one that has
     hung up, until something is sent: then the latter's system resets the connection. So the bytes
@@ -71,6 +72,8 @@ class Connection(H11Protocol):
         if data:
             super().data_received(data)
         self._set_timer()
+        if self.is_answering and self.cycle.more_body and self.cycle.body:
+            self.flow.pause_reading()  # until the application asks for more
         self._go_on_reading()
 
     def on_response_complete(self) -> None:
