@@ -751,31 +751,54 @@ class APIKeyMiddleware:
         return is_valid_key(given.strip().encode("latin-1"), self.keys) and kind.lower() == "bearer"
 
 
-async def read_bytes(request: Request) -> bytes:
-    """The body.
+def too_large() -> BodyTooLarge:
+    return BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
 
-    Raises BodyTooLarge, BodyTooSlow, UnsupportedEncoding, QueueFull or ClientDisconnect.
+
+async def hold_body(headers: Headers, held: HeldBody) -> None:
+    """Hold as many bytes as the headers say that a body has.
+
+    Raises BodyTooLarge, UnsupportedEncoding or QueueFull.
     """
-    encoding = request.headers.get("content-encoding", "identity")
+    encoding = headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise UnsupportedEncoding(
             f"the body's Content-Encoding is {printable(encoding)!r}; send it uncompressed,"
             " without that header"
         )
-    too_large = BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
-    length = int(request.headers.get("content-length", 0))
+    length = int(headers.get("content-length", 0))
     if length > MAX_BODY:
-        raise too_large
+        raise too_large()
+    await held.grow_to(length)
+
+
+class BodyMiddleware:
+    """Refuses a body by its headers, before the routes take their time for one of very many."""
+
+    def __init__(self, app: ASGIApp, refuse: Callable[..., ASGIApp]):
+        self.app = app
+        self.refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                await hold_body(Headers(scope=scope), request_info(scope).held)
+            except (BodyTooLarge, UnsupportedEncoding, QueueFull) as error:
+                return await self.refuse(scope, error)(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+async def read_bytes(request: Request) -> bytes:
+    """The body. Raises BodyTooLarge, BodyTooSlow, QueueFull or ClientDisconnect."""
     held = request_info(request.scope).held
-    held.grow_to(length)
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > MAX_BODY:
-                    raise too_large
-                held.grow_to(len(body))
+                    raise too_large()
+                await held.grow_to(len(body))
     except TimeoutError:
         raise BodyTooSlow(
             f"the body took more than {BODY_TIMEOUT:.0f} seconds; send it at once"
@@ -1161,6 +1184,7 @@ def build_app(
     about: Any = {"title": "chat-api", "version": __version__}
     app = FastAPIOffline(redoc_url=None, lifespan=service.lifespan, **about)
     app.state.service = service
+    app.add_middleware(BodyMiddleware, refuse=service.refuse)
     if settings.keys:
         app.add_middleware(
             APIKeyMiddleware, keys=settings.keys, page=settings.chat_page, refuse=service.refuse

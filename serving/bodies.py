@@ -4,7 +4,9 @@ A body of some megabytes can be read as gigabytes of lists and objects, and a th
 decent size are gigabytes too.
 """
 
+import asyncio
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -16,6 +18,9 @@ FREE_BYTES = 64 * 2**10
 MAX_BYTES_IN_ALL = 64 * 2**20
 # Seconds after which to try again while there are too many.
 RETRY = 5
+# Most refusals a second; whoever sends many bodies at once hears so much later that there is no
+# room. Callers who come back at once would else take the event loop's time from all others.
+MAX_REFUSALS = 200
 # Most lists, objects and fields of one body, and most items in all.
 MAX_CONTAINERS = 2**17
 MAX_ITEMS = 2**19
@@ -32,6 +37,7 @@ class BodyBytes:
 
     def __init__(self) -> None:
         self.num_held = 0
+        self.next_refusal = 0.0  # when it is due
 
     @contextmanager
     def hold(self) -> Iterator["HeldBody"]:
@@ -42,6 +48,17 @@ class BodyBytes:
         finally:
             self.num_held -= held.size
 
+    def has_room(self, num_bytes: int) -> bool:
+        return self.num_held + num_bytes <= MAX_BYTES_IN_ALL
+
+    async def wait_to_refuse(self) -> None:
+        """Wait until a further refusal is due, or not at all if that is longer than RETRY."""
+        now = time.monotonic()
+        due = max(self.next_refusal, now)
+        if due - now < RETRY:
+            self.next_refusal = due + 1 / MAX_REFUSALS
+            await asyncio.sleep(due - now)
+
 
 class HeldBody:
     """The bytes that one body takes of what there is for all."""
@@ -49,12 +66,17 @@ class HeldBody:
     def __init__(self, all_bodies: BodyBytes):
         self.all_bodies, self.size = all_bodies, 0
 
-    def grow_to(self, num_bytes: int) -> None:
-        """Hold so many bytes, or more if it does already. Raises QueueFull."""
+    async def grow_to(self, num_bytes: int) -> None:
+        """Hold so many bytes, or more if it does already.
+
+        Raises QueueFull if there is no room, and none either when a refusal is due.
+        """
         more = num_bytes - FREE_BYTES - self.size
         if more <= 0:
             return
-        if self.all_bodies.num_held + more > MAX_BYTES_IN_ALL:
+        if not self.all_bodies.has_room(more):
+            await self.all_bodies.wait_to_refuse()
+        if not self.all_bodies.has_room(more):
             raise QueueFull(
                 f"the bodies of the requests that are here have {MAX_BYTES_IN_ALL // 2**20} MiB;"
                 f" try again in {RETRY} seconds, or send at most {FREE_BYTES // 2**10} KiB",

@@ -2,11 +2,13 @@
 
 import asyncio
 import socket
-import time
+from collections import OrderedDict
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from serving.request_parser import RequestParser
 
@@ -21,11 +23,15 @@ MAX_CONNECTIONS = 1024
 # Seconds until the second byte is sent to a client that may be gone; then thrice as long for each.
 PROBE_AFTER = 0.02
 
+# Of each server the connections that wait for their client, first who has waited longest.
+WAITING: WeakKeyDictionary[ServerState, OrderedDict["Connection", None]] = WeakKeyDictionary()
+
 
 class Connection(H11Protocol):
     """uvicorn's protocol, with bounds on the time that a client may take to ask.
 
     A timer runs while no request is being answered, and closes the connection at its end.
+    A body is read piece by piece, each once the application asks for it.
 
     A client that closes its sending side only is answered still. By TCP it looks like one that has
     hung up, until something is sent: then the latter's system resets the connection. So the bytes
@@ -37,6 +43,7 @@ class Connection(H11Protocol):
         self.conn: RequestParser
         # h11 bounds with it whatever comes in lines: headers, trailers, and sizes of chunks.
         self.conn = RequestParser(h11.SERVER, MAX_HEADER_BYTES)
+        self.waiting = WAITING.setdefault(self.server_state, OrderedDict())
         self.has_begun = False  # some of the next request's bytes have come
         self.at_eof = False  # the client sends nothing more
         self.probe: asyncio.TimerHandle | None = None
@@ -53,9 +60,10 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.timer = self.loop.call_later(HEADER_TIMEOUT, transport.close)
-        self.waits_since = time.monotonic()
-        if len(self.connections) > MAX_CONNECTIONS:
-            self._make_room()
+        self.waiting[self] = None
+        if len(self.waiting) > MAX_CONNECTIONS:
+            oldest, _ = self.waiting.popitem(last=False)
+            oldest.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self.conn.their_state is h11.IDLE and not self.num_pending:
@@ -64,11 +72,14 @@ class Connection(H11Protocol):
         if data:
             super().data_received(data)
         self._set_timer()
+        if self.is_answering and self.cycle.more_body and self.cycle.body:
+            self.flow.pause_reading()  # until the application asks for more
         self._go_on_reading()
 
     def on_response_complete(self) -> None:
         self.has_begun = False
-        self.waits_since = time.monotonic()
+        self.waiting[self] = None
+        self.waiting.move_to_end(self)
         self._restart_timer(KEEP_ALIVE)
         super().on_response_complete()
         # Of two timers: uvicorn's is cancelled by any byte, even one that begins no request.
@@ -86,6 +97,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.timer.cancel()
+        self.waiting.pop(self, None)
         if self.probe:
             self.probe.cancel()
         super().connection_lost(exc)
@@ -108,13 +120,6 @@ class Connection(H11Protocol):
         """Whether a request is being answered of which nothing is to come any more."""
         return self.is_answering and not self.cycle.more_body
 
-    def _make_room(self) -> None:
-        """Cut the connection that has waited longest for its client, if there are too many."""
-        everyone = [c for c in self.connections if isinstance(c, Connection)]
-        waiting = [c for c in everyone if not c._owes_an_answer]
-        if len(waiting) > MAX_CONNECTIONS:
-            min(waiting, key=lambda c: c.waits_since).transport.abort()
-
     def _probe(self, seconds: float) -> None:
         """Send a byte of the answer now and then, and abort the connection once it is reset."""
         peer = self.transport.get_extra_info("socket")
@@ -128,6 +133,8 @@ class Connection(H11Protocol):
 
     def _set_timer(self) -> None:
         """Stop the timer while a request is answered; restart it when one begins."""
+        if self._owes_an_answer:
+            self.waiting.pop(self, None)
         if self.is_answering:
             self.timer.cancel()
         elif self.conn.their_state is h11.IDLE and self.num_pending and not self.has_begun:

@@ -1,8 +1,10 @@
 """The bounds that docs/operating.md states: what it says of each, and what is at its edge."""
 
+import asyncio
 import copy
 import json
 import re
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -17,6 +19,7 @@ import api
 from engine import (
     InvalidInput,
     Prompt,
+    QueueFull,
     SamplingParams,
     guide,
     schema_trial,
@@ -38,6 +41,7 @@ STATED = {
     "bodies of all requests that are here, without the first 64 KiB of each": (
         f"{bodies.MAX_BYTES_IN_ALL // 2**20} MiB"
     ),
+    "refusals of bodies for which there is no room": f"{bodies.MAX_REFUSALS} a second",
     "lists, objects and fields in a body": f"{bodies.MAX_CONTAINERS:,}",
     "items in a body, such as token ids": f"{bodies.MAX_ITEMS:,}",
     "a body": f"{api.MAX_BODY // 2**20} MiB",
@@ -133,6 +137,71 @@ def test_body_counts_until_it_is_answered(server, runner, monkeypatch):
     wait_for(lambda: httpx.post(server, content=padded(2 * FREE)).status_code == 200)
 
 
+def test_refusals_at_their_bound(monkeypatch):
+    """Each waits for its turn, but not if that is too far off."""
+    slept = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(round(seconds))
+
+    async def refuse(count: int) -> None:
+        every = bodies.BodyBytes()
+        for _ in range(count):
+            with every.hold() as held, pytest.raises(QueueFull):
+                await held.grow_to(bodies.MAX_BYTES_IN_ALL + FREE + 1)
+
+    monkeypatch.setattr(bodies, "MAX_REFUSALS", 0.1)
+    monkeypatch.setattr(bodies, "RETRY", 25)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    asyncio.run(refuse(5))
+    assert slept == [0, 10, 20]
+
+
+def test_body_that_waits_is_taken_when_there_is_room(server, monkeypatch):
+    monkeypatch.setattr(bodies, "MAX_BYTES_IN_ALL", FREE)
+    monkeypatch.setattr(bodies, "MAX_REFUSALS", 0.5)
+    with ThreadPoolExecutor() as pool:
+        with peer(server) as slow:
+            slow.sendall(head(2 * FREE))
+            ask = partial(httpx.post, server, content=padded(2 * FREE), timeout=30)
+            wait_for(lambda: ask().status_code == 429)
+            waits = pool.submit(ask)
+        assert waits.result().status_code == 200
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % api.MAX_BODY
+
+
+@pytest.mark.parametrize("begin", [head(api.MAX_BODY), CHUNKED], ids=["length", "chunks"])
+def test_body_that_waits_is_not_read(server, monkeypatch, begin):
+    """It takes no memory and nobody's time meanwhile, and is read once its answer is there."""
+    monkeypatch.setattr(bodies, "MAX_BYTES_IN_ALL", 0)
+    monkeypatch.setattr(bodies, "MAX_REFUSALS", 0.3)
+    assert httpx.post(server, content=padded(2 * FREE)).status_code == 429
+    with peer(server, 0.5) as asking:
+        asking.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+        asking.sendall(begin)
+        with pytest.raises(TimeoutError):
+            asking.sendall(b" " * api.MAX_BODY)
+        assert httpx.post(server, content=padded(FREE)).status_code == 200
+        asking.settimeout(10)
+        assert asking.recv(65536).startswith(b"HTTP/1.1 429 ")
+        asking.sendall(b" " * (api.MAX_BODY // 2))
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics"])
+@pytest.mark.parametrize(("key", "status"), [("wrong", 401), ("sesame", 429)])
+def test_body_without_room_is_refused_after_its_key(
+    runner, tokenizer, monkeypatch, path, key, status
+):
+    monkeypatch.setattr(bodies, "MAX_BYTES_IN_ALL", 0)
+    with serve(lambda settings: chat_model(runner, tokenizer), api_key="sesame") as url:
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = httpx.post(ready(url) + path, content=padded(FREE + 1), headers=headers)
+    assert answer.status_code == status
+    assert answer.headers["x-request-id"]
+
+
 COLON_AND_TWO = 3  # of {"prompt": [...]}: the object, its field, and the list
 
 
@@ -174,6 +243,39 @@ def test_connections_that_wait_at_their_bound(server, monkeypatch):
         for each in peers[1:]:
             each.sendall(b"Host: x\r\n\r\n")
             assert each.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_connection_waits_anew_after_each_answer(server, monkeypatch):
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 2)
+    with peer(server) as first, peer(server) as second:
+        for _ in range(2):
+            first.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert first.recv(65536).startswith(b"HTTP/1.1 200")
+        assert httpx.get(f"{server}/health").status_code == 200
+        assert told(second) == b""
+        first.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert first.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_connection_that_is_answered_does_not_wait(server, runner, monkeypatch):
+    """Nor does it once it has gone, and a pipelined request waits no longer than any other."""
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 2)
+    runner.hold()
+    waiting = lambda: sum(map(len, connection.WAITING.values()))  # noqa: E731
+    wait_for(lambda: waiting() == 0)
+    with peer(server) as first, peer(server) as second:
+        for asking in (first, second):
+            asking.sendall((head(15) + padded(15)) * 2)
+        wait_for(lambda: httpx.get(f"{server}/health").json()["running"] == 2)
+        with peer(server) as third, peer(server) as fourth:
+            wait_for(lambda: waiting() == 2)
+            runner.free()
+            for asking in (first, second):
+                wait_for(lambda a=asking: a.recv(65536).startswith(b"HTTP/1.1 200"))
+            for asking in (third, fourth):
+                asking.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                told(asking)
+    wait_for(lambda: waiting() == 0)
 
 
 @pytest.mark.parametrize("slow", ["its body is sent", "it is tokenized", "it is answered"])

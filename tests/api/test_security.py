@@ -483,6 +483,19 @@ def test_a_body_may_be_longer_than_headers(server, pieces):
         assert b'"response"' in connection.recv(65536)
 
 
+@pytest.mark.parametrize("size", [1, 7])
+def test_chunks_may_come_in_any_pieces(server, size):
+    """Also in such as bring nothing of the body, after which its next bytes are still read."""
+    request = HEAD + b"Transfer-Encoding: chunked\r\n\r\n5;x=y\r\n" + BODY[:5] + b"\r\n"
+    request += b"%x\r\n" % len(BODY[5:]) + BODY[5:] + b"\r\n0\r\nx: y\r\n\r\n"
+    with peer(server) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for at in range(0, len(request), size):
+            connection.sendall(request[at : at + size])
+            time.sleep(0.005)
+        assert b'"response"' in connection.recv(65536)
+
+
 def test_a_body_that_does_not_come_is_a_408(server, runner, monkeypatch):
     monkeypatch.setattr(api, "BODY_TIMEOUT", 0.3)
     with peer(server) as connection:
