@@ -20,6 +20,8 @@ HEADER_TIMEOUT = 30.0
 KEEP_ALIVE = 75
 # Connections whose next request has not come wholly; a further one takes the place of the oldest.
 MAX_CONNECTIONS = 1024
+# Most seconds in which a client may take nothing of an answer; as nginx's send_timeout.
+SEND_TIMEOUT = 60.0
 # Seconds until the second byte is sent to a client that may be gone; then thrice as long for each.
 PROBE_AFTER = 0.02
 
@@ -28,7 +30,7 @@ WAITING: WeakKeyDictionary[ServerState, OrderedDict["Connection", None]] = WeakK
 
 
 class Connection(H11Protocol):
-    """uvicorn's protocol, with bounds on the time that a client may take to ask.
+    """uvicorn's protocol, with bounds on the time that a client may take to ask, and to read.
 
     A timer runs while no request is being answered, and closes the connection at its end.
     A body is read piece by piece, each once the application asks for it.
@@ -47,6 +49,7 @@ class Connection(H11Protocol):
         self.has_begun = False  # some of the next request's bytes have come
         self.at_eof = False  # the client sends nothing more
         self.probe: asyncio.TimerHandle | None = None
+        self.stall: asyncio.TimerHandle | None = None  # while the client takes nothing
 
     @property
     def is_answering(self) -> bool:
@@ -95,9 +98,20 @@ class Connection(H11Protocol):
             self._probe(PROBE_AFTER)
         return self._owes_an_answer
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait_for_reader()
+
+    def resume_writing(self) -> None:
+        if self.stall:
+            self.stall.cancel()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self.timer.cancel()
         self.waiting.pop(self, None)
+        if self.stall:
+            self.stall.cancel()
         if self.probe:
             self.probe.cancel()
         super().connection_lost(exc)
@@ -130,6 +144,17 @@ class Connection(H11Protocol):
             return
         self.transport.write(self.conn.begin_answer())
         self.probe = self.loop.call_later(seconds, self._probe, min(3 * seconds, 60))
+
+    def _wait_for_reader(self, left: int = -1) -> None:
+        """Abort the connection of a client that takes nothing: what it does not read is kept.
+
+        `left` bytes were to be sent before; while there are too many, nothing is added.
+        """
+        size = self.transport.get_write_buffer_size()
+        if size == left:
+            self.transport.abort()
+        else:
+            self.stall = self.loop.call_later(SEND_TIMEOUT, self._wait_for_reader, size)
 
     def _set_timer(self) -> None:
         """Stop the timer while a request is answered; restart it when one begins."""

@@ -6,8 +6,9 @@ import json
 import re
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial, reduce
 
 import httpx
@@ -37,6 +38,7 @@ STATED = {
     ),
     "time to send the headers": f"{connection.HEADER_TIMEOUT:g} seconds",
     "an idle connection": f"{connection.KEEP_ALIVE} seconds",
+    "time in which a client takes nothing of an answer": f"{connection.SEND_TIMEOUT:g} seconds",
     "connections without a whole request": f"{connection.MAX_CONNECTIONS:,}",
     "bodies of all requests that are here, without the first 64 KiB of each": (
         f"{bodies.MAX_BYTES_IN_ALL // 2**20} MiB"
@@ -276,6 +278,32 @@ def test_connection_that_is_answered_does_not_wait(server, runner, monkeypatch):
                 asking.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
                 told(asking)
     wait_for(lambda: waiting() == 0)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_time_in_which_a_client_takes_nothing_at_its_bound(runner, tokenizer, monkeypatch, reads):
+    """One that reads slowly is served to the end; of one that does not, nothing is kept."""
+    monkeypatch.setattr(connection, "SEND_TIMEOUT", 0.5)
+    runner.say = "x" * 3000
+    model = lambda _: chat_model(runner, tokenizer, 4000)  # noqa: E731
+    body = b'{"prompt":"Hi","stream":true,"logprobs":0,"max_tokens":3000,"n":8}'
+    with serve(model) as url, socket.socket() as asking:
+        port = int(ready(url).rpartition(":")[2])
+        asking.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        asking.settimeout(30)
+        asking.connect(("127.0.0.1", port))
+        lines = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        asking.sendall(lines + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert asking.recv(1000).startswith(b"HTTP/1.1 200")
+        if not reads:
+            wait_for(lambda: httpx.get(f"{url}/health").json()["running"] == 0)
+            time.sleep(1.5)  # longer than it may
+        said = b""
+        with suppress(ConnectionResetError):
+            while more := asking.recv(50_000):
+                said = said[-100:] + more
+                time.sleep(0.001)
+        assert said.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") == reads
 
 
 @pytest.mark.parametrize("slow", ["its body is sent", "it is tokenized", "it is answered"])
