@@ -53,9 +53,11 @@ STATED = {
         f"{tool_fields.MAX_TOOLS}, with schemas of {tool_grammar.MAX_SCHEMAS_CHARS:,} characters"
         " together"
     ),
-    "time to compile a schema": f"{schema_trial.COMPILE_TIMEOUT:g} seconds",
+    "time of the processor to compile a schema": f"{schema_trial.COMPILE_TIMEOUT:g} seconds",
     "memory to compile a schema": f"{schema_trial.COMPILE_MEMORY // 2**20} MiB",
-    "time to render messages by a chat template": f"{template_renderer.RENDER_TIMEOUT:g} seconds",
+    "time of the processor to render messages by a chat template": (
+        f"{template_renderer.RENDER_TIMEOUT:g} seconds"
+    ),
     "memory to render messages by a chat template": (
         f"{template_renderer.RENDER_MEMORY // 2**20} MiB"
     ),
