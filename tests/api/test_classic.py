@@ -18,7 +18,7 @@ from engine.model import ChatModel
 def post(url: str, body: object = None, **options) -> httpx.Response:
     if body is not None:
         options["json"] = body
-    return httpx.post(url, timeout=30, **options)
+    return httpx.post(url, **options)
 
 
 def refusal(response: httpx.Response, status: int = 400) -> dict:

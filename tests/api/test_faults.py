@@ -247,7 +247,7 @@ def test_fault_in_prefill_or_decode_fails_its_own_request_only(tokenizer, after,
         ready(url)
 
         async def crowd() -> list[httpx.Response]:
-            async with httpx.AsyncClient(base_url=f"{url}/v1", timeout=30) as client:
+            async with httpx.AsyncClient(base_url=f"{url}/v1") as client:
                 prompts = [[1, 1], [7, 7], [2] * 40, [7] * 40, [3]]
                 asks = [client.post("/completions", json={"prompt": p}) for p in prompts]
                 return await asyncio.gather(*asks)
@@ -287,7 +287,7 @@ def test_all_requests_get_503_when_the_engine_dies(tokenizer, end):
         ready(url)
         runner.hold()
         got: list[int] = []
-        ask = lambda: got.append(httpx.post(url, json={"prompt": "x"}, timeout=30).status_code)  # noqa: E731
+        ask = lambda: got.append(httpx.post(url, json={"prompt": "x"}).status_code)  # noqa: E731
         askers = [threading.Thread(target=ask) for _ in range(5)]
         for asker in askers:
             asker.start()
@@ -333,7 +333,7 @@ def test_idle_server_is_not_dead(server, monkeypatch):
 
 def one_fails(url: str, bad: str) -> None:
     async def crowd() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+        async with httpx.AsyncClient(base_url=url) as client:
             return await asyncio.gather(
                 *(client.post("/", json={"prompt": p}) for p in ("good", bad, "fine"))
             )
