@@ -136,9 +136,17 @@ async def openai(
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that the system gives to nobody else for half a minute, but to who asks for it.
+
+    A connection that was closed there keeps it.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = int(listening.getsockname()[1])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            connection, _ = listening.accept()
+            connection.close()  # first, so that it is this side that waits for what is late
+            client.recv(1)
+    return port
 
 
 class Target(Protocol):

@@ -44,6 +44,10 @@ class Event(NamedTuple):
     finish_reason: FinishReason | None
 
 
+# What is sent of an answer at once.
+Item = tuple[Answer, Event | EngineError]
+
+
 class AnswerText:
     """Makes Deltas of an answer's tokens, on the event loop."""
 
@@ -118,6 +122,6 @@ async def heartbeat(outbox: Outbox) -> None:
         outbox.queue.put_nowait(None)
 
 
-def deliver(items: list[tuple[Answer, Event | EngineError]]) -> None:
+def deliver(items: list[Item]) -> None:
     for answer, item in items:
         answer.outbox.queue.put_nowait(item)

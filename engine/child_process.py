@@ -5,16 +5,22 @@ thread. Questions and answers are JSON, a line each.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+
+import psutil
 
 # Seconds for the process to start, and to prepare what all of its answers need.
 START_TIMEOUT = 60.0
+# A process is ended after so many times its seconds, however few of them it had the processor.
+MOST_TIMES = 10
 
 
 class ChildEnded(Exception):
@@ -40,9 +46,10 @@ class ChildProcess:
             self._start()
 
     def ask(self, question: Any, seconds: float) -> Any:
-        """The answer; raises ChildEnded if there is none after so many seconds.
+        """The answer; raises ChildEnded if there is none after so many seconds of the processor.
 
-        Raises OSError if the process cannot be started.
+        Those in which other programs have it do not count, or a busy machine would refuse what an
+        idle one answers. Raises OSError if the process cannot be started.
         """
         with self._lock:
             self._start()
@@ -69,26 +76,55 @@ class ChildProcess:
             raise ChildEnded
         assert process.stdin
         assert process.stdout
-        timer = threading.Timer(seconds, process.kill)
-        timer.start()
         try:
-            if self._closed:
-                process.kill()
-            process.stdin.write(json.dumps([seconds, question]) + "\n")
-            process.stdin.flush()
-            # Empty, which is no JSON, if the process ended.
-            return json.loads(process.stdout.readline())
+            with time_bounded(process, seconds):
+                if self._closed:
+                    process.kill()
+                process.stdin.write(json.dumps([seconds, question]) + "\n")
+                process.stdin.flush()
+                # Empty, which is no JSON, if the process ended.
+                return json.loads(process.stdout.readline())
         except (OSError, ValueError):
             self._end()
             raise ChildEnded from None
-        finally:
-            timer.cancel()
 
     def _end(self) -> None:
         process, self.process = self.process, None
         if process:
             process.kill()
             process.communicate()
+
+
+@contextmanager
+def time_bounded(process: subprocess.Popen[str], seconds: float) -> Iterator[None]:
+    """End the process if within the block it uses the processor for so many seconds."""
+    answered = threading.Event()
+    begun = cpu_seconds(process)
+
+    def watch() -> None:
+        latest = time.monotonic() + MOST_TIMES * seconds
+        left = seconds
+        while not answered.wait(left):
+            left = seconds - (cpu_seconds(process) - begun)
+            if left < 0.01 or time.monotonic() > latest:  # the clocks' own step is as long
+                return process.kill()
+
+    watcher = threading.Thread(target=watch, name="watcher", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        answered.set()
+        watcher.join()
+
+
+def cpu_seconds(process: subprocess.Popen[str]) -> float:
+    """The time for which a process has had the processor."""
+    try:
+        times = psutil.Process(process.pid).cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0  # it has ended, and whoever asked it finds that out
+    return times.user + times.system
 
 
 def start_module(module: str) -> subprocess.Popen[str]:
@@ -150,5 +186,5 @@ def limit_time(seconds: float) -> None:
         import resource
 
         used = resource.getrusage(resource.RUSAGE_SELF)
-        most = int(used.ru_utime + used.ru_stime + seconds)
+        most = math.ceil(used.ru_utime + used.ru_stime + seconds)
         resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from engine.answer import Answer, AnswerText, Event, Outbox, deliver, failed, heartbeat
+from engine.answer import Answer, AnswerText, Event, Item, Outbox, deliver, failed, heartbeat
 from engine.cache import SpanCache
 from engine.errors import ContextTooLong, EngineError, EngineStopped, QueueFull, TimedOut
 from engine.runner import Runner
@@ -161,11 +161,7 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._receive():
-                self.scheduler.admit()
-                self._step()
-                self.last_step = time.monotonic()
-                self._end_late_ones()
-                self.scheduler.retire()
+                self._advance()
         except BaseException as failure:
             log.exception("the engine died")
             self.failure = failure
@@ -188,10 +184,20 @@ class Engine:
             scheduler.waiting.append(answer)
         return True
 
-    def _step(self) -> None:
-        """Compute the next step, and send what it brought."""
+    def _advance(self) -> None:
+        """Compute a step with those for whom there is room, and send what it brought."""
+        self.scheduler.admit()
+        items = self._step()
+        self.last_step = time.monotonic()
+        items += self._end_late_ones()
+        self.scheduler.retire()
+        # Last, so that whoever is told of an answer's end finds its place free.
+        self._send(items)
+
+    def _step(self) -> list[Item]:
+        """Compute the next step; returns what it brought."""
         self.scheduler.make_room()
-        items: list[tuple[Answer, Event | EngineError]] = []
+        items: list[Item] = []
         for answer, outcome in self._compute(self.scheduler.plan()):
             if isinstance(outcome, EngineError):
                 answer.done = True
@@ -203,7 +209,7 @@ class Engine:
                 answer.done = True
                 answer.finish_reason = "length"
             items.append((answer, Event(answer, outcome, answer.finish_reason)))
-        self._send(items)
+        return items
 
     def _compute(
         self, work: list[tuple[Answer, int]]
@@ -255,15 +261,15 @@ class Engine:
                 outcomes[n] = token
         return list(zip(through, outcomes, strict=True))
 
-    def _end_late_ones(self) -> None:
-        """Give up the sequences that have taken longer than the timeout."""
+    def _end_late_ones(self) -> list[Item]:
+        """Give up the sequences that have taken longer than the timeout; returns their errors."""
         now = time.monotonic()
         everyone = [*self.scheduler.running, *self.scheduler.waiting]
         late = [seq for seq in everyone if seq.deadline < now and not seq.done]
         for seq in late:
             seq.done = True
         error = TimedOut(f"the request took longer than {self.timeout:g} seconds")
-        self._send([(seq, error) for seq in late])
+        return [(seq, error) for seq in late]
 
     def _copy_rows(self, source: Span, start: int, count: int) -> bool:
         """Copy a span's first rows; False if that failed and they must be recomputed."""
@@ -275,7 +281,7 @@ class Engine:
             return False
         return True
 
-    def _send(self, items: Iterable[tuple[Answer, Event | EngineError]]) -> None:
+    def _send(self, items: Iterable[Item]) -> None:
         """Put items into their requests' outboxes, with one call per event loop for all."""
         for loop, group in groupby(items, key=lambda item: item[0].outbox.loop):
             with suppress(RuntimeError):  # the loop is closed

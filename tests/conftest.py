@@ -17,6 +17,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import httpx
+import hypothesis
 import pytest
 import torch
 import uvicorn
@@ -32,6 +33,16 @@ from engine.sequence import Delta, Sequence, Span
 from engine.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+# Seconds after which what never comes is given up; long, for machines that are busy or slow.
+PATIENCE = 120.0
+# So are hypothesis's bounds of an example's time.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
+# httpx gives up after 5 where nothing else is said.
+for phase in ("connect", "read", "write", "pool"):
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, phase, PATIENCE)
 
 
 def pytest_configure() -> None:
@@ -174,7 +185,7 @@ class ScriptedRunner:
             held.release(10**6)
 
     def forward(self, work: list[tuple[Sequence, int]]) -> torch.Tensor:
-        self.permits.acquire(timeout=20)
+        self.permits.acquire(timeout=PATIENCE)
         time.sleep(self.pause)
         self.steps.append([new for _, new in work])
         hit = [seq for seq, _ in work if self.poison in (None, seq.tokens[: seq.num_prompt])]
@@ -265,16 +276,16 @@ def serve(load: Callable[[api.Settings], ChatModel], **settings: object) -> Iter
             yield f"http://127.0.0.1:{port}"
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
 
 
 def ready(url: str) -> str:
-    wait_for(lambda: httpx.get(f"{url}/health").status_code == 200, 120)
+    wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)
     return url
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
     """Return as soon as the condition holds; fail if it never does."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from conftest import PATIENCE
+
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -122,7 +124,7 @@ class Answers(BaseHTTPRequestHandler):
             self.wfile.write(part)
             self.hub.sent[name] += len(part)
             if name == self.hub.stalled:
-                self.hub.flowing.wait(30)
+                self.hub.flowing.wait(PATIENCE)
         if name in self.hub.break_after:
             self.hub.break_after[name] = 0
             self.close_connection = True

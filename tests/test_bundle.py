@@ -29,8 +29,8 @@ def test_an_empty_folder_with_the_bundle_and_a_model_serves(tmp_path: Path):
     with subprocess.Popen([*command, "--no-chat-page"], cwd=tmp_path) as process:
         try:
             url = f"http://127.0.0.1:{port}"
-            wait_for(lambda: answers(url), 60)
-            answer = httpx.post(ready(url), json={"prompt": "hi", "max_length": 3}, timeout=30)
+            wait_for(lambda: answers(url))
+            answer = httpx.post(ready(url), json={"prompt": "hi", "max_length": 3})
             assert answer.json()["usage"]["completion_tokens"] == 3
         finally:
             process.kill()

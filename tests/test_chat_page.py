@@ -20,7 +20,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT, chat_model, ready, serve, wait_for
+from conftest import PATIENCE, ROOT, chat_model, ready, serve, wait_for
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 import api
@@ -32,7 +32,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
 
-expect.set_options(timeout=10_000)
+expect.set_options(timeout=1000 * PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,7 @@ def opened(browser: Browser, url: str, **options: object) -> Iterator[Page]:
     """The page as a new person sees it; fails if a script of the page's fails."""
     options = {"locale": "en-US", "viewport": {"width": 1280, "height": 800}, **options}
     with browser.new_context(**options) as context:
+        context.set_default_timeout(1000 * PATIENCE)
         page, failures = context.new_page(), []
         page.on("pageerror", lambda error: failures.append(error))
         page.goto(url if url.endswith("/") else f"{url}/chat/")
@@ -193,7 +194,8 @@ def test_stop_frees_the_engine_and_the_conversation_goes_on(browser, url, runner
             page.get_by_role("button", name="Stop").click()
         else:
             page.keyboard.press("Escape")
-        wait_for(lambda: running(url) == 0, 2)
+        wait_for(lambda: running(url) == 0)
+        assert len(runner.steps) < 1500
         expect(answers(page).get_by_text("Stopped.")).to_be_visible()
         runner.say = "short"
         ask(page, "again")
@@ -208,7 +210,8 @@ def test_closed_tab_frees_the_engine_and_what_came_is_kept(browser, url, runner)
         ask(page, "go on for long")
         expect(bodies(page)).to_contain_text("word word")
         page.close()
-        wait_for(lambda: running(url) == 0, 2)
+        wait_for(lambda: running(url) == 0)
+        assert len(runner.steps) < 1500
         page = browser.contexts[0].new_page()
         page.goto(f"{url}/chat/")
         expect(bodies(page)).to_contain_text("word word")
@@ -495,7 +498,7 @@ def test_question_asked_while_the_model_loads_is_answered_then(browser, runner, 
     loaded = threading.Event()
 
     def load(_: api.Settings) -> ChatModel:
-        loaded.wait(20)
+        loaded.wait(PATIENCE)
         return chat_model(runner, tokenizer)
 
     with serve(load, chat_page=True) as url, opened(browser, url) as page:
@@ -593,7 +596,7 @@ def test_busy_server_is_asked_again_when_its_seconds_are_over(browser, runner, t
 
 
 def post(url: str) -> None:
-    httpx.post(url, json={"prompt": "hi"}, timeout=30)
+    httpx.post(url, json={"prompt": "hi"})
 
 
 class Cable:

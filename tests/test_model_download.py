@@ -15,7 +15,7 @@ import httpx
 import pytest
 import torch
 from benchmark import free_port
-from conftest import ROOT, wait_for
+from conftest import PATIENCE, ROOT, wait_for
 from hub import Hub, serve_hub
 from server_process import server_process
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -222,7 +222,7 @@ def download(environment: dict[str, str], source: str, tmp_path: Path) -> Callab
         )
         if popen:
             return process
-        out, error = process.communicate(timeout=60)
+        out, error = process.communicate(timeout=PATIENCE)
         assert not check or process.returncode == 0, error
         return Run(process.returncode, out, error)
 
@@ -417,7 +417,7 @@ def test_interrupted_download_says_how_to_resume(download, folder, repository, h
         wait_for(lambda: SHARDS[0] in hub.sent)
         process.send_signal(signal.SIGINT)
         try:
-            out, error = process.communicate(timeout=20)
+            out, error = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
     hub.flowing.set()

@@ -11,7 +11,7 @@ from threading import Thread
 
 import pytest
 import requests
-from conftest import ROOT, chat_model, ready, serve, wait_for
+from conftest import PATIENCE, ROOT, chat_model, ready, serve, wait_for
 
 from request import get_completion
 
@@ -28,7 +28,7 @@ def run(*arguments: str, said: str = "", **variables: str) -> subprocess.Complet
         env=os.environ | variables,
         capture_output=True,
         encoding="utf-8",
-        timeout=60,
+        timeout=PATIENCE,
     )
 
 
@@ -165,10 +165,10 @@ def failed(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_unreachable_server_is_told_with_how_to_start_one():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    message = failed(run("hi", "--url", f"http://127.0.0.1:{port}"))
+    with socket.socket() as taken:  # so that nobody else comes to listen there
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        message = failed(run("hi", "--url", f"http://127.0.0.1:{port}"))
     assert "python api.py" in message
     assert "ssh -CN -L 6006:127.0.0.1:6006" in message
 

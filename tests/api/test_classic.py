@@ -18,7 +18,7 @@ from engine.model import ChatModel
 def post(url: str, body: object = None, **options) -> httpx.Response:
     if body is not None:
         options["json"] = body
-    return httpx.post(url, timeout=30, **options)
+    return httpx.post(url, **options)
 
 
 def refusal(response: httpx.Response, status: int = 400) -> dict:
@@ -312,13 +312,13 @@ def idle(url: str) -> bool:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_is_forgotten(server, runner, stream):
-    runner.say, runner.pause = "x" * 400, 0.01
+    runner.say, runner.pause = "x" * 400, 0.02
     body = json.dumps({"prompt": "hi", "stream": stream}).encode()
     head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
     with socket.create_connection(("127.0.0.1", int(server.rpartition(":")[2]))) as client:
         client.sendall(head + body)
         wait_for(lambda: len(runner.steps) > 2)
-    wait_for(lambda: idle(server), seconds=2)
+    wait_for(lambda: idle(server))
     assert len(runner.steps) < 300
 
 
@@ -328,10 +328,9 @@ def test_health_answers_while_the_model_computes(server, runner):
     client = threading.Thread(target=lambda: answers.append(post(server, {"prompt": "x"})))
     client.start()
     wait_for(lambda: not idle(server))
-    started = time.monotonic()
     for _ in range(10):
         assert httpx.get(f"{server}/health").status_code == 200
-    assert time.monotonic() - started < 5
+    assert not runner.steps
     runner.free()
     client.join(30)
     assert answers[0].json()["response"] == "hello"

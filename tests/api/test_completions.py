@@ -20,13 +20,13 @@ def scorer(tokenizer):
 
 
 def ask(url: str, **fields: object) -> dict:
-    response = httpx.post(url + TEXT, json=fields, timeout=30)
+    response = httpx.post(url + TEXT, json=fields)
     assert response.status_code == 200, response.text
     return response.json()
 
 
 def refusal(url: str, **fields: object) -> dict:
-    response = httpx.post(url + TEXT, json=fields, timeout=30)
+    response = httpx.post(url + TEXT, json=fields)
     assert response.status_code == 400, response.text
     return response.json()["error"]
 

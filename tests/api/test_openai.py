@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -354,22 +353,21 @@ def test_many_tokens_are_spelled_once_and_beside_the_event_loop(server, monkeypa
     text = ChatTokenizer(tokenizer)
     assert text.spell(7) == text.spell(7)
     assert text.spell.cache_info().hits == 1
-    wording = threading.Event()
+    wording, worded = threading.Event(), threading.Event()
     whole = replies.ChatCompletionReply.full_response
 
     def slowly(self, choices: list[replies.Choice]) -> dict[str, object]:
         wording.set()
-        time.sleep(1)
+        assert worded.wait(20)
         return whole(self, choices)
 
     monkeypatch.setattr(replies.ChatCompletionReply, "full_response", slowly)
     with ThreadPoolExecutor(1) as pool:
         url = f"{server}/v1/chat/completions"
-        answer = pool.submit(httpx.post, url, json={"messages": HELLO}, timeout=30)
+        answer = pool.submit(httpx.post, url, json={"messages": HELLO})
         assert wording.wait(20)
-        started = time.perf_counter()
         assert httpx.get(f"{server}/health").status_code == 200
-        assert time.perf_counter() - started < 0.8
+        worded.set()
         assert answer.result().status_code == 200
 
 
@@ -391,7 +389,8 @@ def test_leaving_ends_all_the_answers(server, runner):
         lines = response.iter_lines()
         next(lines)
         wait_for(lambda: httpx.get(f"{server}/health").json()["running"] == 3)
-    wait_for(lambda: httpx.get(f"{server}/health").json()["running"] == 0, 2)
+    wait_for(lambda: httpx.get(f"{server}/health").json()["running"] == 0)
+    assert len(runner.steps) < 400
 
 
 # ---- LangChain

@@ -250,7 +250,7 @@ def unknown_fields(value: object, where: str = "") -> list[str]:
 
 
 def lines_of(url: str, path: str, body: dict) -> list[str]:
-    text = httpx.post(url + path, json=body | {"stream": True}, timeout=30).text
+    text = httpx.post(url + path, json=body | {"stream": True}).text
     lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
     assert lines.pop() == "[DONE]"
     return lines

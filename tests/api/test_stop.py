@@ -19,8 +19,8 @@ import psutil
 import pytest
 import uvicorn
 from benchmark import free_port
-from conftest import ROOT, ScriptedRunner, byte_tokenizer, chat_model, wait_for
-from server_process import ServerProcess, server_process
+from conftest import PATIENCE, ROOT, ScriptedRunner, byte_tokenizer, chat_model, wait_for
+from server_process import ServerProcess, forking, server_process
 
 import api
 from engine import ChatModel
@@ -41,20 +41,30 @@ def wait_less() -> None:
     uvicorn.Config = impatient
 
 
-def slowly(self, *given, encode=ChatTokenizer.encode, **options):
-    time.sleep(3 * GRACE)
-    return encode(self, *given, **options)
+class Leash:
+    """Holds the model in the server's process: it takes a step, or encodes, when it is let."""
+
+    def __init__(self) -> None:
+        self.steps, self.encoding = forking().Semaphore(0), forking().Event()
+
+    def let_steps(self, count: int) -> None:
+        for _ in range(count):
+            self.steps.release()
 
 
 def load_scripted(
-    settings: api.Settings, say: str, pause: float, load: float, context: int, slow_encode: bool
+    settings: api.Settings, say: str, pause: float, load: float, context: int, leash: Leash | None
 ) -> ChatModel:
-    """A model that says one character each so many seconds."""
+    """A model that says one character each so many seconds, or as it is let."""
     time.sleep(load)
-    if slow_encode:
-        ChatTokenizer.encode = slowly
     runner = ScriptedRunner(byte_tokenizer(), say, context)
     runner.pause = pause
+    if leash:
+        encode = ChatTokenizer.encode
+        ChatTokenizer.encode = lambda *given, **options: (
+            leash.encoding.wait(PATIENCE) and encode(*given, **options)
+        )
+        runner.permits = leash.steps
     return chat_model(runner, byte_tokenizer(), context, max_batch=settings.max_batch)
 
 
@@ -63,13 +73,13 @@ def started(
     *flags: str,
     say: str = "x" * 20,
     load: float = 0,
-    slow_encode: bool = False,
+    leash: Leash | None = None,
     pause: float = 0.1,
     context: int = 512,
     before: Callable[[], object] = wait_less,
 ) -> Iterator[tuple[ServerProcess, str]]:
     port = str(free_port())
-    options = {"say": say, "load": load, "slow_encode": slow_encode}
+    options = {"say": say, "load": load, "leash": leash}
     loader = partial(load_scripted, pause=pause, context=context, **options)
     with server_process(loader, "--port", port, "--no-chat-page", *flags, before=before) as process:
         url = f"http://127.0.0.1:{port}"
@@ -93,7 +103,7 @@ class Client(threading.Thread):
         super().__init__()
         self.url, self.begun, self.events, self.cut_off = url, threading.Event(), [], False
         self.start()
-        assert self.begun.wait(20)
+        assert self.begun.wait(PATIENCE)
 
     def run(self) -> None:
         try:
@@ -102,7 +112,7 @@ class Client(threading.Thread):
             self.cut_off = True
 
     def _read(self, body: dict[str, object]) -> None:
-        with httpx.stream("POST", self.url, json=body, timeout=60) as response:
+        with httpx.stream("POST", self.url, json=body, timeout=PATIENCE) as response:
             for line in filter(None, response.iter_lines()):
                 self.events.append(line.removeprefix("data: "))
                 self.begun.set()
@@ -110,58 +120,67 @@ class Client(threading.Thread):
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_answers_under_way_are_finished_and_new_ones_refused(sent):
-    with started() as (process, url):
+    with started(leash=(leash := Leash())) as (process, url):
+        leash.encoding.set()
+        leash.let_steps(1)
         client = Client(url)
         process.send_signal(sent)
-        wait_for(lambda: status(url) == "draining", 5)
+        wait_for(lambda: status(url) == "draining")
         refused = httpx.post(url, json={"prompt": "x"})
+        leash.let_steps(20)
         assert refused.status_code == 503
         assert 1 <= int(refused.headers["retry-after"]) <= 31
         assert "stopping" in refused.json()["error"]["message"]
-        assert process.wait(20) == 0
-        client.join(20)
+        assert process.wait(PATIENCE) == 0
+        client.join(PATIENCE)
     assert client.events[-1] == "[DONE]"
     assert json.loads(client.events[-2])["response"] == "x" * 20
 
 
 def test_those_who_wait_are_answered_too():
-    with started("--max-batch", "1", say="x" * 30, pause=0.04) as (process, url):
+    with started("--max-batch", "1", leash=(leash := Leash())) as (process, url):
+        leash.encoding.set()
+        leash.let_steps(1)
         clients = [Client(url)]
         later = threading.Thread(target=lambda: clients.append(Client(url)))
         later.start()
         wait_for(lambda: httpx.get(f"{url}/health").json()["waiting"] == 1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-        later.join(20)
+        wait_for(lambda: status(url) == "draining")
+        leash.let_steps(41)
+        assert process.wait(PATIENCE) == 0
+        later.join(PATIENCE)
         for client in clients:
-            client.join(20)
+            client.join(PATIENCE)
     assert [client.events[-1] for client in clients] == ["[DONE]", "[DONE]"]
 
 
 def test_an_answer_that_takes_too_long_is_ended_with_an_error():
-    with started("--drain-timeout", "0.5", say="x" * 300) as (process, url):
+    with started("--drain-timeout", "0.5", say="x" * 300, pause=1) as (process, url):
         client = Client(url)
-        begun = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
-        assert time.monotonic() - begun < 10
-        client.join(20)
+        assert process.wait(PATIENCE) == 0
+        client.join(PATIENCE)
     error = json.loads(client.events[-1])["error"]
     assert (error["code"], error["message"]) == ("not_serving", "the server is stopping")
 
 
 def test_a_request_that_is_still_tokenized_is_answered_too():
     """The engine does not know of it yet."""
-    with started(slow_encode=True) as (process, url):
+    with started(leash=(leash := Leash())) as (process, url):
         answers = []
         asker = threading.Thread(
-            target=lambda: answers.append(httpx.post(url, json={"prompt": "x"}, timeout=60))
+            target=lambda: answers.append(httpx.post(url, json={"prompt": "x"}, timeout=PATIENCE))
         )
         asker.start()
-        time.sleep(0.5)
+        wait_for(lambda: httpx.get(f"{url}/health").json()["waiting"] == 1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-        asker.join(20)
+        wait_for(lambda: status(url) == "draining")
+        time.sleep(3 * GRACE)
+        leash.encoding.set()
+        leash.let_steps(21)
+        assert process.wait(PATIENCE) == 0
+        asker.join(PATIENCE)
     assert answers[0].json()["response"] == "x" * 20
 
 
@@ -180,7 +199,7 @@ def test_an_answer_that_is_still_being_read_is_not_cut():
             process.send_signal(signal.SIGTERM)
             time.sleep(3 * GRACE)
             answer += b"".join(iter(lambda: client.recv(2**20), b""))
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE) == 0
     assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
     assert len(answer) > 2**22, "less would lie in the sockets' buffers"
 
@@ -194,11 +213,11 @@ def test_a_server_that_was_paused_goes_on_and_answers_who_came_meanwhile():
         process.send_signal(signal.SIGSTOP)
         wait_for(lambda: psutil.Process(process.process.pid).status() == psutil.STATUS_STOPPED)
         host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=20) as late:
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as late:
             late.sendall(head % len(body) + body)
             process.send_signal(signal.SIGCONT)
             answer = b"".join(iter(lambda: late.recv(65536), b""))
-        client.join(20)
+        client.join(PATIENCE)
         assert status(url) == "ready"
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert client.events[-1] == "[DONE]"
@@ -216,29 +235,29 @@ def test_a_server_needs_no_folder_to_write_in():
             "messages": [{"role": "user", "content": "x"}],
             "response_format": {"type": "json_schema", "json_schema": {"schema": {"const": 1}}},
         }
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=PATIENCE)
         assert answer.json()["choices"][0]["message"]["content"] == "1", answer.text
         assert httpx.post(url, json={"prompt": "x"}).json()["response"] == "x" * 20
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE) == 0
 
 
 def test_a_second_signal_ends_at_once():
-    with started(say="x" * 300) as (process, url):
+    with started(say="x" * 300, pause=1) as (process, url):
         client = Client(url)
         process.send_signal(signal.SIGINT)
-        wait_for(lambda: status(url) == "draining", 5)
+        wait_for(lambda: status(url) == "draining")
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 128 + signal.SIGINT
-        client.join(20)
+        assert process.wait(PATIENCE) == 128 + signal.SIGINT
+        client.join(PATIENCE)
     assert client.cut_off
 
 
-@pytest.mark.parametrize("load", [0, 60])
+@pytest.mark.parametrize("load", [0, 10 * PATIENCE])
 def test_an_idle_or_a_loading_server_stops_soon_and_without_noise(load):
     with started(load=load) as (process, _):
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE) == 0
         noise = process.said()
     assert "Traceback" not in noise
     assert "terminate called" not in noise
@@ -249,9 +268,9 @@ def test_a_real_model_that_is_loading_can_be_stopped(demo_folder):
     process = subprocess.Popen(
         [sys.executable, "api.py", "--port", port], cwd=ROOT, text=True, stderr=subprocess.PIPE
     )
-    wait_for(lambda: status(f"http://127.0.0.1:{port}") is not None, 120)
+    wait_for(lambda: status(f"http://127.0.0.1:{port}") is not None)
     process.send_signal(signal.SIGTERM)
-    _, noise = process.communicate(timeout=20)
+    _, noise = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, noise
     assert "terminate called" not in noise
     assert Path(demo_folder).is_dir()

@@ -58,7 +58,8 @@ batches = given(
     reuse=st.booleans(),
     way=st.sampled_from(["sliced", "copied", "in place"]),
 )
-fixtures_once = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+unhealthy = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+fixtures_once = {"suppress_health_check": unhealthy}
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v2"])

@@ -508,13 +508,13 @@ def test_each_family_answers_over_http_alike_alone_and_in_a_batch(kind, tmp_path
     ]
 
     async def together(url: str) -> list[str]:
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=url) as client:
             answers = await asyncio.gather(*(client.post("/", json=ask) for ask in asks))
         return [answer.raise_for_status().json()["response"] for answer in answers]
 
     options = {"model": str(folder), "dtype": "float32", "cache_memory": "64MiB"}
     with serve(api.load_served, **options) as url:
-        alone = [httpx.post(ready(url), json=ask, timeout=60).json()["response"] for ask in asks]
+        alone = [httpx.post(ready(url), json=ask).json()["response"] for ask in asks]
         assert asyncio.run(together(url)) == alone
     assert any(alone)
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import torch
 from benchmark import free_port
-from conftest import byte_tokenizer, tiny_llama, wait_for
+from conftest import PATIENCE, byte_tokenizer, tiny_llama, wait_for
 from server_process import server_process
 
 import api
@@ -109,7 +109,7 @@ class Done(NamedTuple):
 def run_api(*flags: str) -> Done:
     """`python api.py` to its end."""
     with server_process(api.load_served, "--host", "127.0.0.1", *flags) as process:
-        return Done(process.wait(60), process.said())
+        return Done(process.wait(PATIENCE), process.said())
 
 
 @pytest.mark.parametrize("check", [[], ["--check"]])
@@ -146,7 +146,7 @@ def test_port_in_use_ends_the_process_with_one_sentence(checkpoint):
 
 
 def load_for_long(settings: api.Settings) -> ChatModel:
-    threading.Event().wait(60)
+    threading.Event().wait(10 * PATIENCE)
     raise AssertionError("nobody ended it")
 
 
@@ -162,7 +162,7 @@ def test_ctrl_c_while_loading_ends_the_process():
     with server_process(load_for_long, "--port", str(port), "--no-chat-page") as process:
         wait_for(explained)
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
+        assert process.wait(PATIENCE) == 0
         assert "Traceback" not in process.said()
 
 

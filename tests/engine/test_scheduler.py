@@ -10,10 +10,10 @@ import pytest
 from conftest import GREEDY, ScriptedRunner, reply, sequence, wait_for, whole_of
 from tokenizers import Tokenizer
 
-from engine.answer import Answer
+from engine.answer import Answer, Event
 from engine.cache import SpanCache
 from engine.engine import Engine
-from engine.errors import ContextTooLong, QueueFull
+from engine.errors import ContextTooLong, QueueFull, TimedOut
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 
@@ -29,17 +29,14 @@ class EngineByHand(Engine):
     def _send(self, items) -> None:
         self.sent += items
 
-    def ask(self, prompt: list[int], params: SamplingParams = GREEDY, **options: bool) -> Answer:
+    def ask(self, prompt: list[int], params: SamplingParams = GREEDY, **options: float) -> Answer:
         answer = Answer(prompt, params=params, end_ids=frozenset({256}), outbox=None, **options)
         self._inbox.put(answer)
         return answer
 
     def step(self) -> None:
         self._receive()
-        self.scheduler.admit()
-        self._step()
-        self._end_late_ones()
-        self.scheduler.retire()
+        self._advance()
 
 
 def test_no_rows_are_lost_whatever_becomes_of_requests(tokenizer, monkeypatch):
@@ -98,12 +95,35 @@ def test_client_that_leaves_during_retire_loses_no_rows(tokenizer):
 
 def test_answer_that_is_through_is_not_late(tokenizer):
     runner = ScriptedRunner(tokenizer, rows=100)
-    engine = EngineByHand(runner, tokenizer.backend_tokenizer, reuse=False, timeout=0.0)
-    engine.ask([1], replace(GREEDY, max_new_tokens=1))
+    engine = EngineByHand(runner, tokenizer.backend_tokenizer, reuse=False)
+    engine.ask([1], replace(GREEDY, max_new_tokens=1), deadline=0.0)
     engine.step()
     ((_, event),) = engine.sent
     assert event.finish_reason == "length"
     assert engine.cache.allocator.gaps == [(0, 100)]
+
+
+def test_waiting_request_times_out(tokenizer):
+    runner = ScriptedRunner(tokenizer)
+    engine = EngineByHand(runner, tokenizer.backend_tokenizer, max_batch=1)
+    first, second = engine.ask([1]), engine.ask([2], deadline=0.0)
+    engine.step()
+    assert [(answer, type(item)) for answer, item in engine.sent] == [
+        (first, Event),
+        (second, TimedOut),
+    ]
+    assert (engine.num_running, engine.num_waiting) == (1, 0)
+
+
+def test_place_of_an_answer_is_free_when_its_end_is_told(tokenizer, monkeypatch):
+    """Or as many clients as there are places, each asking again at once, would be refused some."""
+    engine = EngineByHand(ScriptedRunner(tokenizer), tokenizer.backend_tokenizer)
+    running = []
+    monkeypatch.setattr(engine, "_send", lambda items: running.append(engine.num_running))
+    engine.ask([1], replace(GREEDY, max_new_tokens=2))
+    engine.step()
+    engine.step()
+    assert running == [1, 0]
 
 
 def test_rows_that_a_readmitted_answer_finds_are_no_reuse(tokenizer):
@@ -151,7 +171,7 @@ def test_prompt_waiting_for_a_prefix_blocks_nobody(make, tokenizer, monkeypatch)
         asking = [asyncio.create_task(reply(model, [*prompt, n])) for n in range(2)]
         await asyncio.to_thread(wait_for, lambda: model.engine.num_waiting == 1)
         asking += [asyncio.create_task(reply(model, [n])) for n in range(5)]
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0)  # in which all of them ask
         runner.permits.release(2)
         await asyncio.to_thread(wait_for, lambda: len(model.engine.scheduler.running) == 6)
         assert len(model.engine.scheduler.waiting) == 1
@@ -251,9 +271,14 @@ def test_decode_goes_on_beside_a_long_prefill(make, tokenizer):
     model = make(runner, prefill_chunk=16)
 
     async def both():
+        runner.hold()
+        runner.permits.release(4)
         first = asyncio.create_task(reply(model, [1], SamplingParams(50)))
-        await asyncio.to_thread(wait_for, lambda: len(runner.steps) > 3)
-        return await asyncio.gather(first, reply(model, [2] * 160, SamplingParams(3)))
+        await asyncio.to_thread(wait_for, lambda: len(runner.steps) == 4)
+        second = asyncio.create_task(reply(model, [2] * 160, SamplingParams(3)))
+        await asyncio.sleep(0)  # in which it asks
+        runner.free()
+        await asyncio.gather(first, second)
 
     asyncio.run(both())
     chunked = [step for step in runner.steps if max(step) > 1]
@@ -269,7 +294,7 @@ def test_prompts_share_a_step_up_to_the_prefill_chunk(make, tokenizer):
     async def three():
         jobs = [reply(model, [i] * 8, GREEDY) for i in (1, 2, 3)]
         tasks = [asyncio.create_task(job) for job in jobs]
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0)  # in which all of them ask
         runner.free()
         await asyncio.gather(*tasks)
 
@@ -284,7 +309,6 @@ def test_small_requests_overtake_a_large_one_only_so_often(make, tokenizer, monk
     """While one request holds most of the room, a large one waits; small ones pass, a few."""
     monkeypatch.setattr("engine.scheduler.MAX_OVERTAKING", 3)
     runner = ScriptedRunner(tokenizer, "x" * 500, rows=200)
-    runner.pause = 0.01
     model = make(runner, max_batch=8, context_length=200)
     order = []
 
@@ -293,11 +317,13 @@ def test_small_requests_overtake_a_large_one_only_so_often(make, tokenizer, monk
         order.append(name)
 
     async def crowd():
+        runner.hold()
         jobs = [asyncio.create_task(ask("holder", 50, 100))]
         await asyncio.to_thread(wait_for, lambda: model.engine.scheduler.running)
         jobs.append(asyncio.create_task(ask("large", 100, 20)))
-        await asyncio.sleep(0.05)
         jobs += [asyncio.create_task(ask(f"small{i}", 5, 5)) for i in range(8)]
+        await asyncio.sleep(0)  # in which all of them ask
+        runner.free()
         await asyncio.gather(*jobs)
 
     asyncio.run(crowd())
@@ -331,7 +357,7 @@ def test_full_queue_is_refused_with_a_time_to_retry(make, tokenizer):
 
     async def crowd():
         jobs = [asyncio.create_task(reply(model, [1])) for _ in range(8)]
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0)  # in which all of them ask
         runner.free()
         return await asyncio.gather(*jobs, return_exceptions=True)
 

@@ -91,3 +91,25 @@ def test_closing_ends_what_is_compiled(compiler):
     thread.join(10)
     assert refused
     wait_for(lambda: worker.poll() is not None)
+
+
+def test_time_in_which_the_process_does_not_compute_does_not_count(compiler, monkeypatch):
+    """As on a machine whose cores are busy with other programs."""
+    compiler.compile(EASY)
+    monkeypatch.setattr("engine.schema_trial.COMPILE_TIMEOUT", 0.2)
+    monkeypatch.setattr("engine.child_process.MOST_TIMES", 1000)
+    worker = compiler.trial.process
+    os.kill(worker.pid, signal.SIGSTOP)
+    thread = threading.Timer(0.5, os.kill, (worker.pid, signal.SIGCONT))
+    thread.start()
+    compiler.compile(EASY)
+    thread.join()
+    assert compiler.trial.process is worker
+
+
+def test_process_that_does_not_compute_at_all_is_ended(compiler, monkeypatch):
+    compiler.compile(EASY)
+    monkeypatch.setattr("engine.schema_trial.COMPILE_TIMEOUT", 0.05)
+    os.kill(compiler.trial.process.pid, signal.SIGSTOP)
+    with pytest.raises(InvalidInput, match="takes more than"):
+        compiler.compile(EASY)

@@ -10,6 +10,7 @@ from conftest import ROOT, TEMPLATE, byte_tokenizer, wait_for
 
 from engine import ContextTooLong, InvalidInput, StartError, TemplateTooCostly, template_renderer
 from engine.checkpoint import chat_tokenizer, explained
+from engine.child_process import ChildProcess
 from engine.template_renderer import render_template, renderer
 from engine.tokenizer import ChatTokenizer
 
@@ -34,9 +35,12 @@ def short_time(monkeypatch):
 
 
 @pytest.mark.parametrize("template", [LOOPS, CALLS_ITSELF_TWICE])
-def test_template_that_does_not_end_is_refused_and_the_next_is_rendered(short_time, template):
+def test_template_that_does_not_end_is_refused_and_the_next_is_rendered(
+    short_time, monkeypatch, template
+):
     with pytest.raises(TemplateTooCostly, match=r"chat template takes more than 0.3 seconds"):
         render_template(template, HI, {})
+    monkeypatch.undo()
     assert render_template(TEMPLATE, HI, {}) == SHOWN
 
 
@@ -102,7 +106,7 @@ def test_template_that_does_not_end_is_named_at_the_start(short_time):
         chat_tokenizer(None, byte_tokenizer(), LOOPS)
 
 
-def test_what_fits_no_context_is_refused_before_it_is_rendered(short_time):
+def test_what_fits_no_context_is_refused_before_it_is_rendered(monkeypatch):
     """A template that joins texts one by one takes the square of their length."""
     joins = (
         "{% set ns = namespace(text='') %}"
@@ -114,7 +118,9 @@ def test_what_fits_no_context_is_refused_before_it_is_rendered(short_time):
     text = ChatTokenizer(tokenizer)
     text.most_tokens = 2**17
     turns = [{"role": "system", "content": "a" * 2000} for _ in range(4096)]
-    with pytest.raises(ContextTooLong):
-        text.encode(turns)
+    with monkeypatch.context() as patched:
+        patched.setattr(ChildProcess, "ask", lambda *_: pytest.fail("it was rendered"))
+        with pytest.raises(ContextTooLong):
+            text.encode(turns)
     # Unless it may come to nothing.
     assert text.encode([{"role": "system", "content": " " * 2**18}]) == []
