@@ -1,17 +1,13 @@
 """Attention of packed tokens to the cache: each sequence's reads the rows of its own span alone."""
 
 from collections.abc import Iterator
-from itertools import accumulate
-from typing import Any, NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 
 from engine.sequence import Span, Work
 
-# The FlashAttention kernel itself: torch's wrapper, varlen_attn, has no seqused_k before 2.13, and
-# on some GPUs dispatches to cuDNN, which does not support it.
-flash_attention: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
 # On a CPU, reading so many rows for nothing costs about what a call of sdpa does.
 PADDING = 128
 
@@ -251,61 +247,3 @@ class CopiedAttention(NamedTuple):
             mask = mask ^ F.pad(before, (0, mask.shape[-1] - before.shape[-1]))
         out = scaled_dot_product(query, key, value, mask, scoring)
         return out.flatten(1, 2)
-
-
-class InPlaceAttention(NamedTuple):
-    """FlashAttention reads keys and values in place in the pool, on CUDA.
-
-    Either all decode tokens or all prefill chunks; sizes are named as in torch's varlen_attn.
-    """
-
-    tokens: slice
-    max_q: int
-    max_k: int
-    cu_seq_q: torch.Tensor  # int32, [sequences + 1]: where each one's packed tokens begin
-    cu_seq_k: torch.Tensor  # int32, [sequences + 1]: where each one's span begins, in order
-    seqused_k: torch.Tensor  # int32, [sequences]: how many of its rows are read
-
-    @classmethod
-    def of(cls, work: Work, token: int) -> Self:
-        news = [new for _, new in work]
-        starts = [span.start for span, _ in work]
-        totals = [span.num_cached + new for span, new in work]
-        # The last offset, the end of the last span, is not used: seqused_k gives the lengths.
-        numbers = [*accumulate(news, initial=0)], [*starts, starts[-1]], totals
-        cu_seq_q, cu_seq_k, seqused_k = (torch.tensor(x, dtype=torch.int32) for x in numbers)
-        tokens = slice(token, token + sum(news))
-        return cls(tokens, max(news), max(totals), cu_seq_q, cu_seq_k, seqused_k)
-
-    @property
-    def is_prefill(self) -> bool:
-        return self.max_q > 1
-
-    def select(self, pool: torch.Tensor) -> torch.Tensor:
-        return pool
-
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
-    ) -> torch.Tensor:
-        # The causal mask is aligned bottom-right. A single token needs none, and without one the
-        # kernel can split long sequences over more of the card, if heads share keys.
-        window = scoring.window
-        if window is not None and window >= self.max_k:
-            window = None
-        out: torch.Tensor = flash_attention(
-            query,
-            key,
-            value,
-            self.cu_seq_q,
-            self.cu_seq_k,
-            self.max_q,
-            self.max_k,
-            0.0,  # dropout
-            self.is_prefill,  # causal
-            False,  # return_debug_mask
-            scale=scoring.scale,
-            window_size_left=None if window is None else window - 1,
-            window_size_right=None if window is None else 0,
-            seqused_k=self.seqused_k,
-        )[0]
-        return out

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from engine.attention import InPlaceAttention
 from engine.step import Step
 
 
@@ -52,21 +51,18 @@ class DecodeGraph:
         memory: Any,
     ):
         (group,) = step.groups
-        assert isinstance(group, InPlaceAttention)
         self.step = step
         self.longest = longest
         self.size = len(step.ids)
-        self.group = group._replace(max_k=longest)
+        self.group: Any = group.bounded(longest)  # type: ignore[attr-defined]
         step.groups = [self.group]
         self.logits, self.replay = capture(partial(compute, step), device, memory)
 
     def __call__(self, step: Step) -> torch.Tensor:
         """Replay with a step's inputs; the returned logits are overwritten by the next call."""
         (given,) = step.groups
-        assert isinstance(given, InPlaceAttention)
         for name in ("ids", "positions", "write", "wanted"):
             getattr(self.step, name).copy_(getattr(step, name), non_blocking=True)
-        for name in ("cu_seq_k", "seqused_k"):
-            getattr(self.group, name).copy_(getattr(given, name), non_blocking=True)
+        self.group.overwrite(given)
         self.replay()
         return self.logits

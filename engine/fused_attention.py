@@ -13,6 +13,8 @@ from engine.fused import Part, RMSNorm
 from engine.packed_attention import attend_rows
 from engine.step import Step
 
+PRODUCTS = ("q_proj", "k_proj", "v_proj")
+
 
 class Turns:
     """Rotary embeddings (arXiv 2104.09864) as complex numbers, made once a step for all layers."""
@@ -30,24 +32,18 @@ class Turns:
         return self.turns
 
 
-class FusedAttention(torch.nn.Module):
-    """A layer of plain attention with rotary embeddings, norms of each head included.
+class OneProductAttention(torch.nn.Module):
+    """A layer of attention whose queries, keys and values are one product."""
 
-    Each pair of a head's numbers that is turned together is stored side by side, other than in
-    transformers, where it is half a head apart. Keys and queries have the same order.
-    """
-
-    def __init__(self, module: Any, scoring: Scoring, turns: Turns):
+    def __init__(self, module: Any, scoring: Scoring, product: Any):
         super().__init__()
         self.layer_idx = module.layer_idx
         self.scoring = scoring
-        self.turns = turns
-        self.product = module.q_proj.shared.product
+        self.product = product
         self.o_proj = module.o_proj
         self.width = module.head_dim
-        queries, keys, values = (count // self.width for count in module.q_proj.shared.widths)
-        self.counts = [queries, keys, values]
-        self.norm = head_norm(module, queries, keys)
+        # The numbers of heads.
+        self.counts = [getattr(module, name).out_features // self.width for name in PRODUCTS]
 
     def forward(
         self,
@@ -58,6 +54,25 @@ class FusedAttention(torch.nn.Module):
     ) -> tuple[torch.Tensor, None]:
         """By transformers' interface, [1, tokens, width]."""
         return self.attend(hidden_states[0], position_embeddings, step)[None], None
+
+    def attend(
+        self, x: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor], step: Step
+    ) -> torch.Tensor:
+        """The same of [tokens, width], for embeddings of the positions."""
+        raise NotImplementedError
+
+
+class FusedAttention(OneProductAttention):
+    """A layer of plain attention with rotary embeddings, norms of each head included.
+
+    Each pair of a head's numbers that is turned together is stored side by side, other than in
+    transformers, where it is half a head apart. Keys and queries have the same order.
+    """
+
+    def __init__(self, module: Any, scoring: Scoring, turns: Turns):
+        super().__init__(module, scoring, module.q_proj.shared.product)
+        self.turns = turns
+        self.norm = head_norm(module, *self.counts[:2])
 
     def attend(
         self, x: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor], step: Step
@@ -85,18 +100,24 @@ def head_norm(module: Any, queries: int, keys: int) -> RMSNorm | None:
     return RMSNorm(torch.nn.Parameter(torch.cat(weights)), module.q_norm.eps)
 
 
-def can_be_fused(module: Any) -> bool:
-    """Whether a module looks like plain attention, with packed products, and norms as ours."""
-    parts: list[Any] = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-    if not all(isinstance(part, Part) for part in parts) or not hasattr(module, "head_dim"):
+def is_plain_attention(module: Any, norm: type) -> bool:
+    """Whether a module looks like attention and no more; `norm` is the type of norms as ours."""
+    parts: list[Any] = [getattr(module, name, None) for name in PRODUCTS]
+    if None in parts or not hasattr(module, "head_dim"):
         return False
     if module.head_dim % 2 or any(part.out_features % module.head_dim for part in parts):
         return False
-    others = {name for name, _ in module.named_children()} - {"q_proj", "k_proj", "v_proj"}
+    others = {name for name, _ in module.named_children()} - set(PRODUCTS)
     if others == {"o_proj"}:
         return True
     norms: list[Any] = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
-    if others != {"o_proj", "q_norm", "k_norm"} or any(type(n) is not RMSNorm for n in norms):
+    if others != {"o_proj", "q_norm", "k_norm"} or any(type(n) is not norm for n in norms):
         return False
     # Of each head, and not of all together.
     return {(n.eps, *n.weight.shape) for n in norms} == {(norms[0].eps, module.head_dim)}
+
+
+def can_be_fused(module: Any) -> bool:
+    """Whether a module looks like plain attention, with packed products, and norms as ours."""
+    packed = all(isinstance(getattr(module, name, None), Part) for name in PRODUCTS)
+    return packed and is_plain_attention(module, RMSNorm)

@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
+from engine.attention import Scoring
 from engine.fused import FusedMLP, RMSNorm
 from engine.fused_attention import FusedAttention, Turns, can_be_fused
 from engine.step import Step
 
-# By how much a layer's result may differ, relatively: 8 bits round activations to 14.
-TOLERANCE = 1e-3
+# By how much a module's result may differ, relatively: in half precision transformers rounds after
+# each operation, and 8 bits round activations to 14.
+TOLERANCE = {torch.bfloat16: 0.015, torch.float16: 0.005, torch.float32: 1e-3}
 
-PARTS = {
+# A decoder layer's, by their names in transformers.
+PARTS: dict[str, type] = {
     "input_layernorm": RMSNorm,
     "self_attn": FusedAttention,
     "post_attention_layernorm": RMSNorm,
@@ -45,60 +48,63 @@ class FusedLayer(torch.nn.Module):
         **_: Any,
     ) -> torch.Tensor:
         """By transformers' interface, [1, tokens, width]."""
-        x = hidden_states[0]
+        return self.compute(hidden_states[0], position_embeddings, step)[None]
+
+    def compute(
+        self, x: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor], step: Step
+    ) -> torch.Tensor:
+        """The same of [tokens, width], for embeddings of the positions."""
         normed = self.input_layernorm.forward(x)
-        x = self.self_attn.attend(normed, position_embeddings, step).add_(x)
+        x = self.self_attn.attend(normed, embeddings, step).add_(x)
         normed = self.post_attention_layernorm.forward(x)
-        return self.mlp.forward(normed).add_(x)[None]
+        return self.mlp.forward(normed).add_(x)
 
 
-def is_plain(module: Any) -> bool:
+def is_plain(module: Any, parts: dict[str, type]) -> bool:
     """Whether a module looks like such a layer, all of whose parts have been replaced."""
-    return {name: type(child) for name, child in module.named_children()} == PARTS
+    return {name: type(child) for name, child in module.named_children()} == parts
+
+
+# From a module and its keyword arguments; None where it sees by these that it cannot be.
+Make = Callable[[Any, dict[str, Any]], torch.nn.Module | None]
 
 
 class Comparison:
     """Makes fused modules in a forward pass, and keeps those that compute what the model's do."""
 
-    def __init__(self, make: Callable[[Any, dict[str, Any]], torch.nn.Module | None]):
+    def __init__(self, make: Make):
         self.make = make
         self.alike: dict[str, torch.nn.Module] = {}
 
     def hear(self, name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         """What a module was given and gave, as a forward hook is told."""
-        if not {"position_embeddings", "step"} <= kwargs.keys():
-            return
         fused = self.make(module, kwargs)
         if fused is None:
             return
-        step = copy(kwargs["step"])  # it counts how often a layer is computed
-        found = fused(*args, **kwargs | {"step": step})
-        if type(found) is type(output) and differ(found, output) < TOLERANCE:
+        if "step" in kwargs:  # it counts how often a layer is computed
+            kwargs = kwargs | {"step": copy(kwargs["step"])}
+        found = fused(*args, **kwargs)
+        if type(found) is type(output) and is_alike(found, output):
             self.alike[name] = fused
 
 
-def differ(found: Any, wanted: Any) -> float:
-    """By how much two modules' outputs differ, relatively; attention gives a pair."""
+def is_alike(found: Any, wanted: Any) -> bool:
+    """Whether two modules' outputs are the same but for rounding; attention gives a pair."""
     if isinstance(wanted, tuple):
         found, wanted = found[0], wanted[0]
-    return float((found - wanted).norm() / wanted.norm())
+    error = (found - wanted).float().norm() / wanted.float().norm()
+    return bool(error < TOLERANCE[wanted.dtype])
 
 
-def replace(
-    model: Any,
-    fits: Callable[[Any], bool],
-    make: Callable[[Any, dict[str, Any]], torch.nn.Module | None],
-    run: Callable[[], Any],
-) -> None:
-    """Replace the modules that fit, where that computes the same in a forward pass.
-
-    `make` has a module and its keyword arguments; None where it sees by these that it cannot be.
-    """
+def replace(model: Any, fits: Callable[[Any], bool], make: Make, run: Callable[[], Any]) -> None:
+    """Replace the modules that fit, where that computes the same in a forward pass."""
     comparison = Comparison(make)
+    fitting = {name: module for name, module in model.named_modules() if fits(module)}
+    if not fitting:
+        return
     hooks = [
         module.register_forward_hook(partial(comparison.hear, name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if fits(module)
+        for name, module in fitting.items()
     ]
     try:
         run()
@@ -116,11 +122,19 @@ def fuse_layers(model: Any, run: Callable[[], Any]) -> None:
     """
     turns = Turns()
 
-    def attention(module: Any, kwargs: dict[str, Any]) -> FusedAttention | None:
-        if kwargs["position_embeddings"][0].shape[-1] != module.head_dim:
-            return None  # a part of each head is turned
-        scoring = kwargs["step"].pool.layers[module.layer_idx].scoring
-        return FusedAttention(module, scoring, turns)
+    def attention(module: Any, given: dict[str, Any]) -> FusedAttention | None:
+        scoring = scoring_of(module, given)
+        return None if scoring is None else FusedAttention(module, scoring, turns)
 
     replace(model, can_be_fused, attention, run)
-    replace(model, is_plain, lambda module, _: FusedLayer(module), run)
+    replace(model, partial(is_plain, parts=PARTS), lambda module, _: FusedLayer(module), run)
+
+
+def scoring_of(module: Any, given: dict[str, Any]) -> Scoring | None:
+    """How attention scored keys in this step, if whole heads are turned by what it is given."""
+    if not {"position_embeddings", "step"} <= given.keys():
+        return None
+    if given["position_embeddings"][0].shape[-1] != module.head_dim:
+        return None
+    scoring: Scoring = given["step"].pool.layers[module.layer_idx].scoring
+    return scoring

@@ -21,7 +21,7 @@ from engine.checkpoint import (
 from engine.engine import Engine
 from engine.errors import StartError
 from engine.families import checkpoint_defaults, states_length
-from engine.form import tolerance_of
+from engine.form import computes_exactly, tolerance_of
 from engine.form_trial import settle_form
 from engine.freed_memory import return_freed_memory
 from engine.model import ChatModel
@@ -60,20 +60,43 @@ def self_check(runner: Runner, alone: list[torch.Tensor]) -> float:
         logits = runner.forward(list(zip(spans, news, strict=True)))
         for span, new, row, plain in zip(spans, news, logits, alone, strict=True):
             span.num_cached += new
-            wanted = plain[span.num_cached - 1].to(row)
             # max would pass over the NaN that broken weights give.
-            worst = max(float((row - wanted).norm() / wanted.norm()), worst)
-    if worst != worst:
+            worst = max(relative_error(row, plain[span.num_cached - 1]), worst)
+    # A wrong answer is far off. Both sides have the same weights, so fewer bits allow no more.
+    check_error(runner.model, worst, tolerance_of(runner.model))
+    return worst
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    wanted = wanted.to(found)
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def check_error(model: Any, error: float, most: float) -> None:
+    """Raise StartError for logits that are too far off, or are no numbers."""
+    if error != error:
         raise StartError(
             "the model's logits are NaN; try another --dtype, or download the model again"
         )
-    # A wrong answer is far off. Both sides have the same weights, so fewer bits allow no more.
-    if not worst < tolerance_of(runner.model):
+    if not error < most:
         raise StartError(
-            f"this model does not batch: the logits of {type(runner.model).__name__} come out"
-            f" {worst:.0%} off; take another model"
+            f"this model does not batch: the logits of {type(model).__name__} come out"
+            f" {error:.0%} off; take another model"
         )
-    return worst
+
+
+@torch.inference_mode()
+def logits_alone(model: Any, wanted: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The probes' logits by the model's layers as they are now, each sequence alone.
+
+    In half precision these are what batches are held against: two right ways to compute a model
+    differ by more than two batches of one may. Raises StartError if they are not near the wanted.
+    """
+    runner = Runner(model, 16)
+    found = [runner.forward([(Span(ids, 0, all_logits=True), len(ids))]) for ids in probes(model)]
+    for logits, own in zip(found, wanted, strict=True):
+        check_error(model, relative_error(logits, own), 2 * tolerance_of(model))
+    return found
 
 
 def start_runner(model: Any, cache_memory: str = "auto", max_batch: int = 64) -> Runner:
@@ -84,11 +107,13 @@ def start_runner(model: Any, cache_memory: str = "auto", max_batch: int = 64) ->
         runner = create_runner(model, cache_memory, most)
     except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
         raise not_supported(model.config, f"its code fails in a batch: {error}") from error
+    if not computes_exactly(model):
+        alone = logits_alone(model, alone)
     runner.capture_graphs(max_batch, min(context_length(model.config), runner.rows))
     try:
         runner.difference = self_check(runner, alone)
-    except (StartError, RuntimeError) as error:
-        if runner.way != "in place":
+    except Exception as error:  # whatever a kernel raises
+        if runner.way == runner.fallback_way:
             raise
         runner.fall_back(str(error))
         runner.difference = self_check(runner, alone)
@@ -109,21 +134,24 @@ def kernel_summary(runner: Runner) -> str:
         return f"sdpa over {how} ({runner.fallback_reason})"
     sizes = sorted({recorded.size for recorded in runner.graphs})
     graphs = f"CUDA graphs for {', '.join(map(str, sizes)) or 'no'} sequences"
-    return f"FlashAttention in place, {graphs}"
+    kernel = "FlashAttention" if runner.way == "in place" else "a kernel of ours for latents"
+    return f"{kernel} in place, {graphs}"
 
 
 def facts_of(
     text: ChatTokenizer, runner: Runner, context: int, ends: frozenset[int]
 ) -> dict[str, str]:
     """What a developer asks of a loaded model."""
+    exact = computes_exactly(runner.model)
+    beside = "the model's own forward pass" if exact else "those of each sequence alone"
     return {
         "prompt": text.family.name if text.family else "its own chat template",
         "devices": device_summary(runner.model),
         "context": context_summary(runner, context),
         "end ids": f"{sorted(ends)}",
         "attention": attention_summary(runner),
-        "self-check": f"relative error {runner.difference:.1e} of a batch's logits, against the"
-        " model's own forward pass",
+        "self-check": f"relative error {runner.difference:.1e} of a batch's logits, against"
+        f" {beside}",
     }
 
 

@@ -46,9 +46,19 @@ def attend_rows(
     layer = step.enter(layer_idx, scoring)
     here = step.on(query.device)
     keys, values = layer.write(here.write, key, value)
+    return attend_pool(here, query, keys, values, scoring)
+
+
+def attend_pool(
+    step: Step, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring
+) -> torch.Tensor:
+    """Attention of [tokens, heads, width] to a layer's rows, [rows, heads, width].
+
+    The step is on their device.
+    """
     parts = [
         group.attend(query[group.tokens], group.select(keys), group.select(values), scoring)
-        for group in here.groups
+        for group in step.groups
     ]
     return joined(parts)
 

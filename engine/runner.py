@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -9,8 +10,8 @@ import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
 
-from engine.attention import flash_attention
 from engine.attention_trial import attention_windows
+from engine.cuda_attention import flash_attention
 from engine.cuda_graph import DecodeGraph
 from engine.errors import StartError
 from engine.form import computes_exactly
@@ -53,6 +54,21 @@ def why_not_in_place(layers: list[LayerRows]) -> str | None:
     return None
 
 
+def are_latents(layers: list[LayerRows]) -> bool:
+    """Whether all layers cache MLA's latents, and no kernel of others' reads them."""
+    return all(x.keys is x.values and x.scoring.window is None for x in layers)
+
+
+def why_not_latents(layers: list[LayerRows]) -> str | None:
+    """Why our kernel cannot read MLA's latents in place; None if it can."""
+    for keys in (layer.keys for layer in layers):
+        if keys.device.type != "cuda":
+            return f"layers on {keys.device}"
+        if keys.dtype not in (torch.bfloat16, torch.float16):
+            return f"our kernel does not do {keys.dtype}"
+    return None if find_spec("triton") else "there is no Triton for our kernel"
+
+
 def padded_size(total: int) -> int:
     """The number of tokens to pad a step to, one of a few dozen sizes."""
     if total <= 16:
@@ -86,7 +102,7 @@ def create_runner(model: Any, cache_memory: str = "auto", max_rows: int = 2**31 
     prepare_model(model)
     # A few tokens make each layer create its rows, which shows what a row costs on which device.
     trial = Runner(model, 8)
-    fuse_layers(model, lambda: trial.forward([(Span([*range(7)]), 7)]))
+    make_faster(trial)
     rows = min(max_rows, affordable_rows(trial, cache_memory))
     if rows < 64:
         raise StartError(f"the KV cache holds only {rows} tokens; raise --cache-memory")
@@ -94,7 +110,31 @@ def create_runner(model: Any, cache_memory: str = "auto", max_rows: int = 2**31 
     runner.fallback_reason = why_not_in_place(trial.pool.layers)
     if runner.fallback_reason is None:
         runner.way = "in place"
+    elif are_latents(trial.pool.layers):
+        runner.fallback_reason = why_not_latents(trial.pool.layers)
+        if runner.fallback_reason is None:
+            runner.way = "latents"
     return runner
+
+
+def make_faster(trial: "Runner") -> None:
+    """Let a model's layers take fewer and larger operations, where they compute the same."""
+
+    def run() -> torch.Tensor:
+        return trial.forward([(Span([*range(7)]), 7)])
+
+    run()  # says of a model that cannot be batched why
+    if trial.device.type == "cpu":
+        fuse_layers(trial.model, run)
+    elif not trial.split and trial.model.dtype in (torch.bfloat16, torch.float16):
+        try:
+            from engine.cuda_layer import fuse_on_gpu
+
+            fuse_on_gpu(trial.model, run)
+        except Exception as error:  # whatever a compiler for this GPU may raise
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            log.warning("layers take more kernels than they need: %s", reason)
+        torch.cuda.empty_cache()
 
 
 def affordable_rows(trial: "Runner", cache_memory: str) -> int:
@@ -204,19 +244,25 @@ class Runner:
     @torch.inference_mode()
     def capture_graphs(self, max_batch: int, context: int) -> None:
         """Capture decode steps as CUDA graphs, for a few batch sizes and length limits each."""
-        if self.way != "in place" or self.split:
+        if self.fallback_reason or self.way == self.fallback_way or self.split:
             return
         sizes = sorted({*(2**n for n in range(11) if 2**n < max_batch), max_batch})
         lengths = sorted({*(2048 * 4**n for n in range(6) if 2048 * 4**n < context), context})
+        if self.way == "latents":  # its kernel divides its work by the lengths themselves
+            lengths = [context]
         log.info("capturing CUDA graphs for decode steps of up to %d sequences", max_batch)
         memory = torch.cuda.graph_pool_handle()
-        try:
-            # Largest first: the others then fit into its memory.
-            for size, longest in reversed([*product(sizes, lengths)]):
+        failed: dict[int, Exception] = {}
+        # Largest first: the others then fit into its memory.
+        for size, longest in reversed([*product(sizes, lengths)]):
+            try:
                 self.graphs.insert(0, self._decode_graph(size, longest, memory))
-        except Exception as error:  # not every model's code can be captured
-            log.warning("decode steps do not run as CUDA graphs: %s", error)
-            self.graphs = []
+            except Exception as error:  # not every model's code can be captured
+                failed[size] = error
+        if failed:
+            smallest = min(failed)
+            why = failed[smallest]
+            log.warning("steps of %d sequences or more are no CUDA graphs: %s", smallest, why)
 
     def fall_back(self, reason: str) -> None:
         """Do without FlashAttention from now on, because reading in place went wrong."""
@@ -240,5 +286,5 @@ class Runner:
         return next(fitting, None)
 
     def _decode_graph(self, size: int, longest: int, memory: Any) -> DecodeGraph:
-        step = Step([(self.idle, 1)] * size, "in place").on(self.device)
+        step = Step([(self.idle, 1)] * size, self.way).on(self.device)
         return DecodeGraph(step, longest, self.compute, self.device, memory)

@@ -13,20 +13,20 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 
-from engine.attention import (
-    ChunkAttention,
-    CopiedAttention,
-    Group,
-    InPlaceAttention,
-    Scoring,
-    SlicedAttention,
-)
+from engine.attention import ChunkAttention, CopiedAttention, Group, Scoring, SlicedAttention
+from engine.cuda_attention import InPlaceAttention, LatentAttention
 from engine.sequence import Span, Work
 
-# How decode reads the cache: by FlashAttention where the rows lie, by sdpa over views of spans at
-# equal distances (best on a CPU), or by sdpa over copies of all spans' rows.
-Way = Literal["in place", "sliced", "copied"]
-DECODE = {"in place": InPlaceAttention, "sliced": SlicedAttention, "copied": CopiedAttention}
+# How decode reads the cache: by FlashAttention where the rows lie, by a kernel of ours where these
+# are MLA's latents, by sdpa over views of spans at equal distances (best on a CPU), or by sdpa over
+# copies of all spans' rows.
+Way = Literal["in place", "latents", "sliced", "copied"]
+DECODE = {
+    "in place": InPlaceAttention,
+    "latents": LatentAttention,
+    "sliced": SlicedAttention,
+    "copied": CopiedAttention,
+}
 
 
 # In place of an infinity in the cache; any dtype holds it.
@@ -114,13 +114,17 @@ class LayerRows:
 
         Without values, which MLA's latents hold already, the keys are returned for both.
         """
-        if not hasattr(self, "keys"):
-            self.keys = self._create(key)
-            self.values = self.keys if value is None else self._create(value)
+        self.prepare(key, value)
         self._write(self.keys, where, key)
         if value is not None:
             self._write(self.values, where, value)
         return self.keys, self.values
+
+    def prepare(self, key: torch.Tensor, value: torch.Tensor | None) -> None:
+        """Create the rows, if they are not yet, for keys and values like these."""
+        if not hasattr(self, "keys"):
+            self.keys = self._create(key)
+            self.values = self.keys if value is None else self._create(value)
 
     @property
     def row_bytes(self) -> int:

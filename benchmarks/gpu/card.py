@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.attention import flash_attention  # noqa: E402
+from engine.cuda_attention import flash_attention  # noqa: E402
 from engine.form_trial import settle_form  # noqa: E402
 from engine.loading import attention_summary, start_runner  # noqa: E402
 from engine.packed_attention import keep_latent  # noqa: E402
@@ -244,8 +244,29 @@ def steps(model: object, options: argparse.Namespace) -> None:
     took = seconds_of(lambda: runner.forward(chunk), device, 5)
     rate = bounds.operations * 512 / took / bounds.flops
     print(f"\nA chunk of 512 tokens takes {1e3 * took:.1f} ms, {rate:.0%} of the products' rate.")
+    if device.type == "cuda":
+        for batch in {min(options.clients), max(options.clients)}:
+            print_profile(runner, batch)
     if runner.way == "in place" and device.type == "cuda":
         kernels(model, device)
+
+
+def print_profile(runner: Runner, batch: int) -> None:
+    """What the card does in a decode step of sequences of 256 tokens."""
+    work = decode_work(batch, 256)
+    runner.forward(work)
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        for _ in range(10):
+            runner.forward(work)
+        wait(runner.device)
+    kernels = [e for e in seen.key_averages() if e.device_type == DeviceType.CUDA]
+    total = sum(e.self_device_time_total for e in kernels)
+    print(f"\nA step of {batch}: {total / 1e4:.2f} ms on the card, of which\n")
+    print("| share | us | calls | kernel |")
+    print("| --- | --- | --- | --- |")
+    for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:10]:
+        took = e.self_device_time_total
+        print(f"| {took / total:.1%} | {took / 10:.0f} | {e.count / 10:.0f} | {e.key[:90]} |")
 
 
 def kernels(model: object, device: torch.device) -> None:
@@ -270,7 +291,7 @@ def kernels(model: object, device: torch.device) -> None:
 
 
 def mla(options: argparse.Namespace) -> None:
-    """DeepSeek's layers: latents read as they are or expanded, and the ways to run experts."""
+    """DeepSeek's layers: latents read in place, from copies, or expanded."""
     device = options.device
     shape = TINY_DEEPSEEK if options.tiny else DEEPSEEK
     config = DeepseekV2Config(**shape, max_position_embeddings=8192)
@@ -279,22 +300,22 @@ def mla(options: argparse.Namespace) -> None:
     print(f"\nDeepSeek-V2-Lite's width, {config.num_hidden_layers} layers; packed steps differ by"
           f" {runner.difference:.1e}; {attention_summary(runner)}.\n")  # fmt: skip
     attentions = [m for m in model.modules() if getattr(m, "expand_kv", None) is keep_latent]
-    experts = model.get_experts_implementation()[""]
-    ways = ["grouped_mm", "batched_mm", "eager"]
-    print(f"| step | latents | expanded | {' | '.join(ways)} |")
-    print(f"| --- | --- | --- | {' | '.join(['---'] * len(ways))} |")
-    chunk = [(Span([5] * 512, 0, 512), 512)]
+    captured, way = runner.graphs, runner.way
+    print("| step | CUDA graph | eager | copied | expanded |")
+    print("| --- | --- | --- | --- | --- |")
     for name, work in {
         "1 token, 1,000 before it": decode_work(1, 1000),
         "16 tokens, 1,000 before each": decode_work(16, 1000),
         "64 tokens, 250 before each": decode_work(64, 250),
-        "a chunk of 512": chunk,
+        "a chunk of 512": [(Span([5] * 512, 0, 512), 512)],
     }.items():
-
-        def forward(work: Work = work) -> torch.Tensor:
-            return runner.forward(work)
-
+        forward = partial(runner.forward, work)
         took = [seconds_of(forward, device, 5)]
+        runner.graphs = []
+        took.append(seconds_of(forward, device, 5))
+        runner.way = "copied"
+        took.append(seconds_of(forward, device, 5))
+        runner.graphs, runner.way = captured, way
         for module in attentions:
             del module.expand_kv
         expanded = Runner(model, runner.rows)
@@ -302,15 +323,9 @@ def mla(options: argparse.Namespace) -> None:
         del expanded
         for module in attentions:
             module.expand_kv = keep_latent
-        for way in ways:
-            if way == "batched_mm" and len(work) < 16 < work[0][1]:
-                took.append(float("nan"))  # it would copy the experts of each of 512 tokens
-                continue
-            model.set_experts_implementation(way)
-            took.append(seconds_of(forward, device, 5))
-        model.set_experts_implementation(experts)
         print(f"| {name} | {' | '.join(f'{1e3 * x:.2f} ms' for x in took)} |", flush=True)
-    print(f"\nThe experts' own way here is {experts or 'eager'}.")
+    if device.type == "cuda":
+        print_profile(runner, 1)
 
 
 def bits(options: argparse.Namespace) -> None:
@@ -323,6 +338,7 @@ def bits(options: argparse.Namespace) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     widths = [16, 8, 4] if find_spec("bitsandbytes") else [16, 8]
     cases = [("Llama-3-8B", LlamaForCausalLM, llamas, n) for n in widths]
+    cases.append(("DeepSeek-V2-Lite", DeepseekV2ForCausalLM, deepseek, 16))
     cases.append(("DeepSeek-V2-Lite on 24 GB", DeepseekV2ForCausalLM, deepseek, 8))
     for name, kind, shared, width in cases:
         config = deepcopy(shared)  # a runner changes its model's

@@ -39,7 +39,7 @@ def rows(name: str, given: dict[str, Any]) -> Iterator[str]:
     with SERVERS[name](given) as server:
         server.load(1, 1, 8, 0)
         for clients, most in given["most"].items():
-            if int(clients) > 8 and name in ONE_BY_ONE:
+            if int(clients) > 1 and name in ONE_BY_ONE:
                 continue  # they take one after the other: minutes, and nothing new
             with benchmark.watched_health(server.url) as health:
                 first = 1000 * int(clients)

@@ -1,6 +1,8 @@
 """Lets the CPU pass for a CUDA card."""
 
+import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import torch
 
@@ -57,9 +59,64 @@ def capture(compute, device, memory):
     return out, lambda: out.copy_(compute())
 
 
+def rotate_and_store(heads, cos, sin, rows, keys, values, norms=None, eps=0.0):
+    """What engine.cuda_kernels says of its kernel, in torch's operations."""
+    key_heads = keys.shape[1]
+    query, key, value = heads.split([heads.shape[1] - 2 * key_heads, key_heads, key_heads], 1)
+    width = heads.shape[2]
+    if norms:
+        query, key = (
+            torch.nn.functional.rms_norm(x, (width,), weight, eps)
+            for x, weight in zip((query, key), norms, strict=True)
+        )
+
+    def turned(x):
+        first, second = x.chunk(2, -1)
+        swapped = torch.cat([-second, first], -1)
+        return x * cos[:, None] + swapped * sin[:, None]
+
+    keys.index_copy_(0, rows, turned(key))
+    values.index_copy_(0, rows, value)
+    return turned(query)
+
+
+def add_and_norm(x, more, weight, eps):
+    if more is not None:
+        x += more
+    return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def silu_and_mul(x):
+    gate, up = x.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def latent_attention(query, rows, starts, counts, rank, scale):
+    outs = []
+    for one, start, count in zip(query, starts.tolist(), counts.tolist(), strict=True):
+        keys = rows[start : start + count, 0]
+        weights = (one.float() @ keys.float().T * scale).softmax(-1)
+        outs.append(weights @ keys[:, :rank].float())
+    return torch.stack(outs).to(query.dtype)
+
+
+def expert_product(x, weight, scale, chosen):
+    weight = weight[chosen].float() * (1 if scale is None else scale[chosen].float())
+    return torch.einsum("ti,tkoi->tko", x.float(), weight).to(x.dtype)
+
+
+def with_kernels(patch):
+    """Let `engine.cuda_layer` be imported where there is no Triton, with these kernels."""
+    kernels = {add_and_norm, rotate_and_store, silu_and_mul, latent_attention, expert_product}
+    named = SimpleNamespace(**{kernel.__name__: kernel for kernel in kernels})
+    patch.setitem(sys.modules, "engine.cuda_kernels", named)
+    patch.delitem(sys.modules, "engine.cuda_layer", raising=False)
+
+
 def as_on_a_card(patch, attention=flash_attention, capturing=capture):
     """Let the CPU pass for a card, by the stand-ins above."""
+    with_kernels(patch)
     patch.setattr("engine.runner.why_not_in_place", lambda layers: None)
-    patch.setattr("engine.attention.flash_attention", attention)
+    patch.setattr("engine.cuda_attention.flash_attention", attention)
     patch.setattr("engine.cuda_graph.capture", capturing)
     patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

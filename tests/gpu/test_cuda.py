@@ -14,7 +14,12 @@ import pytest
 import torch
 from alone import FAMILIES, FIXTURES
 from conftest import GREEDY, greedy
+from stand_ins import add_and_norm as stand_in_add_and_norm
 from stand_ins import as_on_a_card
+from stand_ins import expert_product as stand_in_expert_product
+from stand_ins import latent_attention as stand_in_latent_attention
+from stand_ins import rotate_and_store as stand_in_rotate_and_store
+from stand_ins import silu_and_mul as stand_in_silu_and_mul
 from test_devices import some_sequences
 from tokenizers import Tokenizer, models
 
@@ -139,9 +144,13 @@ def test_each_family_starts_in_half_precision(name, dtype):
     """Packed steps, in place and captured where the widths allow it, agree with plain ones."""
     runner = runner_of(name, dtype)
     assert runner.difference < 0.05
-    if name != "deepseek_v2":
-        assert runner.way == "in place", runner.fallback_reason
+    if name != "deepseek_v2" or ON_CARD:
+        wanted = "latents" if name == "deepseek_v2" else "in place"
+        assert runner.way == wanted, runner.fallback_reason
         assert {r.size for r in runner.graphs} == {1, 2, 4, 8}
+    if ON_CARD and name != "deepseek_v2":
+        kinds = {type(layer).__name__ for layer in runner.model.model.layers}
+        assert kinds == {"CudaLayer"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -164,6 +173,101 @@ def test_int8_kernel_multiplies_with_what_the_weights_unpack_to():
         layer = QuantizedLinear(linear, 8)
         layer.weight.data, layer.weight_scale.data = pack(linear.weight.data, 8)
         check(Int8Kernel(), layer, torch.bfloat16)
+
+
+@pytest.mark.skipif(not ON_CARD, reason="the kernels are for cards")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "norms"),
+    [(32, 8, 128, False), (16, 16, 128, True), (9, 3, 64, False), (4, 1, 96, True)],
+)
+def test_heads_are_turned_and_stored_as_by_torch(heads, kv_heads, width, norms, dtype):
+    pytest.importorskip("triton")
+    from engine.cuda_kernels import rotate_and_store
+
+    generator = torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    weights = (some(width), some(width)) if norms else None
+    for tokens in (1, 7, 64):
+        packed = some(tokens, heads + 2 * kv_heads, width)
+        cos = some(tokens, width // 2).repeat(1, 2)
+        sin = cos.flip(0)
+        rows = torch.randperm(100, generator=generator)[:tokens].to(DEVICE)
+        outs = []
+        for compute in (rotate_and_store, stand_in_rotate_and_store):
+            keys, values = torch.zeros(2, 100, kv_heads, width, device=DEVICE, dtype=dtype)
+            query = compute(packed, cos, sin, rows, keys, values, weights, 1e-6)
+            outs.append((query, keys, values))
+        for found, wanted in zip(*outs, strict=True):
+            torch.testing.assert_close(found, wanted, atol=5e-2, rtol=2e-2)
+
+
+@pytest.mark.skipif(not ON_CARD, reason="the kernels are for cards")
+@pytest.mark.parametrize("shape", [(1, 64), (5, 3000), (1, 3, 4096), (7, 2, 128)])
+def test_norm_is_torchs(shape):
+    pytest.importorskip("triton")
+    from engine.cuda_kernels import add_and_norm
+
+    generator = torch.Generator().manual_seed(0)
+    x, more = torch.randn(2, *shape, generator=generator).to(DEVICE, torch.bfloat16)
+    weight = torch.rand(shape[-1], generator=generator).to(DEVICE, torch.bfloat16)
+    for added in (None, more):
+        mine, other = x.clone(), x.clone()
+        found = add_and_norm(mine, added, weight, 1e-5)
+        torch.testing.assert_close(
+            found, stand_in_add_and_norm(other, added, weight, 1e-5), atol=2e-2, rtol=2e-2
+        )
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.skipif(not ON_CARD, reason="the kernels are for cards")
+@pytest.mark.parametrize("shape", [(1, 64), (5, 3000), (1, 3, 28672)])
+def test_gate_lets_through_what_it_does_by_torch(shape):
+    pytest.importorskip("triton")
+    from engine.cuda_kernels import silu_and_mul
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    torch.testing.assert_close(silu_and_mul(x), stand_in_silu_and_mul(x), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.skipif(not ON_CARD, reason="the kernel is for cards")
+@pytest.mark.parametrize(("heads", "rank", "rope"), [(16, 512, 64), (4, 32, 8), (20, 128, 32)])
+def test_latents_are_attended_as_by_torch(heads, rank, rope):
+    pytest.importorskip("triton")
+    from engine.cuda_kernels import latent_attention
+
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(6000, 1, rank + rope, generator=generator).to(DEVICE, torch.bfloat16)
+    for lengths in ([1], [33, 4000], [1, 31, 32, 300, 64, 7, 2, 900, 500, 65]):
+        counts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+        starts = counts.cumsum(0, dtype=torch.int32) - counts + 5
+        query = torch.randn(len(lengths), heads, rank + rope, generator=generator) / 8
+        given = query.to(DEVICE, torch.bfloat16), rows, starts, counts, rank, 0.2
+        found, wanted = latent_attention(*given), stand_in_latent_attention(*given)
+        torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.skipif(not ON_CARD, reason="the kernel is for cards")
+@pytest.mark.parametrize("bits", [16, 8])
+def test_experts_multiply_as_by_torch(bits):
+    pytest.importorskip("triton")
+    from engine.cuda_kernels import expert_product
+
+    generator = torch.Generator().manual_seed(0)
+    for rows, experts, out, width, k in ((1, 64, 2816, 2048, 6), (32, 64, 2048, 1408, 1)):
+        x = torch.randn(rows, width, generator=generator).to(DEVICE, torch.bfloat16)
+        weight = torch.randn(experts, out, width, generator=generator).to(DEVICE, torch.bfloat16)
+        chosen = torch.randint(0, experts, (rows, k), generator=generator).to(DEVICE)
+        scale = None
+        if bits == 8:
+            scale = (weight.abs().amax(2, keepdim=True) / 127).bfloat16()
+            weight = (weight / scale).round().clamp(-127, 127).to(torch.int8)
+        given = x, weight, scale, chosen
+        found, wanted = expert_product(*given).float(), stand_in_expert_product(*given).float()
+        assert (found - wanted).norm() < 0.01 * wanted.norm()
 
 
 def test_cuda_graphs_compute_what_other_steps_do():
