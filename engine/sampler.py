@@ -10,6 +10,8 @@ from engine.sequence import Sequence, Token
 
 # Tokens that are ranked at first; few requests ever need more.
 NUM_CANDIDATES = 128
+# No temperature above 0 is 0 in float32.
+COLDEST = 1e-30
 
 
 @torch.inference_mode()
@@ -100,19 +102,20 @@ def sample(
     unfiltered = [row for row in sampled if is_unfiltered(seqs[row])]
     ranked = [row for row in sampled if not is_unfiltered(seqs[row])]
     if unfiltered:
-        rows = to_device(unfiltered, logits.device)
-        tokens[rows] = draw_unranked([seqs[row] for row in unfiltered], logits[rows])
+        drawn = draw_unranked([seqs[row] for row in unfiltered], rows_of(logits, unfiltered))
+        put(tokens, unfiltered, drawn)
     if ranked:
-        rows = to_device(ranked, logits.device)
         some = [seqs[row] for row in ranked]
-        tokens[rows], beyond[rows] = draw_ranked(some, logits[rows], NUM_CANDIDATES)
+        drawn, deep = draw_ranked(some, rows_of(logits, ranked), NUM_CANDIDATES)
+        put(tokens, ranked, drawn)
+        put(beyond, ranked, deep)
     chosen, deeper, right = torch.stack([tokens, beyond.long(), is_finite.long()]).tolist()
     if not all(right):
         raise ArithmeticError("the model's logits are not finite; try another --dtype")
     if any(deeper):
         again = [row for row, wanted in enumerate(deeper) if wanted]
         some = [seqs[row] for row in again]
-        exact, _ = draw_ranked(some, logits[to_device(again, logits.device)], logits.shape[1])
+        exact, _ = draw_ranked(some, rows_of(logits, again), logits.shape[1])
         for row, token in zip(again, exact.tolist(), strict=True):
             chosen[row] = token
     return chosen
@@ -128,10 +131,23 @@ def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = Non
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
-def column(seqs: list[Sequence], parameter: str, like: torch.Tensor) -> torch.Tensor:
-    """One parameter of every sequence, [sequences, 1]; a temperature is never 0 in float32."""
-    values = to_device([[getattr(seq.params, parameter)] for seq in seqs], like.device)
-    return values.clamp(min=1e-30) if parameter == "temperature" else values
+def rows_of(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Some rows in order; no copy if they are all, as they mostly are."""
+    return logits if len(rows) == len(logits) else logits[to_device(rows, logits.device)]
+
+
+def put(target: torch.Tensor, rows: list[int], values: torch.Tensor) -> None:
+    """The reverse of it, for a target with a number in each row."""
+    if len(rows) == len(target):
+        target.copy_(values)
+    else:
+        target[to_device(rows, target.device)] = values
+
+
+def columns(seqs: list[Sequence], parameters: list[str], like: torch.Tensor) -> Any:
+    """Parameters of every sequence, float32 [sequences, 1] each, copied to a GPU at once."""
+    values = [[float(getattr(seq.params, name)) for name in parameters] for seq in seqs]
+    return to_device(values, like.device, torch.float32).split(1, dim=1)
 
 
 def token_ids_from(
@@ -154,7 +170,7 @@ def apply_repetition_penalty(
 ) -> None:
     """transformers' repetition penalty, on the tokens of prompt and answer."""
     seen = token_ids_from(seqs, [0] * len(seqs), logits, pool_ids)
-    penalty = column(seqs, "repetition_penalty", logits)
+    (penalty,) = columns(seqs, ["repetition_penalty"], logits)
     scores = logits.gather(1, seen)
     logits.scatter_(1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
 
@@ -167,15 +183,17 @@ def apply_openai_penalties(
     count = to_device([[seq.num_completion] for seq in seqs], logits.device)
     counted = torch.arange(said.shape[1], device=logits.device) < count
     times = torch.zeros_like(logits).scatter_add_(1, said, counted.to(logits))
-    logits -= column(seqs, "frequency_penalty", logits) * times
-    logits -= column(seqs, "presence_penalty", logits) * (times > 0)
+    frequency, presence = columns(seqs, ["frequency_penalty", "presence_penalty"], logits)
+    logits -= frequency * times
+    logits -= presence * (times > 0)
 
 
 def draw_unranked(seqs: list[Sequence], logits: torch.Tensor) -> torch.Tensor:
     """Sample tokens [sequences] where neither top-k nor top-p is on."""
-    scores = (logits - logits.amax(-1, True)) / column(seqs, "temperature", logits)
+    temperature, min_p = columns(seqs, ["temperature", "min_p"], logits)
+    scores = (logits - logits.amax(-1, True)) / temperature.clamp(min=COLDEST)
     mass = scores.exp()
-    mass *= mass >= column(seqs, "min_p", logits)
+    mass *= mass >= min_p
     return inverse_transform(mass, draws_of(seqs, logits.device))[:, 0]
 
 
@@ -202,9 +220,9 @@ def draw_ranked(
     Sorting the whole vocabulary would take longer than all the rest. Returns the tokens
     [sequences], and which sequences' top-p reaches deeper and need to be drawn among all tokens.
     """
-    temperature, top_k, top_p, min_p = (
-        column(seqs, name, logits) for name in ("temperature", "top_k", "top_p", "min_p")
-    )
+    parameters = columns(seqs, ["temperature", "top_k", "top_p", "min_p"], logits)
+    temperature, top_k, top_p, min_p = parameters
+    temperature, top_k = temperature.clamp(min=COLDEST), top_k.long()
     width = logits.shape[1]
     depth = min(width, max(depth, *(seq.params.top_k for seq in seqs)))
     ranked, ids = logits.topk(depth)
