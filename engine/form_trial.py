@@ -170,7 +170,7 @@ def settle_form(model: Any, dtype: str = "auto") -> str:
     asked = dtype != "auto" or model.dtype not in (torch.bfloat16, torch.float16)
     if bits := bits_of(model):
         unfit = unfit_summary(model, bits)
-        how = settle_quantized(model, asked) if on_cpu else kernel_summary(bits, model)
+        how = settle_quantized(model, asked) if on_cpu else settle_kernel(bits, model)
         return f"in {bits} bits, {held_size(model)} ({how}{unfit})"
     taken = {} if asked or not on_cpu else measure_forms(model)
     if not taken:
@@ -195,7 +195,7 @@ def unfit_summary(model: Any, bits: Bits) -> str:
     return f"; {unfit} layers stay as they are, whose rows are not whole blocks of {BLOCK} weights"
 
 
-def kernel_summary(bits: int, model: Any) -> str:
+def settle_kernel(bits: int, model: Any) -> str:
     """Let a card compute with the packed weights where it can; how it does, in words."""
     if bits == 4:
         return "products by bitsandbytes"

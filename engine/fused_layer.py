@@ -10,6 +10,7 @@ import torch
 from engine.attention import Scoring
 from engine.fused import FusedMLP, RMSNorm
 from engine.fused_attention import FusedAttention, Turns, can_be_fused
+from engine.relative_error import relative_error
 from engine.step import Step
 
 # By how much a module's result may differ, relatively: in half precision transformers rounds after
@@ -92,8 +93,7 @@ def is_alike(found: Any, wanted: Any) -> bool:
     """Whether two modules' outputs are the same but for rounding; attention gives a pair."""
     if isinstance(wanted, tuple):
         found, wanted = found[0], wanted[0]
-    error = (found - wanted).float().norm() / wanted.float().norm()
-    return bool(error < TOLERANCE[wanted.dtype])
+    return relative_error(found, wanted) < TOLERANCE[wanted.dtype]
 
 
 def replace(model: Any, fits: Callable[[Any], bool], make: Make, run: Callable[[], Any]) -> None:

@@ -27,6 +27,7 @@ from engine.freed_memory import return_freed_memory
 from engine.model import ChatModel
 from engine.model_config import context_length, not_supported
 from engine.quantized import num_parameters
+from engine.relative_error import relative_error
 from engine.runner import Runner, create_runner, input_device
 from engine.sequence import Span
 from engine.threads import cores_settled_behind
@@ -61,15 +62,10 @@ def self_check(runner: Runner, alone: list[torch.Tensor]) -> float:
         for span, new, row, plain in zip(spans, news, logits, alone, strict=True):
             span.num_cached += new
             # max would pass over the NaN that broken weights give.
-            worst = max(relative_error(row, plain[span.num_cached - 1]), worst)
+            worst = max(relative_error(row, plain[span.num_cached - 1].to(row)), worst)
     # A wrong answer is far off. Both sides have the same weights, so fewer bits allow no more.
     check_error(runner.model, worst, tolerance_of(runner.model))
     return worst
-
-
-def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    wanted = wanted.to(found)
-    return float((found - wanted).norm() / wanted.norm())
 
 
 def check_error(model: Any, error: float, most: float) -> None:
@@ -95,7 +91,7 @@ def logits_alone(model: Any, wanted: list[torch.Tensor]) -> list[torch.Tensor]:
     runner = Runner(model, 16)
     found = [runner.forward([(Span(ids, 0, all_logits=True), len(ids))]) for ids in probes(model)]
     for logits, own in zip(found, wanted, strict=True):
-        check_error(model, relative_error(logits, own), 2 * tolerance_of(model))
+        check_error(model, relative_error(logits, own.to(logits)), 2 * tolerance_of(model))
     return found
 
 

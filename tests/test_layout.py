@@ -15,6 +15,7 @@ from conftest import ROOT
 # Each imports only from those before it. A new module is given its place here.
 ORDER = [
     "engine.errors",
+    "engine.relative_error",
     "engine.child_process",
     "engine.template_renderer",
     "engine.sampling_params",
