@@ -338,6 +338,8 @@ def check_flags(arguments: list[str]) -> None:
         for name, setting in Settings.model_fields.items()
         if setting.annotation is bool
     ]
+    if arguments and not arguments[0].startswith("-"):
+        sys.exit(f"api.py: {arguments[0]!r} is no flag; did you mean --model {arguments[0]}?")
     for flag in (argument.partition("=")[0] for argument in arguments):
         if flag in known or not re.match("--?[a-zA-Z]", flag):
             continue
@@ -668,7 +670,7 @@ STEP_TIMEOUT = 60.0
 # Seconds after which to try again while there are too many requests that are not in the batch yet.
 BUSY_RETRY = 5
 # Routes that are labels in the metrics; all others are "other".
-ROUTES = ("/", "/v1/chat/completions", "/v1/completions")
+ROUTES = ("/", "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
 
 
 def error_body(error: Exception, param: str | None, openai: bool = False) -> dict[str, Any]:
@@ -835,8 +837,10 @@ def parse_json(body: bytes) -> Any:
 
 async def read_body(request: Request, schema: type[BodyT]) -> BodyT:
     """Read, parse and validate a request's body."""
+    body = await read_bytes(request)
     try:
-        return schema.model_validate(parse_json(await read_bytes(request)))
+        async with request_info(request.scope).held.all_bodies.turn(len(body)):
+            return schema.model_validate(parse_json(body))
     except ValidationError as error:
         raise validation_error(error) from None
 
@@ -972,6 +976,15 @@ class ChatService:
         if present >= most:
             raise QueueFull(f"{present} requests are being served; try again soon", BUSY_RETRY)
 
+    async def wait_for_queue(self, request: Request, model: ChatModel) -> None:
+        """The same, but when a refusal is due; there may be room by then."""
+        try:
+            self.check_queue(model)
+        except QueueFull:
+            bodies = request_info(request.scope).held.all_bodies
+            await while_connected(request, bodies.wait_to_refuse())
+            self.check_queue(model)
+
     async def answer(
         self,
         request: Request,
@@ -1002,7 +1015,7 @@ class ChatService:
         info = request_info(request.scope)
         model = self.model(body.model)
         # Before tokenizing a request that would be refused.
-        self.check_queue(model)
+        await self.wait_for_queue(request, model)
         self.metrics.record_prompt(info, body)
         info.field_of = body.field_of
         workers = self.compilers if body.has_schema else self.workers
@@ -1052,7 +1065,10 @@ class ChatService:
             model = self.model(body.model)
             self.check_queue(model)
             work = self.workers.run(partial(body.result, model))
-            return JSONText(await while_connected(request, work))
+            response = JSONText(await while_connected(request, work))
+        info.outcome = "served"
+        self.metrics.record(info)
+        return response
 
     def error_payload(self, scope: Scope, error: Exception) -> dict[str, Any]:
         """The body of an error in the client's dialect; its code is how the request ended."""

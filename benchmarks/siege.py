@@ -339,7 +339,9 @@ async def attack(url: str, counts: dict[str, int], seconds: float) -> Counter[st
 
 def attack_in_process(pipe: Pipe, url: str, counts: dict[str, int], seconds: float) -> None:
     pipe.send("ready")  # after its imports, which take the machine's time too
-    pipe.send(asyncio.run(attack(url, counts, seconds)))
+    before = time.process_time()
+    ends = asyncio.run(attack(url, counts, seconds))
+    pipe.send((ends, (time.process_time() - before) / seconds))
 
 
 # ---- What is seen meanwhile -------------------------------------------------
@@ -358,6 +360,7 @@ class Seen:
     health: list[float] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
     ends: Counter[str] = field(default_factory=Counter)
+    hostile_cores: float = 0.0  # of the machine that hostile callers used, on average
 
     @property
     def rate(self) -> float:
@@ -464,7 +467,7 @@ async def watch(
         *everyone, watch_health(url, deadline, seen), watch_memory(process, deadline, seen)
     )
     if counts:
-        seen.ends = await asyncio.to_thread(mine.recv)
+        seen.ends, seen.hostile_cores = await asyncio.to_thread(mine.recv)
         hostile.join()
     return seen
 

@@ -798,7 +798,7 @@ def ends_told(seen: siege.Seen) -> str:
 
 TRIAL_HEAD = (
     "| kind | how its attempts ended | memory over before | /health p50, p99, worst |"
-    " honest rate kept | honest answers, refusals |"
+    " honest rate kept | cores that the callers took | honest answers, refusals |"
 )
 
 
@@ -810,7 +810,7 @@ def trial(report: Report, url: str, name: str, seconds: float) -> None:
     cells = [
         name, ends_told(during).replace(f" {name}", ""), f"{more:+.0f} MiB",
         siege.health_told(during), f"{during.rate / max(before.rate, 0.01):.2f}",
-        f"{during.answers}, {during.refused}",
+        f"{during.hostile_cores:.2f}", f"{during.answers}, {during.refused}",
     ]  # fmt: skip
     report.say(f"| {' | '.join(cells)} |")
     report.promise(more < 256, f"{name} costs at most 256 MiB, not {more:.0f}")
@@ -898,7 +898,7 @@ def run_siege(report: Report, options: argparse.Namespace) -> None:
 
 def run_trial(report: Report, options: argparse.Namespace) -> None:
     names = [options.kind] if options.kind else [*siege.ATTACKS]
-    report.say(f"{TRIAL_HEAD}\n|{' --- |' * 6}")
+    report.say(f"{TRIAL_HEAD}\n|{' --- |' * 7}")
     with ours("demo", str(DEMO), *SMALL_CACHE) as server:
         for name in names:
             trial(report, server.url, name, options.seconds / 6)

@@ -7,8 +7,8 @@ decent size are gigabytes too.
 import asyncio
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from itertools import chain
 
 from engine import InvalidInput, QueueFull
@@ -18,9 +18,12 @@ FREE_BYTES = 64 * 2**10
 MAX_BYTES_IN_ALL = 64 * 2**20
 # Seconds after which to try again while there are too many.
 RETRY = 5
-# Most refusals a second; whoever sends many bodies at once hears so much later that there is no
-# room. Callers who come back at once would else take the event loop's time from all others.
+# Most refusals a second, for want of room for a body or in the queue; whoever sends many requests
+# hears so much later that there is none. Callers who come back at once would else take the event
+# loop's time from all others.
 MAX_REFUSALS = 200
+# So many times as long as a large body was parsed, no other one is.
+REST = 3
 # Most lists, objects and fields of one body, and most items in all.
 MAX_CONTAINERS = 2**17
 MAX_ITEMS = 2**19
@@ -38,6 +41,7 @@ class BodyBytes:
     def __init__(self) -> None:
         self.num_held = 0
         self.next_refusal = 0.0  # when it is due
+        self.parsing = asyncio.Lock()  # a large one, or a while ago
 
     @contextmanager
     def hold(self) -> Iterator["HeldBody"]:
@@ -50,6 +54,24 @@ class BodyBytes:
 
     def has_room(self, num_bytes: int) -> bool:
         return self.num_held + num_bytes <= MAX_BYTES_IN_ALL
+
+    @asynccontextmanager
+    async def turn(self, num_bytes: int) -> AsyncIterator[None]:
+        """Wait until a body of so many bytes may be parsed here; a small one never waits.
+
+        Parsing eight megabytes takes a tenth of a second, in which the interpreter does nothing
+        else. So large bodies are parsed one by one, and most of the time is left to others.
+        """
+        if num_bytes <= FREE_BYTES:
+            yield
+            return
+        await self.parsing.acquire()
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            rest = REST * (time.monotonic() - began)
+            asyncio.get_running_loop().call_later(rest, self.parsing.release)
 
     async def wait_to_refuse(self) -> None:
         """Wait until a further refusal is due, or not at all if that is longer than RETRY."""

@@ -26,8 +26,8 @@ IGNORED = frozenset({
     "use_cache", "low_memory", "pad_token_id", "num_assistant_tokens",
     "num_assistant_tokens_schedule", "assistant_confidence_threshold", "prompt_lookup_num_tokens",
     "max_matching_ngram_size",
-    # Ollama, TGI
-    "keep_alive", "tool_prompt",
+    # Ollama
+    "keep_alive",
 })  # fmt: skip
 
 # The values that ask for nothing, beside null, of fields that would change an answer.
@@ -56,6 +56,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     # vLLM and SGLang
     "add_generation_prompt": (True,),
     "add_special_tokens": (),
+    "chat_template_kwargs": ({},),
+    "history": ([],),
+    "tool_prompt": (),
+    "truncate": (False,),
     "allowed_token_ids": (),
     "bad_words": ([],),
     "cache_salt": (),

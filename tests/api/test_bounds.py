@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial, reduce
+from itertools import pairwise
 
 import httpx
 import pytest
@@ -44,7 +45,8 @@ STATED = {
     "bodies of all requests that are here, without the first 64 KiB of each": (
         f"{bodies.MAX_BYTES_IN_ALL // 2**20} MiB"
     ),
-    "refusals of bodies for which there is no room": f"{bodies.MAX_REFUSALS} a second",
+    "refusals for want of room, for bodies or in the queue": f"{bodies.MAX_REFUSALS} a second",
+    "time in which bodies of more than 64 KiB are parsed, a body at a time": "a quarter",
     "lists, objects and fields in a body": f"{bodies.MAX_CONTAINERS:,}",
     "items in a body, such as token ids": f"{bodies.MAX_ITEMS:,}",
     "a body": f"{api.MAX_BODY // 2**20} MiB",
@@ -160,6 +162,43 @@ def test_refusals_at_their_bound(monkeypatch):
     monkeypatch.setattr(asyncio, "sleep", sleep)
     asyncio.run(refuse(5))
     assert slept == [0, 10, 20]
+
+
+def test_large_bodies_are_parsed_in_turns_and_leave_time_to_others():
+    assert bodies.REST == 3
+    begun, took = [], 0.02
+
+    async def parse(every: bodies.BodyBytes, num_bytes: int) -> None:
+        async with every.turn(num_bytes):
+            begun.append((time.monotonic(), num_bytes))
+            time.sleep(took)  # noqa: ASYNC251 - as parsing does
+
+    async def everybody() -> None:
+        every = bodies.BodyBytes()
+        await asyncio.gather(*(parse(every, size) for size in [FREE + 1] * 3 + [FREE]))
+
+    asyncio.run(everybody())
+    assert [size for _, size in begun].index(FREE) == 1  # it waits for no turn
+    large = [at for at, size in begun if size > FREE]
+    assert all(later - at >= 4 * took for at, later in pairwise(large))
+
+
+def test_body_that_leaves_its_turn_lets_the_next_one_parse():
+    async def everybody() -> list[str]:
+        every, done = bodies.BodyBytes(), []
+
+        async def parse(name: str) -> None:
+            async with every.turn(FREE + 1):
+                done.append(name)
+                await asyncio.sleep(0)
+
+        first, second, third = (asyncio.create_task(parse(name)) for name in "abc")
+        await first
+        second.cancel()
+        await third
+        return done
+
+    assert asyncio.run(everybody()) == ["a", "c"]
 
 
 def test_body_that_waits_is_taken_when_there_is_room(server, monkeypatch):

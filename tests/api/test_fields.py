@@ -55,16 +55,16 @@ HONOURED = {
 }
 # Some have them; elsewhere they are refused, unless the second value is sent.
 HONOURED_BY = {
-    "history": ([["a", "b"]], None, {CHAT}),
+    "history": ([["a", "b"]], [], {CHAT}),
     "system": ("x", None, {CHAT}),
-    "truncate": (True, None, {CHAT}),
+    "truncate": (True, False, {CHAT}),
     "messages": (HELLO, None, {CHAT_COMPLETION}),
     "prompt": ("x", None, {CHAT, COMPLETION}),
     "n": (2, 1, {CHAT_COMPLETION, COMPLETION}),
     "logprobs": (True, False, {CHAT_COMPLETION, COMPLETION}),
     "top_logprobs": (2, 0, {CHAT_COMPLETION}),
     "response_format": ({"type": "json_object"}, {"type": "text"}, {CHAT_COMPLETION}),
-    "chat_template_kwargs": ({"a": 1}, None, {CHAT, CHAT_COMPLETION}),
+    "chat_template_kwargs": ({"a": 1}, {}, {CHAT, CHAT_COMPLETION}),
     "continue_final_message": (True, False, {CHAT_COMPLETION}),
     "add_generation_prompt": (False, True, {CHAT_COMPLETION}),
     "echo": (True, False, {COMPLETION}),
@@ -81,7 +81,7 @@ IGNORED = [
     "xtc_threshold", "mirostat_tau", "mirostat_eta", "adaptive_decay", "use_cache",
     "low_memory", "pad_token_id", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size",
-    "keep_alive", "tool_prompt",
+    "keep_alive",
 ]  # fmt: skip
 # What asks for something is refused, what asks for nothing is not.
 REFUSED_UNLESS = {
@@ -179,6 +179,7 @@ REFUSED_UNLESS = {
     "xtc_probability": (0.5, 0.0),
 }
 REFUSED = [
+    "tool_prompt",
     "adapter_id", "add_special_tokens", "allowed_token_ids", "assistant_early_exit",
     "assistant_lookbehind", "audio", "best_of_n", "bos_token_id", "cache_config",
     "cache_implementation", "cache_salt", "chat_format", "chat_template", "compile_config",

@@ -113,6 +113,21 @@ def samples(url: str) -> dict[str, float]:
     }
 
 
+def test_tokenizing_is_counted_and_logged(server, caplog):
+    with caplog.at_level("INFO"):
+        ids = httpx.post(f"{server}/tokenize", json={"prompt": "a"}).json()["tokens"]
+        assert httpx.post(f"{server}/detokenize", json={"tokens": ids}).status_code == 200
+        assert httpx.post(f"{server}/tokenize", json={"prompt": 1}).status_code == 400
+    counts = samples(server)
+    for path, outcome in (
+        ("/tokenize", "served"),
+        ("/detokenize", "served"),
+        ("/tokenize", "invalid_value"),
+    ):
+        assert counts[f"chat_requests_total,{path},{outcome},none"] == 1
+        assert f"route={path} outcome={outcome}" in caplog.text
+
+
 def test_metrics_add_up(server, runner):
     long = {"prompt": "a prompt that is long enough to be worth keeping"}
     for body in (long, long, long | {"max_length": 2}):

@@ -70,6 +70,7 @@ def test_variable_of_kubernetes_is_explained(monkeypatch):
         (["--cache_memory=1GiB"], "did you mean --cache-memory?"),
         (["--no-check-page"], "did you mean --no-chat-page?"),
         (["-port", "1"], "there is no flag -port; did you mean --port?"),
+        (["internlm2-7b"], "'internlm2-7b' is no flag; did you mean --model internlm2-7b?"),
         (["--port", "1", "--nonsense"], "there is no flag --nonsense; --help lists them."),
     ],
 )

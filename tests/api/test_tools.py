@@ -8,6 +8,8 @@ import httpx
 import openai
 import pytest
 from conftest import TEMPLATE, byte_tokenizer, chat_model, ready, serve
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from test_replies import lines_of, unknown_fields
 from tool_caller import TOOL_TEMPLATE, ToolCaller, tool_tokenizer
 
 from engine import ChatModel
@@ -293,6 +295,16 @@ def test_metrics_and_the_log_say_how_it_ended(client, url):
     ask(client)
     label = 'finish_reason="tool_calls",outcome="served"'
     assert label in httpx.get(f"{url}/metrics").text
+
+
+@pytest.mark.parametrize("fields", [{}, {"tool_choice": "required", "n": 2}])
+def test_calls_have_openais_shape(url, fields):
+    body = {"messages": HELLO, "tools": TOOLS} | fields
+    whole = ChatCompletion.model_validate_json(httpx.post(url + CHAT, json=body).text, strict=True)
+    assert whole.choices[0].message.tool_calls
+    assert unknown_fields(whole) == []
+    for line in lines_of(url, CHAT, body):
+        assert unknown_fields(ChatCompletionChunk.model_validate_json(line, strict=True)) == []
 
 
 def test_default_penalty_is_off_where_tools_are_sent(caller, client):

@@ -19,6 +19,7 @@ import api
 from engine import ChatModel, EngineStopped
 from engine.schema_trial import TrialCompiler
 from engine.tokenizer import ChatTokenizer
+from serving import bodies
 from serving.workers import NUM_THREADS, Workers
 
 # ---- The class
@@ -142,6 +143,32 @@ def test_requests_that_are_tokenized_wait_and_the_next_is_refused(runner, tokeni
         assert got == [200] * 3
         assert httpx.post(url, json={"prompt": "x"}).status_code == 200
         assert waiting(url) == 0
+
+
+def test_request_whose_refusal_is_not_due_is_taken_when_there_is_room(
+    runner, tokenizer, gate, monkeypatch
+):
+    waits: list[bodies.BodyBytes] = []
+    plain = bodies.BodyBytes.wait_to_refuse
+
+    async def wait(self: bodies.BodyBytes) -> None:
+        waits.append(self)
+        await plain(self)
+
+    monkeypatch.setattr(bodies, "MAX_REFUSALS", 0.3)
+    monkeypatch.setattr(bodies.BodyBytes, "wait_to_refuse", wait)
+    with serve(lambda _: chat_model(runner, tokenizer), max_batch=1, max_waiting=1) as url:
+        ready(url)
+        got: list[int] = []
+        askers = [ask_in_thread(url, str(n), got) for n in range(2)]
+        wait_for(lambda: waiting(url) == 2)
+        assert httpx.post(url, json={"prompt": "x"}).status_code == 429
+        askers.append(ask_in_thread(url, "late", got))
+        wait_for(lambda: len(waits) == 2)
+        gate.opened.set()
+        for asker in askers:
+            asker.join(PATIENCE)
+        assert got == [200] * 3
 
 
 def test_a_client_that_leaves_before_its_turn_is_not_tokenized(server, gate):
