@@ -1,7 +1,7 @@
 // The chat page: a client of /v1/chat/completions. Conversations stay in this browser.
 
 import { Cutter, splitThought } from "./blocks.js";
-import { examples, language, say, speak } from "./texts.js";
+import { examples, language, say, sayError, speak } from "./texts.js";
 
 // The sampling fields of the settings: the smallest value, the largest, and a step.
 const SAMPLING = {
@@ -98,16 +98,31 @@ function savedConversations() {
     return keys.map((key) => load(key)).filter(Boolean).sort((a, b) => b.updated - a.updated);
 }
 
-function loadConversation(id) {
+function loadConversation(id, unfinished = "broken") {
     const conversation = load(CONVERSATION + id);
-    // Saved while it came, by a page that did not live to its end.
+    // Saved while it came: by a page that did not live to its end, or by another tab.
     for (const message of conversation?.messages ?? []) {
-        if (message.role === "assistant") message.finish ??= "broken";
+        if (message.role !== "assistant") continue;
+        if (!message.finish || message.finish === "elsewhere") message.finish = unfinished;
     }
     return conversation;
 }
 
+// What another tab saved of the conversation that is shown; what did not change stays as it is.
+function followOtherTab(id) {
+    const conversation = loadConversation(id, "elsewhere");
+    conversation.messages = conversation.messages.map((message, i) => {
+        const known = current.messages[i];
+        const same = known?.role === message.role && known.content === message.content;
+        return same ? Object.assign(known, message) : message;
+    });
+    current = conversation;
+    opened.set(id, current);
+    show();
+}
+
 function save(conversation) {
+    if (conversation.removed) return;
     const saved = load(CONVERSATION + conversation.id);
     // Another tab went on with this conversation meanwhile: keep both.
     if (saved && saved.revision !== conversation.revision) {
@@ -142,9 +157,9 @@ function newConversation() {
 // ---- The server -------------------------------------------------------------
 
 class Trouble extends Error {
-    constructor(kind, message = "", seconds = 0) {
+    constructor(kind, message = "", seconds = 0, code = "") {
         super(message);
-        Object.assign(this, { kind, seconds });
+        Object.assign(this, { kind, seconds, code });
     }
 }
 
@@ -169,7 +184,7 @@ async function request(path, body, signal) {
     if (code === "timed_out") kind = "failed";
     if (code === "not_serving" && !/loading/.test(message)) kind = "failed";
     const seconds = Number(response.headers.get("Retry-After")) || 5;
-    throw new Trouble(kind, message ?? `HTTP ${response.status}`, seconds);
+    throw new Trouble(kind, message ?? `HTTP ${response.status}`, seconds, code);
 }
 
 // Ask until the server's model is loaded.
@@ -254,6 +269,7 @@ async function answer(conversation, { begun = null, previous = null } = {}) {
     delete message.finish;
     show();
     try {
+        if (begun && !config) await connect(); // how it can go on
         const body = {
             ...(begun ? bodyToContinue(messages, begun) : { messages }), ...sampling(),
             stream: true, stream_options: { include_usage: true },
@@ -305,7 +321,7 @@ async function receive(conversation, message, response) {
     let first = 0;
     let saved = performance.now();
     for await (const event of eventsOf(response)) {
-        if (event.error) throw new Trouble("failed", event.error.message);
+        if (event.error) throw new Trouble("failed", event.error.message, 0, event.error.code);
         const now = performance.now();
         const choice = event.choices[0];
         if (choice && addText(message, choice.delta)) {
@@ -477,12 +493,16 @@ function footer(message, isLast, isRunning) {
     }
     const shown = [];
     const cut = ["length", "stopped", "broken"].includes(message.finish);
-    if (cut) shown.push(element("span", { className: "cut" }, say(message.finish)));
+    if (cut || message.finish === "elsewhere") {
+        shown.push(element("span", { className: "cut" }, say(message.finish)));
+    }
     if (cut && isLast && !isRunning) {
         shown.push(button("continue", () => answer(current, { begun: message })));
     }
     shown.push(copyIt);
-    if (isLast && !isRunning) shown.push(button("regenerate", regenerate));
+    if (isLast && !isRunning && message.finish !== "elsewhere") {
+        shown.push(button("regenerate", regenerate));
+    }
     if (message.speed) {
         const values = { tokens: message.tokens, speed: message.speed.toFixed(1) };
         shown.push(element("small", {}, say("speed", values)));
@@ -570,7 +590,9 @@ function troubleNodes(trouble) {
         const skip = () => { current.skipped = skipped; retry(); };
         return [words("tooLong"), button("skip", skip, "main", { n })];
     }
-    if (trouble.kind === "failed") return [element("p", {}, trouble.message), ...again];
+    if (trouble.kind === "failed") {
+        return [element("p", {}, sayError(trouble.code, trouble.message)), ...again];
+    }
     return [words(trouble.kind), ...(trouble.kind === "loading" ? [] : again)];
 }
 
@@ -608,12 +630,18 @@ function keyForm() {
 // ---- Conversations ----------------------------------------------------------
 
 function listConversations() {
+    // It would take an open menu away, or a name that is being typed.
+    if (part("list").querySelector(".menu[open], input")) return;
     const wanted = part("search").value.trim().toLowerCase();
     const matches = ({ title, messages }) => {
         const texts = [title, ...messages.map(({ content }) => content)];
         return texts.some((text) => text.toLowerCase().includes(wanted));
     };
-    part("list").replaceChildren(...savedConversations().filter(matches).map(listItem));
+    const found = savedConversations().filter(matches);
+    const listed = JSON.stringify([language, current.id, found.map(({ id, title }) => [id, title])]);
+    if (listed === listConversations.listed) return;
+    listConversations.listed = listed;
+    part("list").replaceChildren(...found.map(listItem));
 }
 
 function listItem(conversation) {
@@ -632,6 +660,7 @@ function listItem(conversation) {
     menu.onclick = (event) => {
         if (event.target.tagName === "BUTTON") menu.open = false;
     };
+    menu.ontoggle = () => { if (!menu.open) listConversations(); };
     return item;
 }
 
@@ -649,6 +678,8 @@ function openConversation(id) {
     show();
     scrollToEnd();
     part("message").focus();
+    // It was asked while the model loaded, and left.
+    if (!serverTrouble && current.trouble?.kind === "loading" && !running.has(current)) retry();
 }
 
 function rename(conversation, item) {
@@ -660,6 +691,9 @@ function rename(conversation, item) {
             renamed.title = field.value.trim();
             save(renamed);
         }
+        field.onblur = null; // taking it away is no end of typing
+        field.remove();
+        listConversations.listed = null;
         listConversations();
     };
     onEnter(field, () => field.blur());
@@ -670,7 +704,9 @@ function rename(conversation, item) {
 
 function remove({ id, title }) {
     if (!confirm(say("confirmRemove", { title }))) return;
-    running.get(opened.get(id))?.abort();
+    const conversation = opened.get(id);
+    if (conversation) conversation.removed = true; // its answer would save it again
+    running.get(conversation)?.abort();
     opened.delete(id);
     local?.removeItem(CONVERSATION + id);
     if (id === current.id) openConversation("");
@@ -827,7 +863,7 @@ addEventListener("storage", ({ key: changed, newValue }) => {
     const id = changed.slice(CONVERSATION.length);
     if (running.has(opened.get(id))) return listConversations();
     opened.delete(id);
-    if (id === current.id && newValue) openConversation(id);
+    if (id === current.id && newValue) followOtherTab(id);
     listConversations();
 });
 addEventListener("pagehide", () => {

@@ -3,14 +3,19 @@
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from html import escape
+from types import MethodType
 from typing import Any
 
 import nh3
 from latex2mathml.converter import convert
 from markdown_it import MarkdownIt
+from markdown_it.parser_inline import ParserInline
+from markdown_it.rules_inline import StateInline
+from markdown_it.rules_inline.state_inline import Scanned
 from markdown_it.token import Token
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from mdit_py_plugins.texmath import texmath_plugin
@@ -109,10 +114,40 @@ def table_cell(self: Any, tokens: Sequence[Token], index: int, options: Any, env
     return str(self.renderToken(tokens, index, options, env))
 
 
+def is_wide(char: str) -> bool:
+    """Whether a character is one of Chinese, Japanese or Korean, or of their punctuation."""
+    return unicodedata.east_asian_width(char) in "WF"
+
+
+class State(StateInline):
+    """Where stars may begin and end emphasis: beside Chinese, which has no spaces, also where
+    punctuation stands on their other side, as in **注意：**这里."""
+
+    def scanDelims(self, start: int, canSplitWord: bool) -> Scanned:
+        found = super().scanDelims(start, canSplitWord)
+        before = self.src[start - 1 : start] or " "
+        behind = self.src[start + found.length : start + found.length + 1] or " "
+        if self.src[start] != "*" or not (is_wide(before) or is_wide(behind)):
+            return found
+        return Scanned(not behind.isspace(), not before.isspace(), found.length)
+
+
+def parse_inline(
+    self: ParserInline, src: str, md: MarkdownIt, env: Any, tokens: list[Token]
+) -> list[Token]:
+    """What the parser does, by our state."""
+    state = State(src, md, env, tokens)
+    self.tokenize(state)
+    for rule in self.ruler2.getRules(""):
+        rule(state)
+    return state.tokens
+
+
 def parser() -> MarkdownIt:
     # A line of an answer is a line on the page, as poems and lists without marks want it.
     markdown = MarkdownIt("commonmark", {"html": False, "breaks": True})
     markdown.enable(["table", "strikethrough"])
+    markdown.inline.parse = MethodType(parse_inline, markdown.inline)  # type: ignore[method-assign]
     markdown.use(texmath_plugin, delimiters="brackets")
     # "$5 and $6" are prices.
     markdown.use(

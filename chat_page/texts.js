@@ -56,6 +56,7 @@ const TEXTS = {
         "The connection broke; this is what came.",
         "连接中断，以上是已收到的内容。",
     ],
+    elsewhere: ["Being answered in another tab.", "正在另一个标签页中回答。"],
     code: ["Code", "代码"],
     table: ["Table", "表格"],
     skipped: [
@@ -101,6 +102,15 @@ const TEXTS = {
 };
 const LANGUAGES = ["en", "zh"];
 
+// The server's errors, which it tells in English.
+const ERRORS = {
+    body_too_large: "内容太长，无法发送。",
+    internal_error: "服务器出错，原因见服务器日志。",
+    invalid_value: "服务器不接受这个请求：{message}",
+    step_failed: "模型处理这个请求时出错，请重试。",
+    timed_out: "回答用时过长，已中止。",
+};
+
 export let language = "en";
 
 export function speak(chosen) {
@@ -111,6 +121,11 @@ export function speak(chosen) {
 export function say(name, values = {}) {
     const text = TEXTS[name][LANGUAGES.indexOf(language)];
     return text.replace(/\{(\w+)\}/g, (_, value) => values[value]);
+}
+
+// An error of the server in the chosen language.
+export function sayError(code, message) {
+    return language === "zh" ? (ERRORS[code] ?? "{message}").replace("{message}", message) : message;
 }
 
 // Questions to begin with; the demo model is asked in English, as it knows no Chinese.

@@ -442,6 +442,69 @@ def act(page: Page, title: str, action: str) -> None:
 
 
 @in_browser
+def test_conversation_deleted_while_it_is_answered_stays_deleted(browser, url, runner):
+    runner.say = "one two"
+    runner.hold()
+    with opened(browser, url) as page:
+        ask(page, "count")
+        runner.permits.release(3)
+        expect(bodies(page)).to_have_text("one")
+        page.on("dialog", lambda dialog: dialog.accept())
+        act(page, "count", "Delete")
+        wait_for(lambda: running(url) == 0)
+        runner.free()
+        page.reload()
+        expect(page.get_by_text("What would you like to know?")).to_be_visible()
+        expect(listed(page)).to_have_count(0)
+
+
+@in_browser
+def test_open_menu_and_a_name_half_typed_outlive_what_an_answer_saves(browser, url, runner):
+    runner.say = "one two three four"
+    runner.hold()
+    with opened(browser, url) as page:
+        ask(page, "count")
+        runner.permits.release(3)
+        expect(bodies(page)).to_have_text("one")
+        item = page.locator("#list li")
+        item.hover()
+        item.locator("summary").click()
+        page.evaluate("window.menu = document.querySelector('#list .menu')")
+        page.wait_for_timeout(3100)  # an answer is saved every three seconds
+        runner.permits.release(5)
+        expect(bodies(page)).to_contain_text("two")
+        assert page.evaluate("menu.isConnected && menu.open")
+        item.get_by_text("Rename", exact=True).click()
+        page.get_by_label("Rename").fill("half")
+        runner.free()
+        expect_answered(page)
+        expect(page.get_by_label("Rename")).to_have_value("half")
+        page.keyboard.press("Enter")
+        expect(listed(page)).to_have_text(["half"])
+
+
+@in_browser
+def test_other_tab_follows_an_answer_and_leaves_the_focus_where_it_is(browser, url, runner):
+    runner.say = "one two three four"
+    runner.hold()
+    with opened(browser, url) as one:
+        ask(one, "count")
+        runner.permits.release(3)
+        expect(bodies(one)).to_have_text("one")
+        other = one.context.new_page()
+        other.goto(f"{url}/chat/")
+        other.get_by_label("Search").focus()
+        one.wait_for_timeout(3100)
+        runner.permits.release(5)
+        expect(answers(other).get_by_text("Being answered in another tab.")).to_be_visible()
+        expect(other.get_by_text("Continue")).to_have_count(0)
+        expect(other.get_by_label("Search")).to_be_focused()
+        runner.free()
+        expect(bodies(other)).to_have_text("one two three four")
+        expect(other.get_by_text("Being answered in another tab.")).to_have_count(0)
+
+
+@in_browser
 def test_two_tabs_lose_nothing(browser, url, runner):
     with opened(browser, url) as one:
         other = one.context.new_page()
@@ -510,6 +573,34 @@ def test_question_asked_while_the_model_loads_is_answered_then(browser, runner, 
         expect(bodies(page)).to_have_text("hello")
         expect(page.get_by_text("The model is loading.")).to_have_count(0)
         expect(page.locator("#model")).to_have_text("test")
+
+
+@in_browser
+def test_question_that_was_left_while_the_model_loads_is_answered_later(browser, runner, tokenizer):
+    loaded = threading.Event()
+
+    def load(_: api.Settings) -> ChatModel:
+        loaded.wait(PATIENCE)
+        return chat_model(runner, tokenizer)
+
+    with serve(load, chat_page=True) as url, opened(browser, url) as page:
+        ask(page, "too early")
+        expect(page.get_by_text("The model is loading.")).to_be_visible()
+        page.get_by_role("button", name="New chat").click()
+        loaded.set()
+        expect(page.locator("#model")).to_have_text("test")
+        listed(page).filter(has_text="too early").click()
+        expect(bodies(page)).to_have_text("hello")
+
+
+@in_browser
+def test_failures_are_said_in_the_language_of_the_page(browser, url, runner):
+    with opened(browser, url, locale="zh-CN") as page:
+        runner.failure = RuntimeError("a secret")
+        page.locator("#message").fill("x")
+        page.keyboard.press("Enter")
+        expect(trouble(page)).to_contain_text("模型处理这个请求时出错，请重试。")
+        runner.failure = None
 
 
 @in_browser
@@ -971,6 +1062,21 @@ class Elements(HTMLParser):
 
 def test_corpus_is_large_and_varied():
     assert len(set(VECTORS)) == len(VECTORS) >= 200
+
+
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("**注意：**这里", "<strong>注意：</strong>这里"),
+        ("他说**“你好”**了", "他说<strong>“你好”</strong>了"),
+        ("这是*斜体*。", "这是<em>斜体</em>。"),
+        ("2 * 3 * 4 = 二十四", "2 * 3 * 4 = 二十四"),
+        ("`甲*乙`和*丙*", "<code>甲*乙</code>和<em>丙</em>"),
+        ("**note:**this", "**note:**this"),  # as CommonMark has it
+    ],
+)
+def test_emphasis_needs_no_space_beside_chinese(text, html):
+    assert markdown.render(text).strip() == f"<p>{html}</p>"
 
 
 def test_renderer_gives_only_text_s_elements_and_safe_links(url):
