@@ -1063,7 +1063,7 @@ class ChatService:
             body = await read_body(request, schema)
             info.field_of = body.field_of
             model = self.model(body.model)
-            self.check_queue(model)
+            await self.wait_for_queue(request, model)
             work = self.workers.run(partial(body.result, model))
             response = JSONText(await while_connected(request, work))
         info.outcome = "served"
