@@ -10,7 +10,8 @@ import torch
 from engine.attention import Scoring
 from engine.cuda_kernels import add_and_norm, expert_product, rotate_and_store, silu_and_mul
 from engine.form import has_fused_experts
-from engine.fused_attention import PRODUCTS, OneProductAttention, is_plain_attention
+from engine.fused import PRODUCTS, looks_gated, norm_parameters
+from engine.fused_attention import OneProductAttention, is_plain_attention
 from engine.fused_layer import FusedLayer, is_alike, is_plain, replace, scoring_of
 from engine.packed_attention import attend_pool
 from engine.quantized import QuantizedExperts, QuantizedLinear, is_int8
@@ -148,13 +149,6 @@ class CudaLayer(FusedLayer):
         return self.mlp.forward(normed).add_(added)
 
 
-def norm_of(module: Any, _: dict[str, Any]) -> CudaNorm | None:
-    """Such a norm in place of a module, if that has a weight and an epsilon."""
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    return None if weight is None or eps is None else CudaNorm(weight, eps)
-
-
 def attention_of(module: Any, given: dict[str, Any]) -> CudaAttention | None:
     """Such attention in place of a module, if it stores the same keys.
 
@@ -172,14 +166,17 @@ def attention_of(module: Any, given: dict[str, Any]) -> CudaAttention | None:
 
 
 def is_norm(module: Any) -> bool:
-    return type(module).__name__.endswith("RMSNorm")
+    return norm_parameters(module) is not None
+
+
+def norm_of(module: Any, _: dict[str, Any]) -> CudaNorm | None:
+    parameters = norm_parameters(module)
+    return parameters and CudaNorm(*parameters)
 
 
 def is_gated(module: Any) -> bool:
     """Whether a module may be a gated MLP, whose products can be joined."""
-    names = {name for name, _ in module.named_children()}
-    gated = names == {"gate_proj", "up_proj", "down_proj", "act_fn"}
-    return gated and can_be_joined([module.gate_proj, module.up_proj])
+    return looks_gated(module) and can_be_joined([module.gate_proj, module.up_proj])
 
 
 def is_experts(module: Any) -> bool:

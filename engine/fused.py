@@ -11,7 +11,8 @@ from engine.linear import HalfLinear, Int8Linear, fits_fp16
 from engine.quantized import QuantizedLinear
 
 # Layers of one module that have the same input, by their names in transformers.
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+PRODUCTS = ("q_proj", "k_proj", "v_proj")
+SIBLINGS = (PRODUCTS, ("gate_proj", "up_proj"))
 
 
 class SharedProduct:
@@ -114,23 +115,35 @@ def share_products(module: Any) -> None:
                 setattr(module, name, Part(shared, index))
 
 
-def plain_norm(module: Any) -> RMSNorm | None:
-    """Our RMSNorm in place of a module, if it computes the same: some models add 1."""
+def norm_parameters(module: Any) -> tuple[torch.nn.Parameter, float] | None:
+    """The weight and the epsilon of what may be an RMSNorm; None of anything else."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or weight is None or eps is None:
         return None
-    norm = RMSNorm(weight, eps)
+    return weight, eps
+
+
+def plain_norm(module: Any) -> RMSNorm | None:
+    """Our RMSNorm in place of a module, if it computes the same: some models add 1."""
+    parameters = norm_parameters(module)
+    if parameters is None:
+        return None
+    weight = parameters[0]
+    norm = RMSNorm(*parameters)
     probe = torch.linspace(-3, 3, 2 * weight.numel()).reshape(1, 2, -1)
     return norm if torch.allclose(norm(probe), module(probe), atol=1e-5, rtol=1e-5) else None
 
 
+def looks_gated(module: Any) -> bool:
+    """Whether a module may be a gated MLP and no more."""
+    names = {name for name, _ in module.named_children()}
+    return names == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
 def plain_mlp(module: Any) -> FusedMLP | None:
     """A module in few operations, if it computes no more than a gated MLP."""
-    names = {name for name, _ in module.named_children()}
-    if names != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-        return None
-    if not isinstance(module.gate_proj, Part):
+    if not looks_gated(module) or not isinstance(module.gate_proj, Part):
         return None
     fused = FusedMLP(module)
     probe = torch.linspace(-30, 30, 2 * module.gate_proj.in_features).reshape(1, 2, -1)

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 
 from engine.attention import Scoring
-from engine.fused import Part, RMSNorm
+from engine.fused import PRODUCTS, Part, RMSNorm
 from engine.packed_attention import attend_rows
 from engine.step import Step
-
-PRODUCTS = ("q_proj", "k_proj", "v_proj")
 
 
 class Turns:

@@ -556,15 +556,22 @@ def test_full_storage_is_said_and_the_answer_still_comes(browser, url):
 # ---- What goes wrong
 
 
-@in_browser
-def test_question_asked_while_the_model_loads_is_answered_then(browser, runner, tokenizer):
+@contextmanager
+def still_loading(runner, tokenizer) -> Iterator[tuple[str, threading.Event]]:
+    """A server whose model is loaded once the event is set."""
     loaded = threading.Event()
 
     def load(_: api.Settings) -> ChatModel:
         loaded.wait(PATIENCE)
         return chat_model(runner, tokenizer)
 
-    with serve(load, chat_page=True) as url, opened(browser, url) as page:
+    with serve(load, chat_page=True) as url:
+        yield url, loaded
+
+
+@in_browser
+def test_question_asked_while_the_model_loads_is_answered_then(browser, runner, tokenizer):
+    with still_loading(runner, tokenizer) as (url, loaded), opened(browser, url) as page:
         expect(page.get_by_text("The model is loading.")).to_be_visible()
         ask(page, "too early")
         expect(page.locator("article.question")).to_contain_text("too early")
@@ -577,13 +584,7 @@ def test_question_asked_while_the_model_loads_is_answered_then(browser, runner, 
 
 @in_browser
 def test_question_that_was_left_while_the_model_loads_is_answered_later(browser, runner, tokenizer):
-    loaded = threading.Event()
-
-    def load(_: api.Settings) -> ChatModel:
-        loaded.wait(PATIENCE)
-        return chat_model(runner, tokenizer)
-
-    with serve(load, chat_page=True) as url, opened(browser, url) as page:
+    with still_loading(runner, tokenizer) as (url, loaded), opened(browser, url) as page:
         ask(page, "too early")
         expect(page.get_by_text("The model is loading.")).to_be_visible()
         page.get_by_role("button", name="New chat").click()
