@@ -36,7 +36,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import engine
 from engine.checkpoint import load_model
-from engine.form import convert
+from engine.cpu_kernels import why_missing
+from engine.form import PACKED, Form, convert
 from engine.form_trial import measure_forms
 from engine.model_config import load_config
 from engine.runner import create_runner
@@ -249,19 +250,29 @@ def compare(folder: Path, plain: Any) -> str:
     return "runs" + "".join(f", {name}" for name, has in parts if has)
 
 
-def compare_form(folder: Path) -> str | None:
-    """What is wrong with the form for a CPU without bfloat16; None if nothing is."""
+def compare_forms(folder: Path) -> str | None:
+    """What is wrong with the forms for a CPU without bfloat16; None if nothing is."""
+    for form in PACKED:
+        if form == "our kernels" and why_missing():
+            continue
+        if wrong := compare_form(folder, form):
+            return wrong
+    return None
+
+
+def compare_form(folder: Path, form: Form) -> str | None:
+    """The same of one form."""
     plain, _ = load_model(folder, dtype="bfloat16", device_map="cpu")
     model, _ = load_model(folder, dtype="bfloat16", device_map="cpu")
     measure_forms(model)  # as at each start: no kind of layer may end it
-    convert(model, "fp16 weights")
+    convert(model, form)
     wanted = logits_of(plain.float(), texts()[0])
     alone = [logits_of(model, ids) for ids in texts()[:2]]
     error = float((alone[0] - wanted).norm() / wanted.norm())
     if not error < 0.05:
-        return f"WRONG in fp16 weights, by {error:.0%}"
+        return f"WRONG in {form}, by {error:.0%}"
     error = largest_error(create_runner(model, "8MiB"), alone)
-    return None if error < 1e-3 else f"WRONG in a batch of fp16 weights, by {error:.0%}"
+    return None if error < 1e-3 else f"WRONG in a batch of {form}, by {error:.0%}"
 
 
 def why_refused(kind: str) -> str | None:
@@ -292,7 +303,7 @@ def tried(kind: str, bound: int) -> str:
         try:
             said = compare(Path(name), plain)
             if said.startswith("runs"):
-                said = compare_form(Path(name)) or said
+                said = compare_forms(Path(name)) or said
             return said
         except engine.StartError as error:
             return f"refused: {error}"

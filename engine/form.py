@@ -1,24 +1,27 @@
 """The form of a model's weights on a CPU.
 
 Most CPUs have no instructions for half precision: there torch's products of it are slower than
-those of float32, and take longer in proportion to the batch. The weights may then be fp16 with
-sums in float32 (engine.linear), and single operations larger (engine.fused). That can be faster
-on other CPUs too, as in half precision the small operations between products are slow. Weights in
-8 bits are always read by such products, as unpacking them would take longer than 16 bits do.
+those of float32, and take longer in proportion to the batch. The weights may then be read as they
+are with sums in float32, by our kernels (engine.cpu_linear) or, where these cannot be compiled, by
+FBGEMM's (engine.linear), and operations be larger (engine.fused). That can be faster on other CPUs
+too, as in half precision the small operations between products are slow. Weights in 8 bits are
+always read by such products, as unpacking them would take longer than 16 bits do.
 """
 
 from typing import Any, Literal
 
 import torch
 
+from engine.cpu_linear import CpuLinear
 from engine.freed_memory import return_freed_memory
 from engine.fused import Part, fuse_parts, parents_of_siblings, share_products
-from engine.linear import HalfExperts, HalfLinear, Int8Experts, Int8Linear, WideEmbedding, fits_fp16
+from engine.linear import BY_FBGEMM, BY_KERNELS, HalfLinear, Int8Linear, Products, WideEmbedding
 from engine.packed_attention import can_absorb
 from engine.quantized import QuantizedLinear, is_int8
 from engine.relative_error import relative_error
 
-Form = Literal["as it is", "fp16 weights", "float32"]
+Form = Literal["as it is", "our kernels", "fp16 weights", "float32"]
+PACKED: dict[Form, Products] = {"our kernels": BY_KERNELS, "fp16 weights": BY_FBGEMM}
 
 
 def has_fused_experts(module: Any) -> bool:
@@ -67,25 +70,25 @@ def computes_alike(half: Any, experts: Any) -> bool:
 def convert(model: Any, form: Form) -> None:
     """Give a model's linear layers a form, one after the other, and the rest float32.
 
-    A layer whose weights do not fit fp16 has them in float32.
+    A layer whose weights do not fit it has them in float32.
     """
     if form == "as it is":
         return
-    if form == "fp16 weights":
+    if form in PACKED:
         model.set_input_embeddings(WideEmbedding(model.get_input_embeddings()))
     convert_module(model, form)
 
 
 def convert_module(model: Any, form: Form) -> None:
     """The same for a model or for a part of it; its embedding stays."""
-    if form == "fp16 weights":
+    if products := PACKED.get(form):
         for module in parents_of_siblings(model):
-            share_products(module)
+            share_products(module, products)
             return_freed_memory()
-        convert_int8(model)
+        convert_int8(model, products)
         layers = replaceable(model)
         while layers:  # each is freed before the next is made
-            convert_half(model, *layers.popitem())
+            convert_half(model, *layers.popitem(), products)
             return_freed_memory()
     wide = [module for module in model.modules() if isinstance(module, WideEmbedding)]
     kept = {parameter for embedding in wide for parameter in embedding.parameters()}
@@ -95,26 +98,27 @@ def convert_module(model: Any, form: Form) -> None:
     fuse_parts(model)
 
 
-def convert_half(model: Any, name: str, layer: Any) -> None:
-    """Let FBGEMM read a layer's or a mixture's weights in fp16, if they fit it."""
-    if not all(map(fits_fp16, matrices_of(layer))):
+def convert_half(model: Any, name: str, layer: Any, products: Products) -> None:
+    """Let a layer's or a mixture's weights be read in 16 bits, if all can be."""
+    if not all(map(products.fits, matrices_of(layer))):
         return
     if isinstance(layer, torch.nn.Linear):
-        model.set_submodule(name, HalfLinear(layer.weight, layer.bias))
-    elif computes_alike(half := HalfExperts(layer), layer):
+        model.set_submodule(name, products.of_half(layer.weight, layer.bias))
+    elif computes_alike(half := products.half_experts(layer), layer):
         model.set_submodule(name, half)
 
 
 @torch.inference_mode()
-def convert_int8(model: Any) -> None:
-    """Let FBGEMM read a model's weights in 8 bits, one layer after the other."""
+def convert_int8(model: Any, products: Products) -> None:
+    """Let a model's weights in 8 bits be read as they are, one layer after the other."""
     layers = {name: module for name, module in model.named_modules() if is_int8(module)}
     while layers:
         name, layer = layers.popitem()
         if isinstance(layer, QuantizedLinear):
-            model.set_submodule(name, Int8Linear(layer.weight, layer.weight_scale, layer.bias))
+            linear = products.of_int8(layer.weight, layer.weight_scale, layer.bias)
+            model.set_submodule(name, linear)
         else:
-            model.set_submodule(name, Int8Experts(layer))
+            model.set_submodule(name, products.int8_experts(layer))
         del layer
         return_freed_memory()
 
@@ -148,7 +152,7 @@ def held_bytes(model: Any) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     total = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
     for product in map(product_of, model.modules()):
-        if isinstance(product, HalfLinear | Int8Linear):
+        if isinstance(product, CpuLinear | HalfLinear | Int8Linear):
             total += product.packed_bytes
     return total
 
@@ -156,4 +160,6 @@ def held_bytes(model: Any) -> int:
 def held_size(model: Any) -> str:
     """The same in words."""
     size = held_bytes(model)
+    if size < 2**20:
+        return f"{size / 2**10:.0f} KiB"
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_to_fp32
 
+from engine.cpu_kernels import why_missing
 from engine.form import (
+    PACKED,
     Form,
     convert,
     convert_int8,
@@ -21,7 +23,7 @@ from engine.form import (
     matrices_of,
     replaceable,
 )
-from engine.linear import HalfLinear, has_int8_products, is_available
+from engine.linear import has_int8_products, is_available
 from engine.quantized import BLOCK, Bits, bits_of, fits
 
 # What is measured: the tokens in a step of one request, and of a full batch.
@@ -36,10 +38,17 @@ CLEARLY = 1.2
 EQUALLY = 1.2
 
 
+def packed_forms() -> list[Form]:
+    """The form in which weights are read in few bits here, if there is one."""
+    if why_missing() is None:
+        return ["our kernels"]
+    return ["fp16 weights"] if is_available() else []
+
+
 def products_of(form: Form, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """A matrix's product in a form, [tokens, in] to [tokens, out]."""
-    if form == "fp16 weights":
-        return HalfLinear(weight)
+    if form in PACKED:
+        return PACKED[form].of_half(weight, None)
     kept = weight if form == "as it is" else weight.float()
     return lambda x: F.linear(x, kept)
 
@@ -115,9 +124,7 @@ def measure_forms(model: Any) -> dict[Form, list[float]]:
     kinds = kinds_of(model)
     if not kinds:
         return {}
-    forms: list[Form] = ["as it is", "fp16 weights", "float32"]
-    if not is_available():
-        forms.remove("fp16 weights")
+    forms: list[Form] = ["as it is", *packed_forms(), "float32"]
     taken: dict[Form, list[float]] = {form: [0.0] * len(TOKENS) for form in forms}
     inputs = [inputs_of(model, kinds, tokens) for tokens in TOKENS]
     for example, count in kinds.items():
@@ -182,8 +189,15 @@ def settle_form(model: Any, dtype: str = "auto") -> str:
         for other, times in taken.items()
     ]
     tokens = " and ".join(map(str, TOKENS))
-    named = kept if form == "as it is" else form
-    return f"{named}, {held_size(model)} (a step of {tokens} tokens here: {', '.join(figures)})"
+    measured = f"a step of {tokens} tokens here: {', '.join(figures)}{missing_summary()}"
+    named = {"as it is": kept, "our kernels": f"{kept} by our kernels"}.get(form, form)
+    return f"{named}, {held_size(model)} ({measured})"
+
+
+def missing_summary() -> str:
+    """Why our kernels are not among the forms; nothing if they are."""
+    reason = why_missing()
+    return f"; without our kernels: {reason}" if reason else ""
 
 
 def unfit_summary(model: Any, bits: Bits) -> str:
@@ -211,10 +225,13 @@ def settle_kernel(bits: int, model: Any) -> str:
 
 def settle_quantized(model: Any, asked: bool) -> str:
     """The same for a quantised model; how its products are computed."""
-    if bits_of(model) != 8 or not has_int8_products():
+    form: Form = "our kernels" if why_missing() is None else "fp16 weights"
+    if bits_of(model) != 8 or (form == "fp16 weights" and not has_int8_products()):
         return "unpacked before each product"
     if asked:
-        convert_int8(model)
+        convert_int8(model, PACKED[form])
     else:
-        convert(model, "fp16 weights")
-    return "products by FBGEMM"
+        convert(model, form)
+    return "products by " + (
+        "our kernels" if form == "our kernels" else f"FBGEMM{missing_summary()}"
+    )

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from engine.linear import HalfLinear, Int8Linear, fits_fp16
+from engine.cpu_kernels import kernels, why_missing
+from engine.linear import Products
 from engine.quantized import QuantizedLinear
 
 # Layers of one module that have the same input, by their names in transformers.
@@ -18,16 +19,16 @@ SIBLINGS = (PRODUCTS, ("gate_proj", "up_proj"))
 class SharedProduct:
     """Several linear layers of one input as a single product, computed for the first of them."""
 
-    def __init__(self, layers: list[Any]):
+    def __init__(self, layers: list[Any], products: Products):
         self.widths = [layer.out_features for layer in layers]
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
         weight = torch.cat([layer.weight for layer in layers])
-        self.product: HalfLinear | Int8Linear
+        self.product: Any
         if isinstance(layers[0], QuantizedLinear):
             scale = torch.cat([layer.weight_scale for layer in layers])
-            self.product = Int8Linear(weight, scale, bias)
+            self.product = products.of_int8(weight, scale, bias)
         else:
-            self.product = HalfLinear(weight, bias)
+            self.product = products.of_half(weight, bias)
         self.given: torch.Tensor | None = None
         self.parts: tuple[torch.Tensor, ...] = ()
 
@@ -58,9 +59,10 @@ class Part(torch.nn.Module):
 
 
 class RMSNorm(torch.nn.Module):
-    """A model's RMSNorm (arXiv 1910.07467), over the last dimension, in four operations.
+    """A model's RMSNorm (arXiv 1910.07467), over the last dimension, in float32.
 
-    The root of the mean square is the vector's norm over the root of its width.
+    By our kernel; or in four operations, as the root of the mean square is the vector's norm over
+    the root of its width.
     """
 
     def __init__(self, weight: torch.nn.Parameter, eps: float):
@@ -70,10 +72,21 @@ class RMSNorm(torch.nn.Module):
         width = weight.shape[-1]
         self.scale = weight.detach().float() * width**0.5
         self.floor = torch.tensor((width * eps) ** 0.5)
+        # Norms of each head have a weight for each, of which the kernel knows nothing.
+        self.kernel: Any = None if weight.dim() > 1 or why_missing() else kernels().rms_norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kernel is not None:
+            return self._by_kernel(x.contiguous())
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x.div(norm.hypot_(self.floor)).mul_(self.scale)
+
+    def _by_kernel(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        width = x.shape[-1]
+        weight = self.weight.data_ptr()
+        self.kernel(weight, self.eps, x.numel() // width, width, x.data_ptr(), out.data_ptr())
+        return out
 
 
 class FusedMLP(torch.nn.Module):
@@ -90,11 +103,11 @@ class FusedMLP(torch.nn.Module):
         return self.down_proj.forward(self.act_fn.forward(gate) * up)
 
 
-def can_be_shared(layer: Any) -> bool:
-    """Whether a layer is linear, and its weights are int8 or fit fp16."""
+def can_be_shared(layer: Any, products: Products) -> bool:
+    """Whether a layer is linear, and its weights are int8 or such as the products take."""
     if type(layer) is QuantizedLinear:
         return layer.weight.dtype == torch.int8
-    return type(layer) is torch.nn.Linear and fits_fp16(layer.weight)
+    return type(layer) is torch.nn.Linear and products.fits(layer.weight)
 
 
 def parents_of_siblings(model: Any) -> list[Any]:
@@ -103,14 +116,14 @@ def parents_of_siblings(model: Any) -> list[Any]:
     return [x for x in model.modules() if first & {name for name, _ in x.named_children()}]
 
 
-def share_products(module: Any) -> None:
+def share_products(module: Any, products: Products) -> None:
     """Let a module's linear layers of one input be computed together, where all can be."""
     for names in SIBLINGS:
         layers: list[Any] = [getattr(module, name, None) for name in names]
-        if not all(map(can_be_shared, layers)):
+        if not all(can_be_shared(layer, products) for layer in layers):
             continue
         if len({(type(x), x.in_features, x.bias is None) for x in layers}) == 1:
-            shared = SharedProduct(layers)
+            shared = SharedProduct(layers, products)
             for index, name in enumerate(names):
                 setattr(module, name, Part(shared, index))
 

@@ -1,4 +1,4 @@
-"""Linear layers with weights in fp16 or int8, by FBGEMM, for CPUs.
+"""Linear layers with weights in fp16 or int8, by FBGEMM, for CPUs where our kernels are not.
 
 They read half or a quarter of float32's bytes at its full rate or more. A row's result depends on
 the batch's size hardly more than in float32 itself, so activations are float32 too.
@@ -6,10 +6,11 @@ the batch's size hardly more than in float32 itself, so activations are float32 
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from engine.cpu_linear import CpuLinear, is_half
 from engine.quantized import QuantizedExperts
 
 # FBGEMM stores a row of fp16 weights in blocks of so many; the last is filled up with zeros.
@@ -138,21 +139,27 @@ class ListedExperts(torch.nn.Module):
         return out
 
 
-class HalfExperts(ListedExperts):
-    """A mixture's experts, each with its matrices as HalfLinear."""
+class Products(NamedTuple):
+    """How a CPU multiplies by weights that stay in few bits."""
 
-    def __init__(self, experts: Any):
-        gate_up = map(HalfLinear, experts.gate_up_proj)
-        super().__init__(experts.act_fn, gate_up, map(HalfLinear, experts.down_proj))
+    of_half: Callable[[torch.Tensor, torch.Tensor | None], torch.nn.Module]
+    of_int8: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.nn.Module]
+    fits: Callable[[torch.Tensor], bool]  # whether it can by weights in 16 bits
 
+    def half_experts(self, experts: Any) -> ListedExperts:
+        """A mixture's experts, each with its matrices in 16 bits."""
+        matrices = experts.gate_up_proj, experts.down_proj
+        linears = ([self.of_half(x, None) for x in stack] for stack in matrices)
+        return ListedExperts(experts.act_fn, *linears)
 
-class Int8Experts(ListedExperts):
-    """A quantised mixture's experts, each with its matrices as Int8Linear."""
-
-    def __init__(self, experts: QuantizedExperts):
-        gate_up = map(Int8Linear, experts.gate_up_proj, experts.gate_up_proj_scale)
-        down = map(Int8Linear, experts.down_proj, experts.down_proj_scale)
-        super().__init__(experts.act_fn, gate_up, down)
+    def int8_experts(self, experts: QuantizedExperts) -> ListedExperts:
+        """A quantised mixture's experts, each with its matrices in 8 bits."""
+        pairs = (
+            (experts.gate_up_proj, experts.gate_up_proj_scale),
+            (experts.down_proj, experts.down_proj_scale),
+        )
+        linears = ([self.of_int8(x, y, None) for x, y in zip(*p, strict=True)] for p in pairs)
+        return ListedExperts(experts.act_fn, *linears)
 
 
 class WideEmbedding(torch.nn.Module):
@@ -208,3 +215,7 @@ def fits_fp16(weight: torch.Tensor) -> bool:
         sizes.append(wide.norm())
         errors.append((wide.half().float() - wide).norm())
     return bool(torch.stack(errors).norm() <= MAX_ERROR * torch.stack(sizes).norm())
+
+
+BY_KERNELS = Products(CpuLinear, CpuLinear.of_int8, is_half)
+BY_FBGEMM = Products(HalfLinear, Int8Linear, fits_fp16)

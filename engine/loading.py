@@ -126,8 +126,9 @@ def attention_summary(runner: Runner) -> str:
 
 def kernel_summary(runner: Runner) -> str:
     if runner.fallback_reason:
+        kernel = "our kernels" if runner.one_call else "sdpa"
         how = "the rows in place" if runner.way == "sliced" else "copied rows"
-        return f"sdpa over {how} ({runner.fallback_reason})"
+        return f"{kernel} over {how} ({runner.fallback_reason})"
     sizes = sorted({recorded.size for recorded in runner.graphs})
     graphs = f"CUDA graphs for {', '.join(map(str, sizes)) or 'no'} sequences"
     kernel = "FlashAttention" if runner.way == "in place" else "a kernel of ours for latents"

@@ -11,12 +11,13 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 
 from engine.attention_trial import attention_windows
+from engine.cpu_layer import CpuLayer, can_be_one_call
 from engine.cuda_attention import flash_attention
 from engine.cuda_graph import DecodeGraph
 from engine.errors import StartError
 from engine.form import computes_exactly
 from engine.freed_memory import return_freed_memory
-from engine.fused_layer import fuse_layers
+from engine.fused_layer import fuse_layers, replace
 from engine.model_config import context_length
 from engine.packed_attention import use_packed_attention
 from engine.quantized import largest_unpacked
@@ -126,6 +127,7 @@ def make_faster(trial: "Runner") -> None:
     run()  # says of a model that cannot be batched why
     if trial.device.type == "cpu":
         fuse_layers(trial.model, run)
+        replace(trial.model, can_be_one_call, lambda module, _: CpuLayer(module), run)
     elif not trial.split and trial.model.dtype in (torch.bfloat16, torch.float16):
         try:
             from engine.cuda_layer import fuse_on_gpu
@@ -193,6 +195,11 @@ class Runner:
     def fallback_way(self) -> Way:
         """How decode reads the cache where FlashAttention cannot."""
         return "sliced" if self.device.type == "cpu" else "copied"
+
+    @property
+    def one_call(self) -> bool:
+        """Whether each layer is one call of our kernels for CPUs."""
+        return sum(type(x) is CpuLayer for x in self.model.modules()) == self.num_layers
 
     @property
     def rows(self) -> int:

@@ -56,6 +56,7 @@ class Step:
         self.wanted = torch.tensor(wanted)
         self.groups: list[Group] = list(self._groups(work))
         self.attended = 0
+        self.inputs: dict[Any, Any] = {}  # what its layers have made of it for all of them
         self._copies: dict[torch.device, Step] = {}
 
     def _group_key(self, span: Span, new: int) -> tuple[bool, int, int]:

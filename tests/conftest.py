@@ -97,6 +97,15 @@ def tiny_llama(**changes: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
 
 
+@pytest.fixture
+def without_kernels(monkeypatch) -> str:
+    """A machine without our kernels for its CPU; the reason that it gives."""
+    reason = "there is no C++ compiler"
+    monkeypatch.setattr("engine.form_trial.why_missing", lambda: reason)
+    monkeypatch.setattr("engine.fused.why_missing", lambda: reason)
+    return reason
+
+
 def greedy(model: LlamaForCausalLM, prompt: list[int], count: int) -> list[int]:
     """So many tokens that `generate` says to a prompt by itself, whatever ends an answer."""
     ids = torch.tensor([prompt], device=model.device)

@@ -492,8 +492,8 @@ def demo(demo_model):
 MEASURED = re.compile(
     r"[\d.]+e-\d+|\b\d+ ms|\d+ and (?=\d+ ms)|KV cache: [\d,]+"
     r"|(?<=weights: )[\w ,.]+|(?<=parameters, )[\w ,.]+(?=, on )"
-    # In half precision, which a busy start may choose, it is another comparison.
-    r"|(?<=of a batch's logits, against ).+"
+    # In half precision, which a busy start may choose, these are others.
+    r"|(?<=attention:    )[a-z ]+(?= over)|(?<=of a batch's logits, against ).+"
 )
 
 

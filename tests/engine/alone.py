@@ -8,6 +8,7 @@ from conftest import ROOT, greedy
 from stand_ins import as_on_a_card
 
 from engine.checkpoint import load_model
+from engine.cpu_kernels import why_missing
 from engine.form import Form, convert
 from engine.loading import probes, reference_logits
 from engine.model_config import context_length
@@ -16,6 +17,7 @@ from engine.runner import create_runner
 FIXTURES = ROOT / "tests" / "fixtures"
 
 
+needs_kernels = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 FAMILIES = ["deepseek_v2", "index", "internlm2", "internlm2_ntk", "llama", "xverse"]
 
 
@@ -23,7 +25,7 @@ class Alone:
     """A family's tiny model: what `generate` says of a prompt by itself, and a runner."""
 
     def __init__(self, name: str, form: Form, quantize: str):
-        dtype = "bfloat16" if form == "fp16 weights" else "float32"
+        dtype = "float32" if form == "as it is" else "bfloat16"
         model, _ = load_model(FIXTURES / name, dtype=dtype, quantize=quantize)
         convert(model, form)
         self.context = min(context_length(model.config), 200)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from alone import FAMILIES, alone
+from alone import FAMILIES, alone, needs_kernels
 from conftest import reply, tiny_llama, wait_for, whole_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -80,12 +80,13 @@ def test_a_batch_of_renamed_llama_says_what_each_says_alone(monkeypatch, name, *
     check_batch(monkeypatch, name, **batch)
 
 
+@pytest.mark.parametrize("form", [pytest.param("our kernels", marks=needs_kernels), "fp16 weights"])
 @pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
 @settings(max_examples=8, **fixtures_once)
 @batches
-def test_a_batch_says_what_each_says_alone_with_fp16_weights(monkeypatch, name, **batch):
-    """Where the CPU's products are FBGEMM's, whose sums are float32."""
-    check_batch(monkeypatch, name, form="fp16 weights", **batch)
+def test_a_batch_says_what_each_says_alone_in_few_bits(monkeypatch, name, form, **batch):
+    """Where the CPU's products are our kernels' or FBGEMM's, whose sums are float32."""
+    check_batch(monkeypatch, name, form=form, **batch)
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v2"])

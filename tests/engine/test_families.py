@@ -574,11 +574,11 @@ def test_check_option_reports_each_family_in_each_width(kind, quantize, tmp_path
     report = dict(re.split(r": +", line, maxsplit=1) for line in lines[start:])
     assert list(report)[1:3] == ["weights", "prompt"]
     widths = {
-        "none": r"(bfloat16|fp16 weights|float32), ",
+        "none": r"(bfloat16( by our kernels)?|fp16 weights|float32), ",
         "8bit": "in 8 bits, ",
         "4bit": "in 4 bits, ",
     }
-    assert re.match(widths[quantize] + r"\d+ MiB \(", report["weights"])
+    assert re.match(widths[quantize] + r"\d+ [KM]iB \(", report["weights"])
     assert float(report["self-check"].split()[2]) < 0.1
     assert len(report["its ids"].split()) > 5
     assert report["eight tokens"] != "''"

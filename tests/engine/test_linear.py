@@ -6,17 +6,21 @@ from itertools import pairwise
 
 import pytest
 import torch
-from alone import FAMILIES, FIXTURES
+from alone import FAMILIES, FIXTURES, needs_kernels
 from conftest import tiny_llama
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from engine import form, form_trial, linear
 from engine.checkpoint import load_model
+from engine.cpu_linear import CpuLinear
 from engine.form import computes_alike, convert, has_fused_experts, held_bytes, held_size
 from engine.form_trial import fastest_form, kinds_of, measure_forms, settle_form
 from engine.fused import FusedMLP, RMSNorm, plain_norm
-from engine.linear import HalfExperts, HalfLinear, WideEmbedding, fits_fp16, is_available
+from engine.linear import BY_FBGEMM, BY_KERNELS, HalfLinear, WideEmbedding, fits_fp16, is_available
 from engine.loading import probes, reference_logits
+
+# The forms that read weights in few bits, and their layers.
+PACKED = [pytest.param("our kernels", CpuLinear, marks=needs_kernels), ("fp16 weights", HalfLinear)]
 
 
 def test_fp16_weights_compute_what_float32_does():
@@ -40,13 +44,14 @@ def test_a_row_does_not_depend_on_how_many_there_are():
         torch.testing.assert_close(layer(x[row : row + 1])[0], together[row], atol=2e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("form", "linear"), PACKED)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_family_has_its_logits_in_fp16_weights(name):
+def test_each_family_has_its_logits_in_few_bits(name, form, linear):
     model, _ = load_model(FIXTURES / name, dtype="bfloat16")
     exact = deepcopy(model).float()
     half = [reference_logits(model, ids) for ids in probes(model)]
-    convert(model, "fp16 weights")
-    assert any(isinstance(module, HalfLinear) for module in model.modules())
+    convert(model, form)
+    assert any(isinstance(module, linear) for module in model.modules())
     assert isinstance(model.get_input_embeddings(), WideEmbedding)
     for ids, before in zip(probes(model), half, strict=True):
         wanted = reference_logits(exact, ids)
@@ -89,17 +94,18 @@ def test_a_norm_that_computes_something_else_stays():
     assert plain_norm(OnePlusRMSNorm()) is None
 
 
-def test_experts_are_those_of_the_mixture():
-    model, _ = load_model(FIXTURES / "deepseek_v2", dtype="float32")
+@pytest.mark.parametrize("products", [BY_KERNELS, BY_FBGEMM], ids=["kernels", "FBGEMM"])
+def test_experts_are_those_of_the_mixture(products):
+    model, _ = load_model(FIXTURES / "deepseek_v2", dtype="bfloat16")
     experts = next(m for m in model.modules() if has_fused_experts(m))
     torch.manual_seed(0)
     x = torch.randn(9, experts.gate_up_proj.shape[2])
     chosen = torch.stack([torch.randperm(len(experts.gate_up_proj))[:2] for _ in range(9)])
     weights = torch.rand(9, 2)
     with torch.inference_mode():
-        wanted = experts(x, chosen, weights)
-        found = HalfExperts(experts)(x, chosen, weights)
-    assert (found - wanted).norm() < 1e-2 * wanted.norm()
+        found = products.half_experts(experts)(x, chosen, weights)
+        wanted = experts.float()(x, chosen, weights)
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
 
 
 class Clamped(torch.nn.Module):
@@ -118,8 +124,8 @@ def test_experts_that_clamp_are_not_those_of_a_plain_mixture():
     model, _ = load_model(FIXTURES / "deepseek_v2", dtype="bfloat16")
     experts = next(m for m in model.modules() if has_fused_experts(m))
     with torch.inference_mode():
-        assert computes_alike(HalfExperts(experts), experts)
-        half = HalfExperts(experts)
+        assert computes_alike(BY_FBGEMM.half_experts(experts), experts)
+        half = BY_FBGEMM.half_experts(experts)
         experts.act_fn = Clamped(experts.act_fn)
         assert not computes_alike(half, experts)
 
@@ -169,7 +175,7 @@ def test_weights_of_single_precision_are_kept():
     assert not any(isinstance(module, HalfLinear) for module in model.modules())
 
 
-def test_a_torch_without_the_products_chooses_among_the_others(monkeypatch):
+def test_a_torch_without_the_products_chooses_among_the_others(monkeypatch, without_kernels):
     monkeypatch.setattr(form_trial, "is_available", lambda: False)
     model = tiny_llama().bfloat16()
     assert "fp16" not in settle_form(model)
@@ -216,17 +222,30 @@ def test_model_that_keeps_its_layers_otherwise_stays_as_it_is():
     assert settle_form(model).startswith("bfloat16, ")
 
 
-def test_the_start_log_says_what_was_chosen_and_why(monkeypatch):
+def test_the_start_log_says_what_was_chosen_and_why(monkeypatch, without_kernels):
     monkeypatch.setattr(
         form_trial,
         "measure_forms",
         lambda model: {"as it is": [19.0, 222.0], "fp16 weights": [14.0, 41.0]},
     )
-    said = settle_form(tiny_llama().bfloat16())
+    said = settle_form(model := tiny_llama().bfloat16())
     assert said == (
-        "fp16 weights, 1 MiB (a step of 1 and 16 tokens here:"
-        " bfloat16 19 and 222 ms, fp16 weights 14 and 41 ms)"
+        f"fp16 weights, {held_size(model)} (a step of 1 and 16 tokens here:"
+        " bfloat16 19 and 222 ms, fp16 weights 14 and 41 ms;"
+        f" without our kernels: {without_kernels})"
     )
+
+
+@needs_kernels
+def test_our_kernels_are_chosen_where_they_are_fastest(monkeypatch):
+    measured = {"as it is": [19.0, 222.0], "our kernels": [6.0, 31.0], "float32": [30.0, 90.0]}
+    monkeypatch.setattr(form_trial, "measure_forms", lambda model: measured)
+    model = tiny_llama().bfloat16()
+    assert settle_form(model) == (
+        f"bfloat16 by our kernels, {held_size(model)} (a step of 1 and 16 tokens here:"
+        " bfloat16 19 and 222 ms, our kernels 6 and 31 ms, float32 30 and 90 ms)"
+    )
+    assert any(isinstance(module, CpuLinear) for module in model.modules())
 
 
 @pytest.mark.skipif(not is_available(), reason="needs FBGEMM")

@@ -1,0 +1,137 @@
+"""Our kernels for CPUs, compiled where they run; cpu_kernels.cpp says what each computes.
+
+They need a C++ compiler that knows GCC's vectors and OpenMP, once. What it makes is kept in the
+user's cache folder, under a name that changes with the source, the compiler and the CPU's
+instructions.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# By what torch's own kernels were chosen for. The processors that torch calls by neither name have
+# no vectors as wide; of those, ARM's need no flag.
+FLAGS = {
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+}
+COMPILERS = ("c++", "g++", "clang++")
+
+
+class Unavailable(Exception):
+    """Why there are no kernels here."""
+
+
+class Linear(ctypes.Structure):
+    """As cpu_kernels.cpp has it; so are the others."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, ctypes.c_int64) for name in ("in_features", "out_features", "panels", "kind")),
+    ]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("input_norm", "post_norm", "head_norm", "keys", "values")
+        ),
+        *((name, Linear) for name in ("qkv", "o", "gate_up", "down")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("width", "inner", "queries", "kv_heads", "head_width", "rows", "window")
+        ),
+        *((name, ctypes.c_float) for name in ("input_eps", "post_eps", "head_eps", "scale")),
+    ]
+
+
+class StepInputs(ctypes.Structure):
+    _fields_ = [
+        ("tokens", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("rows", "positions", "cos", "sin", "scratch")),
+        ("threads", ctypes.c_int64),
+    ]
+
+
+@cache
+def kernels() -> Any:
+    """The kernels, as a library. Raises Unavailable where they cannot be compiled or loaded."""
+    try:
+        library = ctypes.CDLL(str(compiled()))
+    except OSError as error:
+        raise Unavailable(str(error)) from error
+    number, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+    library.linear.argtypes = [pointer, number, pointer, pointer, ctypes.c_int]
+    library.rms_norm.argtypes = [pointer, real, number, number, pointer, pointer]
+    library.scratch_floats.argtypes = [pointer]
+    library.scratch_floats.restype = number
+    library.decoder_layer.argtypes = [pointer, pointer, pointer, pointer]
+    for function in (library.linear, library.rms_norm, library.decoder_layer):
+        function.restype = None
+    return library
+
+
+def why_missing() -> str | None:
+    """Why there are no kernels here; None if there are."""
+    try:
+        kernels()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def command() -> list[str]:
+    """The compiler and its flags. Raises Unavailable where there is none, or nothing for it."""
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if instructions not in FLAGS and platform.machine() not in ("aarch64", "arm64"):
+        raise Unavailable(f"there are none for this CPU's instructions ({instructions})")
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise Unavailable("there is no C++ compiler; install one, as by `apt install g++`")
+    flags = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", *FLAGS.get(instructions, [])]
+    return [compiler, *flags]
+
+
+def compiled() -> Path:
+    """The file of the library, compiled unless it has been before."""
+    compile_ = command()
+    source = files("engine").joinpath("cpu_kernels.cpp").read_bytes()
+    compiler = run([compile_[0], "--version"])
+    made_of = repr((source, compile_, compiler)).encode()
+    folder = cache_folder()
+    library = folder / f"cpu_kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            text, part, whole = (Path(place, f"cpu_kernels.{end}") for end in ("cpp", "o", "so"))
+            text.write_bytes(source)
+            run([*compile_, "-c", str(text), "-o", str(part)])
+            # Not linked with OpenMP: torch has loaded its own, and two would fight for the cores.
+            run([compile_[0], "-shared", str(part), "-o", str(whole)])
+            whole.replace(library)
+    return library
+
+
+def cache_folder() -> Path:
+    """As the XDG Base Directory Specification has it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chat-api"
+
+
+def run(arguments: list[str]) -> str:
+    """What a program prints. Raises Unavailable if it fails."""
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if done.returncode:
+        line = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+        raise Unavailable(f"{Path(arguments[0]).name}: {line}")
+    return done.stdout

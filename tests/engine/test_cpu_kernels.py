@@ -1,0 +1,274 @@
+"""Our kernels for CPUs: what they compute, to the last bit, and where they are not to be had."""
+
+import platform
+
+import pytest
+import torch
+from alone import FIXTURES, needs_kernels
+from conftest import tiny_llama
+from test_fused import model_of
+from transformers import Gemma2Config, MistralConfig, Qwen2Config, Qwen3Config
+
+from engine import cpu_kernels
+from engine.checkpoint import load_model
+from engine.cpu_kernels import kernels, why_missing
+from engine.cpu_layer import CpuLayer
+from engine.cpu_linear import CpuLinear, pack, unpack
+from engine.form import convert
+from engine.fused import RMSNorm
+from engine.loading import start_runner
+from engine.quantized import pack as quantize
+from engine.sequence import Span
+
+# Torch's names for a CPU's instructions; the last is what there is on every processor.
+SETS = ["AVX512", "AVX2", "DEFAULT"]
+
+
+@pytest.fixture(params=SETS)
+def compiled_for(request, monkeypatch):
+    """The kernels as they are on such a CPU, if this one can do it."""
+    here = torch.backends.cpu.get_cpu_capability()
+    if request.param != "DEFAULT" and request.param not in (here, here.replace("512", "2")):
+        pytest.skip(f"this CPU has {here}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    if request.param == "DEFAULT":
+        monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    kernels.cache_clear()
+    yield request.param
+    kernels.cache_clear()
+
+
+def linear_of(kind: str, out_features: int, in_features: int):
+    """A layer, and its weights and bias as they are."""
+    weight = torch.randn(out_features, in_features)
+    bias = torch.randn(out_features) if out_features % 2 else None
+    if kind == "int8":
+        packed, scale = quantize(weight, 8)
+        return CpuLinear.of_int8(packed, scale, bias), packed * scale, bias
+    weight = weight.to(getattr(torch, kind))
+    return CpuLinear(weight, bias), weight.float(), bias
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "int8"])
+def test_products_are_those_of_the_weights_and_of_each_row_alone(compiled_for, kind):
+    torch.manual_seed(0)
+    for out_features, in_features in ((1, 1), (33, 7), (64, 576), (300, 129)):
+        layer, weight, bias = linear_of(kind, out_features, in_features)
+        torch.testing.assert_close(layer.weight, weight)
+        for count in (1, 2, 3, 5, 6, 7, 12, 13, 16, 97, 200):
+            x = torch.randn(1, count, in_features)
+            found = layer(x)
+            wanted = torch.nn.functional.linear(x, weight, bias)
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
+            for row in (0, count // 2, count - 1):
+                assert torch.equal(layer(x[0, row]), found[0, row])
+
+
+@pytest.fixture
+def threads():
+    """Sets how many threads compute."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_a_row_is_the_same_by_any_number_of_threads(threads):
+    layer, _, _ = linear_of("bfloat16", 300, 129)
+    x = torch.randn(7, 129)
+    found = []
+    for number in (1, 2, 3, 16):
+        threads(number)
+        found.append(layer(x))
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+@needs_kernels
+def test_half_precision_in_is_half_precision_out():
+    layer, weight, _ = linear_of("int8", 64, 32)
+    x = torch.randn(3, 32).bfloat16()
+    assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x), (x.float() @ weight.T).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
+def test_packing_loses_nothing(dtype):
+    weight = (100 * torch.randn(37, 11)).to(dtype)
+    for width in (16, 32):
+        packed = pack(weight, width)
+        assert packed.shape == (-(-37 // width), 11, width)
+        assert torch.equal(unpack(packed, 37), weight)
+
+
+@needs_kernels
+def test_memory_is_that_of_the_weights():
+    assert CpuLinear(torch.ones(64, 513).bfloat16()).packed_bytes == 64 * 513 * 2
+    assert CpuLinear(torch.ones(64, 513).to(torch.int8)).packed_bytes == 64 * 513
+
+
+@needs_kernels
+def test_norm_is_of_the_mean_square_and_of_each_row_alone(compiled_for):
+    weight = torch.nn.Parameter(torch.rand(99))
+    norm = RMSNorm(weight, 1e-5)
+    for scale in (0.0, 1e-4, 1.0, 1e4):
+        x = scale * torch.randn(1, 7, 99)
+        wanted = torch.nn.functional.rms_norm(x, (99,), weight, 1e-5)
+        torch.testing.assert_close(norm(x), wanted, atol=1e-6, rtol=1e-5)
+        assert torch.equal(norm(x[0, 3]), norm(x)[0, 3])
+
+
+WHOLE = [
+    pytest.param(lambda: tiny_llama(head_dim=16).bfloat16(), id="llama"),
+    pytest.param(lambda: model_of(Qwen2Config), id="biases"),
+    pytest.param(lambda: model_of(Qwen3Config), id="norms of each head"),
+    pytest.param(lambda: model_of(Qwen2Config, num_key_value_heads=4), id="a key head for each"),
+    pytest.param(lambda: model_of(Qwen2Config, head_dim=80), id="heads of five vectors"),
+    pytest.param(lambda: model_of(MistralConfig, sliding_window=5), id="a sliding window"),
+]
+
+
+def runner_of(model):
+    model = model()
+    convert(model, "our kernels")
+    return start_runner(model, "64MiB", 16)  # compares it with the model's own
+
+
+@needs_kernels
+@pytest.mark.parametrize("model", WHOLE)
+def test_layer_is_one_call_and_says_the_same(compiled_for, model):
+    runner = runner_of(model)
+    assert {type(layer) for layer in runner.model.model.layers} == {CpuLayer}
+    assert runner.difference < 2e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(lambda: model_of(Gemma2Config), id="norms on both sides"),
+        pytest.param(lambda: model_of(Qwen2Config, head_dim=24), id="heads of half a vector"),
+        pytest.param(lambda: model_of(Qwen2Config, intermediate_size=40), id="a narrow MLP"),
+        pytest.param(lambda: model_of(Qwen2Config, hidden_act="gelu"), id="another activation"),
+    ],
+)
+def test_layer_of_another_kind_is_no_call(model):
+    runner = runner_of(model)
+    assert CpuLayer not in {type(module) for module in runner.model.modules()}
+    assert runner.difference < 1e-4
+
+
+@needs_kernels
+def test_layer_whose_weights_no_kernel_reads_is_no_call():
+    model = tiny_llama(head_dim=16).bfloat16()
+    model.model.layers[1].mlp.down_proj.float()
+    convert(model, "our kernels")
+    start_runner(model, "64MiB")
+    assert [type(x) is CpuLayer for x in model.model.layers] == [True, False]
+
+
+@needs_kernels
+@pytest.mark.parametrize("model", WHOLE)
+def test_a_token_has_the_same_bits_whatever_else_is_in_the_step(model, threads):
+    """Alone and among others, in chunks of any size, by any number of threads."""
+    runner = runner_of(model)
+    runner.cores = None  # which would choose the threads
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(0, 250, (n,), generator=generator).tolist() for n in (90, 41, 70, 3)]
+
+    def logits(text: list[int], start: int, *chunks: int) -> list[torch.Tensor]:
+        threads(1 + len(chunks) % 3)
+        span = Span(text, start, all_logits=True)
+        found = []
+        for new in chunks:
+            found.extend(runner.forward([(span, new)]))
+            span.num_cached += new
+        return found
+
+    alone = [logits(text, 0, len(text)) for text in texts]
+    for text, wanted in zip(texts, alone, strict=True):
+        for chunks in ([1] * len(text), [2, len(text) - 2], [len(text) // 2, -(-len(text) // 2)]):
+            found = logits(text, 5, *chunks)
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    spans = [Span(text, 100 * n) for n, text in enumerate(texts)]
+    for news in ((40, 1, 69, 1), (1, 39, 1, 1), (48, 1, 0, 1), (1, 0, 0, 0)):
+        work = [(span, new) for span, new in zip(spans, news, strict=True) if new]
+        for (span, new), row in zip(work, runner.forward(work), strict=True):
+            span.num_cached += new
+            assert torch.equal(row, alone[spans.index(span)][span.num_cached - 1])
+
+
+@needs_kernels
+def test_what_is_no_number_does_not_reach_a_neighbour():
+    runner = runner_of(WHOLE[0].values[0])
+    broken, sound = Span([7] * 20, 0), Span([9] * 20, 20)
+    (wanted,) = runner.forward([(sound, 20)])
+    weight = runner.model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[7] = torch.nan
+    found = runner.forward([(broken, 20), (sound, 20)])
+    assert not found[0].isfinite().any()
+    assert torch.equal(found[1], wanted)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
+def test_weights_in_8_bits_are_read_as_they_are(name):
+    model, _ = load_model(FIXTURES / name, dtype="bfloat16", quantize="8bit")
+    convert(model, "our kernels")
+    packed = [x.packed.dtype for x in model.modules() if isinstance(x, CpuLinear)]
+    assert torch.int8 in packed
+    assert start_runner(model, "64MiB").difference < 1e-4
+
+
+def missing_because() -> str:
+    kernels.cache_clear()
+    try:
+        return str(why_missing())
+    finally:
+        kernels.cache_clear()
+
+
+def test_without_a_compiler_the_reason_names_one(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert missing_because() == ("there is no C++ compiler; install one, as by `apt install g++`")
+
+
+def test_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\n[ $1 = --version ] || { echo no such option >&2; exit 1; }\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(compiler))
+    assert missing_because() == "broken: no such option"
+    assert [path.name for path in (tmp_path / "chat-api").iterdir()] == []
+
+
+def test_compiler_that_is_not_there_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "gone"))
+    assert "gone" in missing_because()
+
+
+def test_processor_without_wide_vectors_has_none(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert missing_because() == "there are none for this CPU's instructions (DEFAULT)"
+
+
+@needs_kernels
+def test_library_is_compiled_once_and_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = cpu_kernels.compiled()
+    when = first.stat().st_mtime_ns
+    assert first.parent == tmp_path / "chat-api"
+    assert cpu_kernels.compiled() == first
+    assert first.stat().st_mtime_ns == when
+    assert [path.name for path in first.parent.iterdir()] == [first.name]
+
+
+def test_cache_that_cannot_be_written_is_a_reason(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("CXX", "true")
+    assert "Not a directory" in missing_because()
