@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -51,7 +52,23 @@ typedef Bytes LooseBytes __attribute__((aligned(1), may_alias));
 
 inline Floats load(const float *from) { return *(const LooseFloats *)from; }
 inline void store(float *to, Floats values) { *(LooseFloats *)to = values; }
-inline Floats all(float value) { return Floats{} + value; }
+// Less nothing, which leaves a zero its sign and so costs nothing.
+inline Floats all(float value) { return value - Floats{}; }
+
+// a b + c, rounded once where the processor can. It is never left to the compiler, who might do it
+// for one number of tokens and not for another.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_FEATURE_FMA)
+    for (int n = 0; n < LANES; n++) c[n] = __builtin_fmaf(a[n], b[n], c[n]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
 
 // Neighbours of a and of b added, within each four lanes: a01 a23 b01 b23.
 inline Floats add_pairs(Floats a, Floats b) {
@@ -85,20 +102,21 @@ inline Floats exp_of(Floats x) {
     x = x < -87.0f ? all(-87.0f) : x;
     const Ints whole = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
     const Floats n = __builtin_convertvector(whole, Floats);
-    const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    return (p * r * r + r + 1.0f) * (Floats)((whole + 127) << 23);
+    const Floats r = fused(n, all(2.12194440e-4f), fused(n, all(-0.693359375f), x));
+    Floats p = all(1.9875691500e-4f);
+    for (float term : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                       5.0000001201e-1f})
+        p = fused(p, r, all(term));
+    return (fused(p, r * r, r) + 1.0f) * (Floats)((whole + 127) << 23);
 }
 
 // ---- Products -------------------------------------------------------------------------------
 
-// How a panel's numbers of one column of the matrix are stored, and read as floats.
+// How a panel's numbers of one column of the matrix are stored, in BYTES, and read as floats; and
+// whether a row has several factors.
 struct Bfloat16 {
-    static constexpr int SIZE = 2;
+    static constexpr int BYTES = 2 * PANEL;
+    static constexpr bool HAS_BLOCKS = false;
     // Row n and row LANES + n are the halves of a word, so that each takes one operation.
     static inline void read(const char *from, Floats &low, Floats &high) {
         const Words both = *(const LooseWords *)from;
@@ -109,10 +127,11 @@ struct Bfloat16 {
 
 template <class Lane>
 struct InOrder {
-    static constexpr int SIZE = Lane::SIZE;
+    static constexpr int BYTES = Lane::SIZE * PANEL;
+    static constexpr bool HAS_BLOCKS = false;
     static inline void read(const char *from, Floats &low, Floats &high) {
         low = Lane::floats(from);
-        high = Lane::floats(from + LANES * SIZE);
+        high = Lane::floats(from + LANES * Lane::SIZE);
     }
 };
 
@@ -145,16 +164,68 @@ struct Int8 {
     }
 };
 
+// NF4's values (appendix E of arXiv 2305.14314, QLoRA).
+alignas(64) constexpr float NF4[16] = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};
+
+// Row n has the lower half of byte n, row LANES + n the upper.
+struct FourBits {
+    static constexpr int BYTES = PANEL / 2;
+    static constexpr bool HAS_BLOCKS = true;
+    static inline void read(const char *from, Floats &low, Floats &high) {
+#if defined(__AVX512F__)
+        const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+        const __m512 table = _mm512_load_ps(NF4);  // chosen from by the lower half alone
+        low = (Floats)_mm512_permutexvar_ps(both, table);
+        high = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), table);
+#elif defined(__AVX2__)
+        const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+        low = chosen(both, _mm256_slli_epi32(both, 28));
+        high = chosen(_mm256_srli_epi32(both, 4), _mm256_slli_epi32(both, 24));
+#else
+        for (int n = 0; n < LANES; n++) {
+            low[n] = NF4[from[n] & 15];
+            high[n] = NF4[(uint8_t)from[n] >> 4];
+        }
+#endif
+    }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // By three bits from each half of the table, and by the sign of `half` from either.
+    static inline Floats chosen(__m256i index, __m256i half) {
+        const __m256 below = _mm256_permutevar8x32_ps(_mm256_load_ps(NF4), index);
+        const __m256 above = _mm256_permutevar8x32_ps(_mm256_load_ps(NF4 + 8), index);
+        return (Floats)_mm256_blendv_ps(below, above, _mm256_castsi256_ps(half));
+    }
+#endif
+};
+
 }  // namespace
 
-// A linear layer: its matrix [out, in] as [panels, in, PANEL], the last panel filled up with zeros;
-// a factor for each row, and what is added, or null. Rows of both are filled up as well.
+// A linear layer: its matrix [out, in] as [panels, in, PANEL], the last panel filled up; factors
+// [panels, in / block, PANEL] for each `block` numbers of a row, and what is added to a row's
+// product, [panels, PANEL]; either may be null.
 struct Linear {
     const char *weight;
     const float *scale;
     const float *bias;
-    int64_t in, out, panels;
-    int64_t kind;  // 0 bfloat16, 1 fp16, 2 int8
+    int64_t in, out, panels, block;
+    int64_t kind;  // 0 bfloat16, 1 fp16, 2 int8, 3 NF4
 };
 
 namespace {
@@ -170,7 +241,6 @@ struct Target {
 };
 
 inline void put(const Linear &linear, int64_t column, Floats sum, float *to, const float *base) {
-    if (linear.scale) sum *= load(linear.scale + column);
     if (linear.bias) sum += load(linear.bias + column);
     if (column + LANES <= linear.out) {
         store(to + column, base ? load(base + column) + sum : sum);
@@ -180,34 +250,70 @@ inline void put(const Linear &linear, int64_t column, Floats sum, float *to, con
     }
 }
 
-// TOKENS rows of x by PANELS panels. Memory is asked for the panel that comes next while this one is
-// multiplied: of it, part `part` of `parts`, since as many tiles have the same panel.
+template <int TOKENS, int PANELS>
+using Sums = Floats[TOKENS][PANELS][2];
+
+// To the sums of TOKENS rows of x by PANELS panels, the products of numbers `first` to `last` of
+// each. Memory is asked for what comes `ahead`, whose bytes are as many as 1 / `parts` of these.
 template <class Kind, int TOKENS, int PANELS>
-inline void tile(const float *x, const Linear &linear, int64_t panel, Target to, int part,
-                 int parts) {
-    const int64_t row = PANEL * Kind::SIZE, bytes = linear.in * row;
-    const char *weight = linear.weight + panel * bytes;
-    const char *next = weight + PANELS * bytes + bytes / parts * part;
-    Floats sums[TOKENS][PANELS][2] = {};
-    for (int64_t k = 0; k < linear.in; k++) {
+inline void accumulate(const float *x, const Linear &linear, const char *weight, int64_t first,
+                       int64_t last, const char *ahead, int parts, Sums<TOKENS, PANELS> &sums) {
+    const int64_t bytes = linear.in * Kind::BYTES;
+    for (int64_t k = first; k < last; k++) {
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++) {
-            __builtin_prefetch(next + p * bytes + k * row / parts, 0, PANELS > 1 ? 2 : 3);
+            __builtin_prefetch(ahead + p * bytes + k * Kind::BYTES / parts, 0, PANELS > 1 ? 2 : 3);
             Floats low, high;
-            Kind::read(weight + p * bytes + k * row, low, high);
+            Kind::read(weight + p * bytes + k * Kind::BYTES, low, high);
 #pragma GCC unroll 12
             for (int m = 0; m < TOKENS; m++) {
-                sums[m][p][0] += low * x[m * linear.in + k];
-                sums[m][p][1] += high * x[m * linear.in + k];
+                const Floats number = all(x[m * linear.in + k]);
+                sums[m][p][0] = fused(low, number, sums[m][p][0]);
+                sums[m][p][1] = fused(high, number, sums[m][p][1]);
             }
         }
     }
+}
+
+// The factors of a panel's rows for a block of their numbers.
+template <int TOKENS, int PANELS>
+inline void scale_by(const float *factors, int64_t distance, Sums<TOKENS, PANELS> &sums) {
+    for (int p = 0; p < PANELS; p++)
+        for (int half = 0; half < 2; half++)
+            for (int m = 0; m < TOKENS; m++)
+                sums[m][p][half] *= load(factors + p * distance + half * LANES);
+}
+
+// TOKENS rows of x by PANELS panels. Of the panel that comes next, part `part` of `parts` is asked
+// for meanwhile, since as many tiles have the same panel.
+template <class Kind, int TOKENS, int PANELS>
+inline void tile(const float *x, const Linear &linear, int64_t panel, Target to, int part,
+                 int parts) {
+    const int64_t bytes = linear.in * Kind::BYTES, blocks = linear.in / linear.block;
+    const char *weight = linear.weight + panel * bytes;
+    const char *ahead = weight + PANELS * bytes + bytes / parts * part;
+    const float *factors = linear.scale + panel * blocks * PANEL;
+    Sums<TOKENS, PANELS> totals = {};
+    if constexpr (Kind::HAS_BLOCKS) {
+        for (int64_t block = 0; block < blocks; block++) {
+            Sums<TOKENS, PANELS> sums = {};
+            accumulate<Kind, TOKENS, PANELS>(x, linear, weight, block * linear.block,
+                                             (block + 1) * linear.block, ahead, parts, sums);
+            scale_by<TOKENS, PANELS>(factors + block * PANEL, blocks * PANEL, sums);
+            for (int m = 0; m < TOKENS; m++)
+                for (int p = 0; p < PANELS; p++)
+                    for (int half = 0; half < 2; half++) totals[m][p][half] += sums[m][p][half];
+        }
+    } else {
+        accumulate<Kind, TOKENS, PANELS>(x, linear, weight, 0, linear.in, ahead, parts, totals);
+        if (linear.scale) scale_by<TOKENS, PANELS>(factors, PANEL, totals);
+    }
     for (int m = 0; m < TOKENS; m++) {
-        const Target row_of = to.from(m);
+        const Target row = to.from(m);
         for (int p = 0; p < PANELS; p++)
             for (int half = 0; half < 2; half++)
-                put(linear, (panel + p) * PANEL + half * LANES, sums[m][p][half], row_of.out,
-                    row_of.base);
+                put(linear, (panel + p) * PANEL + half * LANES, totals[m][p][half], row.out,
+                    row.base);
     }
 }
 
@@ -256,6 +362,7 @@ void multiply(const float *x, int64_t tokens, const Linear &linear, Target to) {
     if (linear.kind == 0) panels<Bfloat16>(x, tokens, linear, first, last, to);
     if (linear.kind == 1) panels<InOrder<Half>>(x, tokens, linear, first, last, to);
     if (linear.kind == 2) panels<InOrder<Int8>>(x, tokens, linear, first, last, to);
+    if (linear.kind == 3) panels<FourBits>(x, tokens, linear, first, last, to);
 }
 
 // ---- What lies between them -----------------------------------------------------------------
@@ -264,7 +371,7 @@ void multiply(const float *x, int64_t tokens, const Linear &linear, Target to) {
 void normalize(const float *x, const float *weight, float eps, int64_t width, float *out) {
     Floats squares{};
     int64_t n = 0;
-    for (; n + LANES <= width; n += LANES) squares += load(x + n) * load(x + n);
+    for (; n + LANES <= width; n += LANES) squares = fused(load(x + n), load(x + n), squares);
     float sum = sum_of(squares);
     for (; n < width; n++) sum += x[n] * x[n];
     const float factor = 1 / std::sqrt(sum / width + eps);
@@ -310,7 +417,8 @@ void score(const float *query, const float *keys, const float *values, int64_t c
         if (is_first) ask_for(values + i * width, 4 * width);
         Floats sums[4] = {};
         for (int64_t n = 0; n < width; n += LANES)
-            for (int m = 0; m < 4; m++) sums[m] += load(query + n) * load(four[m] + n);
+            for (int m = 0; m < 4; m++)
+                sums[m] = fused(load(query + n), load(four[m] + n), sums[m]);
         *(LooseFour *)(scores + i) = sums_of(sums[0], sums[1], sums[2], sums[3]);
     }
 }
@@ -324,7 +432,7 @@ void mix(const float *values, const float *weights, int64_t count, int64_t width
     for (int64_t i = 0; i < count; i++)
 #pragma GCC unroll 8
         for (int n = 0; n < VECTORS; n++)
-            said[n] += load(values + i * width + n * LANES) * weights[i];
+            said[n] = fused(load(values + i * width + n * LANES), all(weights[i]), said[n]);
     for (int n = 0; n < VECTORS; n++) store(out + n * LANES, said[n]);
 }
 
@@ -362,17 +470,20 @@ void attend(const float *query, const float *keys, const float *values, int64_t 
 
 }  // namespace
 
-// A decoder layer. Keys and values are [kv heads, rows, head width]; heads are as wide as a
-// multiple of LANES, and so is the MLP.
+// A decoder layer; heads are as wide as a multiple of LANES, and so is the MLP.
 struct Layer {
     const float *input_norm, *post_norm;
     const float *head_norm;  // [query and kv heads, head width], or null
-    float *keys, *values;
     Linear qkv, o, gate_up, down;
     int64_t width, inner, queries, kv_heads, head_width;
-    int64_t rows;  // of the cache
     int64_t window;  // the most keys that a query sees, or 0
     float input_eps, post_eps, head_eps, scale;
+};
+
+// A layer's part of the cache, [kv heads, rows, head width] each.
+struct Cache {
+    float *keys, *values;
+    int64_t rows;
 };
 
 // The packed tokens of a step: those of one sequence stand in order.
@@ -399,12 +510,12 @@ std::vector<int64_t> runs_of(const Step &step) {
 }
 
 // Attention of some heads' queries, [tokens, heads, width] of `qkv`, for a run of tokens.
-void attend_run(const Layer &layer, const Step &step, int64_t first, int64_t end, int64_t head,
-                int64_t last_head, const float *qkv, float *said) {
+void attend_run(const Layer &layer, const Step &step, const Cache &cache, int64_t first,
+                int64_t end, int64_t head, int64_t last_head, const float *qkv, float *said) {
     const int64_t width = layer.head_width, heads = layer.queries + 2 * layer.kv_heads;
     const int64_t kv_head = head / (layer.queries / layer.kv_heads);
-    const int64_t begin = kv_head * layer.rows + step.rows[first] - step.positions[first];
-    const float *keys = layer.keys + begin * width, *values = layer.values + begin * width;
+    const int64_t begin = kv_head * cache.rows + step.rows[first] - step.positions[first];
+    const float *keys = cache.keys + begin * width, *values = cache.values + begin * width;
     const int64_t group = last_head - head;
     Softmax states[RUN * SHARING];
     for (int64_t t = first; t < end; t++)
@@ -432,7 +543,8 @@ void attend_run(const Layer &layer, const Step &step, int64_t first, int64_t end
 }
 
 // A head of a token after its product: norm, rotary embedding, and into the cache.
-void place_head(const Layer &layer, const Step &step, int64_t token, int64_t h, float *head) {
+void place_head(const Layer &layer, const Step &step, const Cache &cache, int64_t token, int64_t h,
+                float *head) {
     const int64_t width = layer.head_width, turning = layer.queries + layer.kv_heads;
     if (h < turning) {
         if (layer.head_norm)
@@ -440,8 +552,8 @@ void place_head(const Layer &layer, const Step &step, int64_t token, int64_t h, 
         rotate(head, step.cos + token * width, step.sin + token * width, width);
     }
     if (h < layer.queries) return;
-    const int64_t row = (h - layer.queries) % layer.kv_heads * layer.rows + step.rows[token];
-    keep(head, width, (h < turning ? layer.keys : layer.values) + row * width);
+    const int64_t row = (h - layer.queries) % layer.kv_heads * cache.rows + step.rows[token];
+    keep(head, width, (h < turning ? cache.keys : cache.values) + row * width);
 }
 
 // SiLU (arXiv 1702.03118) of the gate, times the other half: [2, inner] to [inner].
@@ -478,10 +590,12 @@ int64_t scratch_floats(const Layer *layer) {
     return layer->width + heads * layer->head_width + 3 * layer->inner;
 }
 
-// x [tokens, width] through a layer to out.
-void decoder_layer(const Layer *of, const Step *with, const float *x, float *out) {
+// x [tokens, width] through a layer to out; its keys and values are written to `rows` rows a head.
+void decoder_layer(const Layer *of, const Step *with, float *keys, float *values, int64_t rows,
+                   const float *x, float *out) {
     const Layer &layer = *of;
     const Step &step = *with;
+    const Cache cache{keys, values, rows};
     const int64_t tokens = step.tokens, width = layer.width, inner = layer.inner;
     const int64_t heads = layer.queries + 2 * layer.kv_heads, head_width = layer.head_width;
     const int64_t sharing = layer.queries / layer.kv_heads;
@@ -504,12 +618,12 @@ void decoder_layer(const Layer *of, const Step *with, const float *x, float *out
 #pragma omp for schedule(static) collapse(2)
         for (int64_t t = 0; t < tokens; t++)
             for (int64_t h = 0; h < heads; h++)
-                place_head(layer, step, t, h, qkv + (t * heads + h) * head_width);
+                place_head(layer, step, cache, t, h, qkv + (t * heads + h) * head_width);
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t run = 0; run < num_runs; run++)
             for (int64_t h = 0; h < layer.queries; h += group)
-                attend_run(layer, step, runs[run], run + 1 < num_runs ? runs[run + 1] : tokens, h,
-                           h + group, qkv, said);
+                attend_run(layer, step, cache, runs[run],
+                           run + 1 < num_runs ? runs[run + 1] : tokens, h, h + group, qkv, said);
         multiply(said, tokens, layer.o, {out, x, width});
 #pragma omp barrier
 #pragma omp for schedule(static)

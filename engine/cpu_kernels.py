@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -37,20 +38,20 @@ class Linear(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
-        *((name, ctypes.c_int64) for name in ("in_features", "out_features", "panels", "kind")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("in_features", "out_features", "panels", "block", "kind")
+        ),
     ]
 
 
 class Layer(ctypes.Structure):
     _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("input_norm", "post_norm", "head_norm", "keys", "values")
-        ),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "head_norm")),
         *((name, Linear) for name in ("qkv", "o", "gate_up", "down")),
         *(
             (name, ctypes.c_int64)
-            for name in ("width", "inner", "queries", "kv_heads", "head_width", "rows", "window")
+            for name in ("width", "inner", "queries", "kv_heads", "head_width", "window")
         ),
         *((name, ctypes.c_float) for name in ("input_eps", "post_eps", "head_eps", "scale")),
     ]
@@ -76,7 +77,7 @@ def kernels() -> Any:
     library.rms_norm.argtypes = [pointer, real, number, number, pointer, pointer]
     library.scratch_floats.argtypes = [pointer]
     library.scratch_floats.restype = number
-    library.decoder_layer.argtypes = [pointer, pointer, pointer, pointer]
+    library.decoder_layer.argtypes = [*[pointer] * 4, number, pointer, pointer]
     for function in (library.linear, library.rms_norm, library.decoder_layer):
         function.restype = None
     return library
@@ -91,24 +92,29 @@ def why_missing() -> str | None:
     return None
 
 
-def command() -> list[str]:
-    """The compiler and its flags. Raises Unavailable where there is none, or nothing for it."""
+def compiler() -> list[str]:
+    """The C++ compiler, as `CXX` names it, or found. Raises Unavailable where there is none."""
+    found = next(filter(None, map(shutil.which, COMPILERS)), "")
+    words = shlex.split(os.environ.get("CXX") or found)
+    if not words:
+        raise Unavailable("there is no C++ compiler; install one, as by `apt install g++`")
+    return words
+
+
+def flags() -> list[str]:
+    """What the compiler is told. Raises Unavailable for a CPU whose vectors are too narrow."""
     instructions = torch.backends.cpu.get_cpu_capability()
     if instructions not in FLAGS and platform.machine() not in ("aarch64", "arm64"):
         raise Unavailable(f"there are none for this CPU's instructions ({instructions})")
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise Unavailable("there is no C++ compiler; install one, as by `apt install g++`")
-    flags = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", *FLAGS.get(instructions, [])]
-    return [compiler, *flags]
+    general = ["-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-fopenmp"]
+    return general + FLAGS.get(instructions, [])
 
 
 def compiled() -> Path:
     """The file of the library, compiled unless it has been before."""
-    compile_ = command()
+    compile_, told = compiler(), flags()
     source = files("engine").joinpath("cpu_kernels.cpp").read_bytes()
-    compiler = run([compile_[0], "--version"])
-    made_of = repr((source, compile_, compiler)).encode()
+    made_of = repr((source, told, run([*compile_, "--version"]))).encode()
     folder = cache_folder()
     library = folder / f"cpu_kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     if not library.exists():
@@ -116,9 +122,9 @@ def compiled() -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             text, part, whole = (Path(place, f"cpu_kernels.{end}") for end in ("cpp", "o", "so"))
             text.write_bytes(source)
-            run([*compile_, "-c", str(text), "-o", str(part)])
+            run([*compile_, *told, "-c", str(text), "-o", str(part)])
             # Not linked with OpenMP: torch has loaded its own, and two would fight for the cores.
-            run([compile_[0], "-shared", str(part), "-o", str(whole)])
+            run([*compile_, "-shared", str(part), "-o", str(whole)])
             whole.replace(library)
     return library
 
@@ -132,6 +138,7 @@ def run(arguments: list[str]) -> str:
     """What a program prints. Raises Unavailable if it fails."""
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
-        line = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+        lines = [x for x in done.stderr.splitlines() if x.strip()] or [f"exit {done.returncode}"]
+        line = next((line for line in lines if "error" in line), lines[0])
         raise Unavailable(f"{Path(arguments[0]).name}: {line}")
     return done.stdout

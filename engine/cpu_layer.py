@@ -9,7 +9,7 @@ from transformers.activations import SiLUActivation
 from engine.cpu_kernels import Layer, StepInputs, kernels
 from engine.cpu_linear import CpuLinear, pointer_to
 from engine.fused_layer import FusedLayer
-from engine.step import LayerRows, Step
+from engine.step import Step
 
 # Of numbers that the kernels read at once, on any CPU.
 VECTOR = 16
@@ -68,7 +68,7 @@ class CpuLayer(torch.nn.Module):
 
     @staticmethod
     def _describe(layer: FusedLayer) -> Layer:
-        """The layer for the kernel, but for where its keys and values are."""
+        """The layer for the kernel."""
         attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
         head_norm, scale = attention.norm, attention.scoring.scale
         products = [product.described for product in products_of(layer)]
@@ -98,18 +98,20 @@ class CpuLayer(torch.nn.Module):
     ) -> torch.Tensor:
         """By transformers' interface, float32 [1, tokens, width]."""
         attention = self.layer.self_attn
-        self._point_to(step.enter(attention.layer_idx, attention.scoring))
+        cache = step.enter(attention.layer_idx, attention.scoring)
+        cache.prepare(self.row, self.row)
         made_of = position_embeddings[0]
         if made_of not in step.inputs:
             step.inputs[made_of] = Inputs(step, position_embeddings, self.floats)
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
-        self.function(self.address, step.inputs[made_of].address, x.data_ptr(), out.data_ptr())
+        self.function(
+            self.address,
+            step.inputs[made_of].address,
+            cache.keys.data_ptr(),
+            cache.values.data_ptr(),
+            cache.rows,
+            x.data_ptr(),
+            out.data_ptr(),
+        )
         return out
-
-    def _point_to(self, rows: LayerRows) -> None:
-        """Let the kernel read and write these keys and values."""
-        rows.prepare(self.row, self.row)
-        self.described.keys = rows.keys.data_ptr()
-        self.described.values = rows.values.data_ptr()
-        self.described.rows = rows.rows

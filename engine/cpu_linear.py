@@ -8,30 +8,33 @@ import torch.nn.functional as F
 
 from engine.cpu_kernels import Linear, kernels
 
-# The kernels' numbers for how weights are stored.
-KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.int8: 2}
+# The kernels' numbers for how weights are stored; of 4 bits, there are two in a byte.
+KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.int8: 2, torch.uint8: 3}
 
 
 def pack(weight: torch.Tensor, width: int) -> torch.Tensor:
-    """A matrix [out, in] as the kernels read it: [panels, in, width], the last filled up."""
-    out_features, in_features = weight.shape
-    panels = F.pad(weight, (0, 0, 0, -out_features % width)).view(-1, width, in_features)
+    """A matrix [out, in] as the kernels read it: [panels, in, width], the last filled up.
+
+    In 4 bits it is given as bitsandbytes has it, [out, in / 2], for [panels, in, width / 2].
+    """
+    if weight.dtype == torch.uint8:
+        weight = torch.stack([weight >> 4, weight & 15], dim=2).flatten(1)
+        packed = panels_of(weight, width)
+        return packed[..., : width // 2] | packed[..., width // 2 :] << 4
     if weight.dtype == torch.bfloat16:  # a row of each half of the panel in turn
-        panels = panels.view(-1, 2, width // 2, in_features).transpose(1, 2)
-    return panels.reshape(-1, width, in_features).transpose(1, 2).contiguous()
+        packed = panels_of(weight, width)
+        return packed.unflatten(2, (2, -1)).transpose(2, 3).flatten(2)
+    return panels_of(weight, width)
 
 
-def unpack(packed: torch.Tensor, out_features: int) -> torch.Tensor:
-    """The matrix [out, in] that was packed."""
-    panels, in_features, width = packed.shape
-    rows = packed.transpose(1, 2)
-    if packed.dtype == torch.bfloat16:
-        rows = rows.reshape(panels, width // 2, 2, in_features).transpose(1, 2)
-    return rows.reshape(-1, in_features)[:out_features].contiguous()
+def panels_of(matrix: torch.Tensor, width: int) -> torch.Tensor:
+    """A matrix [out, in] as [panels, in, width], the last filled up with zeros."""
+    filled = F.pad(matrix, (0, 0, 0, -len(matrix) % width))
+    return filled.unflatten(0, (-1, width)).transpose(1, 2).contiguous()
 
 
 class CpuLinear(torch.nn.Module):
-    """A linear layer of weights in bfloat16, fp16, or int8 with a scale for each row.
+    """A linear layer of weights in bfloat16 or fp16, or in 8 or 4 bits with scales.
 
     A row's result does not depend on how many there are, to the last bit.
     """
@@ -43,10 +46,12 @@ class CpuLinear(torch.nn.Module):
         scale: torch.Tensor | None = None,
     ):
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.packed = pack(weight.detach(), kernels().panel_width())
+        width = kernels().panel_width()
+        self.packed = pack(weight.detach(), width)
+        self.out_features, self.in_features = len(weight), self.packed.shape[1]
         # Kept as long as the layer, whose description points to them.
-        self.scale, self.bias = (self._column(x) for x in (scale, bias))
+        self.scale = None if scale is None else panels_of(scale.detach().float(), width)
+        self.bias = None if bias is None else panels_of(bias.detach().float()[:, None], width)
         self.described = Linear(
             self.packed.data_ptr(),
             pointer_to(self.scale),
@@ -54,47 +59,39 @@ class CpuLinear(torch.nn.Module):
             self.in_features,
             self.out_features,
             len(self.packed),
+            self.in_features // (1 if scale is None else scale.shape[1]),
             KINDS[weight.dtype],
         )
         self.address = ctypes.addressof(self.described)
         self.product = kernels().linear
 
     @classmethod
-    def of_int8(
+    def of_packed(
         cls, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
     ) -> Self:
-        """As Int8Linear is made."""
+        """Of a matrix and its scales as engine.quantized packs them."""
         return cls(weight, bias, scale)
 
     @property
     def packed_bytes(self) -> int:
-        """The memory that the weights take."""
-        return self.packed.nbytes
+        """The memory that the weights take, and their scales."""
+        return self.packed.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weights in float32, unpacked for a model that multiplies by them itself."""
-        weight = unpack(self.packed, self.out_features).float()
-        return weight if self.scale is None else weight * self.scale[: self.out_features, None]
+        """The weights in float32, for a model that multiplies by them itself."""
+        plain = Linear.from_buffer_copy(self.described)
+        plain.bias = None
+        return self._multiply(ctypes.addressof(plain), torch.eye(self.in_features)).T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.float().contiguous()
-        out = torch.empty(*x.shape[:-1], self.out_features)
-        self.product(
-            self.address,
-            rows.numel() // self.in_features,
-            rows.data_ptr(),
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return out.to(x.dtype)
+        return self._multiply(self.address, x.float().contiguous()).to(x.dtype)
 
-    def _column(self, values: torch.Tensor | None) -> torch.Tensor | None:
-        """A number for each row, in float32, filled up as the rows are."""
-        if values is None:
-            return None
-        fill = self.packed.shape[0] * self.packed.shape[2] - self.out_features
-        return F.pad(values.detach().float().flatten(), (0, fill))
+    def _multiply(self, address: int, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(*x.shape[:-1], self.out_features)
+        tokens = x.numel() // self.in_features
+        self.product(address, tokens, x.data_ptr(), out.data_ptr(), torch.get_num_threads())
+        return out
 
 
 def pointer_to(values: Any) -> int | None:

@@ -4,8 +4,8 @@ Most CPUs have no instructions for half precision: there torch's products of it 
 those of float32, and take longer in proportion to the batch. The weights may then be read as they
 are with sums in float32, by our kernels (engine.cpu_linear) or, where these cannot be compiled, by
 FBGEMM's (engine.linear), and operations be larger (engine.fused). That can be faster on other CPUs
-too, as in half precision the small operations between products are slow. Weights in 8 bits are
-always read by such products, as unpacking them would take longer than 16 bits do.
+too, as in half precision the small operations between products are slow. Weights in 8 or 4 bits are
+read by such products where there are any, as unpacking them would take longer than 16 bits do.
 """
 
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from engine.freed_memory import return_freed_memory
 from engine.fused import Part, fuse_parts, parents_of_siblings, share_products
 from engine.linear import BY_FBGEMM, BY_KERNELS, HalfLinear, Int8Linear, Products, WideEmbedding
 from engine.packed_attention import can_absorb
-from engine.quantized import QuantizedLinear, is_int8
+from engine.quantized import QuantizedExperts, QuantizedLinear, bits_of
 from engine.relative_error import relative_error
 
 Form = Literal["as it is", "our kernels", "fp16 weights", "float32"]
@@ -85,7 +85,7 @@ def convert_module(model: Any, form: Form) -> None:
         for module in parents_of_siblings(model):
             share_products(module, products)
             return_freed_memory()
-        convert_int8(model, products)
+        convert_packed(model, products)
         layers = replaceable(model)
         while layers:  # each is freed before the next is made
             convert_half(model, *layers.popitem(), products)
@@ -109,16 +109,21 @@ def convert_half(model: Any, name: str, layer: Any, products: Products) -> None:
 
 
 @torch.inference_mode()
-def convert_int8(model: Any, products: Products) -> None:
-    """Let a model's weights in 8 bits be read as they are, one layer after the other."""
-    layers = {name: module for name, module in model.named_modules() if is_int8(module)}
+def convert_packed(model: Any, products: Products) -> None:
+    """Let a model's weights in 8 or 4 bits be read as they are, one layer after the other."""
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear | QuantizedExperts)
+        and bits_of(module) in products.bits
+    }
     while layers:
         name, layer = layers.popitem()
         if isinstance(layer, QuantizedLinear):
-            linear = products.of_int8(layer.weight, layer.weight_scale, layer.bias)
+            linear = products.of_packed(layer.weight, layer.weight_scale, layer.bias)
             model.set_submodule(name, linear)
         else:
-            model.set_submodule(name, products.int8_experts(layer))
+            model.set_submodule(name, products.packed_experts(layer))
         del layer
         return_freed_memory()
 

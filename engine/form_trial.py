@@ -17,8 +17,8 @@ from engine.form import (
     PACKED,
     Form,
     convert,
-    convert_int8,
     convert_module,
+    convert_packed,
     held_size,
     matrices_of,
     replaceable,
@@ -226,12 +226,10 @@ def settle_kernel(bits: int, model: Any) -> str:
 def settle_quantized(model: Any, asked: bool) -> str:
     """The same for a quantised model; how its products are computed."""
     form: Form = "our kernels" if why_missing() is None else "fp16 weights"
-    if bits_of(model) != 8 or (form == "fp16 weights" and not has_int8_products()):
-        return "unpacked before each product"
+    if form == "fp16 weights" and not (bits_of(model) == 8 and has_int8_products()):
+        return f"unpacked before each product{missing_summary()}"
     if asked:
-        convert_int8(model, PACKED[form])
+        convert_packed(model, PACKED[form])
     else:
         convert(model, form)
-    return "products by " + (
-        "our kernels" if form == "our kernels" else f"FBGEMM{missing_summary()}"
-    )
+    return f"products by FBGEMM{missing_summary()}" if why_missing() else "products by our kernels"

@@ -9,7 +9,7 @@ import torch
 
 from engine.cpu_kernels import kernels, why_missing
 from engine.linear import Products
-from engine.quantized import QuantizedLinear
+from engine.quantized import QuantizedLinear, bits_of
 
 # Layers of one module that have the same input, by their names in transformers.
 PRODUCTS = ("q_proj", "k_proj", "v_proj")
@@ -26,7 +26,7 @@ class SharedProduct:
         self.product: Any
         if isinstance(layers[0], QuantizedLinear):
             scale = torch.cat([layer.weight_scale for layer in layers])
-            self.product = products.of_int8(weight, scale, bias)
+            self.product = products.of_packed(weight, scale, bias)
         else:
             self.product = products.of_half(weight, bias)
         self.given: torch.Tensor | None = None
@@ -104,9 +104,9 @@ class FusedMLP(torch.nn.Module):
 
 
 def can_be_shared(layer: Any, products: Products) -> bool:
-    """Whether a layer is linear, and its weights are int8 or such as the products take."""
+    """Whether a layer is linear, and its weights are such as the products take."""
     if type(layer) is QuantizedLinear:
-        return layer.weight.dtype == torch.int8
+        return bits_of(layer) in products.bits
     return type(layer) is torch.nn.Linear and products.fits(layer.weight)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.cpu_linear import CpuLinear, is_half
-from engine.quantized import QuantizedExperts
+from engine.quantized import Bits, QuantizedExperts
 
 # FBGEMM stores a row of fp16 weights in blocks of so many; the last is filled up with zeros.
 PACKED_BLOCK = 512
@@ -143,8 +143,10 @@ class Products(NamedTuple):
     """How a CPU multiplies by weights that stay in few bits."""
 
     of_half: Callable[[torch.Tensor, torch.Tensor | None], torch.nn.Module]
-    of_int8: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.nn.Module]
+    # Of a matrix as engine.quantized packs it, its scales, and a bias.
+    of_packed: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.nn.Module]
     fits: Callable[[torch.Tensor], bool]  # whether it can by weights in 16 bits
+    bits: tuple[Bits, ...]  # and packed in how many others
 
     def half_experts(self, experts: Any) -> ListedExperts:
         """A mixture's experts, each with its matrices in 16 bits."""
@@ -152,13 +154,13 @@ class Products(NamedTuple):
         linears = ([self.of_half(x, None) for x in stack] for stack in matrices)
         return ListedExperts(experts.act_fn, *linears)
 
-    def int8_experts(self, experts: QuantizedExperts) -> ListedExperts:
-        """A quantised mixture's experts, each with its matrices in 8 bits."""
+    def packed_experts(self, experts: QuantizedExperts) -> ListedExperts:
+        """A quantised mixture's experts, each with its matrices as they are."""
         pairs = (
             (experts.gate_up_proj, experts.gate_up_proj_scale),
             (experts.down_proj, experts.down_proj_scale),
         )
-        linears = ([self.of_int8(x, y, None) for x, y in zip(*p, strict=True)] for p in pairs)
+        linears = ([self.of_packed(x, y, None) for x, y in zip(*p, strict=True)] for p in pairs)
         return ListedExperts(experts.act_fn, *linears)
 
 
@@ -217,5 +219,5 @@ def fits_fp16(weight: torch.Tensor) -> bool:
     return bool(torch.stack(errors).norm() <= MAX_ERROR * torch.stack(sizes).norm())
 
 
-BY_KERNELS = Products(CpuLinear, CpuLinear.of_int8, is_half)
-BY_FBGEMM = Products(HalfLinear, Int8Linear, fits_fp16)
+BY_KERNELS = Products(CpuLinear, CpuLinear.of_packed, is_half, (8, 4))
+BY_FBGEMM = Products(HalfLinear, Int8Linear, fits_fp16, (8,))

@@ -1,5 +1,6 @@
 """What a family's tiny model says of a prompt by itself."""
 
+import importlib.util
 from functools import cache
 
 import pytest
@@ -17,6 +18,9 @@ from engine.runner import create_runner
 FIXTURES = ROOT / "tests" / "fixtures"
 
 
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
+)
 needs_kernels = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 FAMILIES = ["deepseek_v2", "index", "internlm2", "internlm2_ntk", "llama", "xverse"]
 

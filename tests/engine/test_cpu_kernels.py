@@ -1,27 +1,29 @@
 """Our kernels for CPUs: what they compute, to the last bit, and where they are not to be had."""
 
+import importlib.util
 import platform
 
 import pytest
 import torch
-from alone import FIXTURES, needs_kernels
+from alone import needs_bitsandbytes, needs_kernels
 from conftest import tiny_llama
 from test_fused import model_of
 from transformers import Gemma2Config, MistralConfig, Qwen2Config, Qwen3Config
 
 from engine import cpu_kernels
-from engine.checkpoint import load_model
 from engine.cpu_kernels import kernels, why_missing
 from engine.cpu_layer import CpuLayer
-from engine.cpu_linear import CpuLinear, pack, unpack
+from engine.cpu_linear import CpuLinear
 from engine.form import convert
 from engine.fused import RMSNorm
 from engine.loading import start_runner
+from engine.quantized import BLOCK, unpack
 from engine.quantized import pack as quantize
 from engine.sequence import Span
 
 # Torch's names for a CPU's instructions; the last is what there is on every processor.
 SETS = ["AVX512", "AVX2", "DEFAULT"]
+KINDS = ["bfloat16", "float16", "8 bits", pytest.param("4 bits", marks=needs_bitsandbytes)]
 
 
 @pytest.fixture(params=SETS)
@@ -42,20 +44,22 @@ def linear_of(kind: str, out_features: int, in_features: int):
     """A layer, and its weights and bias as they are."""
     weight = torch.randn(out_features, in_features)
     bias = torch.randn(out_features) if out_features % 2 else None
-    if kind == "int8":
-        packed, scale = quantize(weight, 8)
-        return CpuLinear.of_int8(packed, scale, bias), packed * scale, bias
+    if kind in ("8 bits", "4 bits"):
+        packed, scale = quantize(weight, 8 if kind == "8 bits" else 4)
+        return CpuLinear.of_packed(packed, scale, bias), unpack(packed, scale, torch.float32), bias
     weight = weight.to(getattr(torch, kind))
     return CpuLinear(weight, bias), weight.float(), bias
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_products_are_those_of_the_weights_and_of_each_row_alone(compiled_for, kind):
     torch.manual_seed(0)
-    for out_features, in_features in ((1, 1), (33, 7), (64, 576), (300, 129)):
+    for out_features, in_features in ((1, 1), (33, 7), (64, 576), (300, 129), (75, 128)):
+        if kind == "4 bits" and in_features % BLOCK:
+            continue
         layer, weight, bias = linear_of(kind, out_features, in_features)
-        torch.testing.assert_close(layer.weight, weight)
+        assert torch.equal(layer.weight, weight)
         for count in (1, 2, 3, 5, 6, 7, 12, 13, 16, 97, 200):
             x = torch.randn(1, count, in_features)
             found = layer(x)
@@ -86,25 +90,18 @@ def test_a_row_is_the_same_by_any_number_of_threads(threads):
 
 @needs_kernels
 def test_half_precision_in_is_half_precision_out():
-    layer, weight, _ = linear_of("int8", 64, 32)
+    layer, weight, _ = linear_of("8 bits", 64, 32)
     x = torch.randn(3, 32).bfloat16()
     assert layer(x).dtype == torch.bfloat16
     torch.testing.assert_close(layer(x), (x.float() @ weight.T).bfloat16())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
-def test_packing_loses_nothing(dtype):
-    weight = (100 * torch.randn(37, 11)).to(dtype)
-    for width in (16, 32):
-        packed = pack(weight, width)
-        assert packed.shape == (-(-37 // width), 11, width)
-        assert torch.equal(unpack(packed, 37), weight)
-
-
 @needs_kernels
 def test_memory_is_that_of_the_weights():
     assert CpuLinear(torch.ones(64, 513).bfloat16()).packed_bytes == 64 * 513 * 2
-    assert CpuLinear(torch.ones(64, 513).to(torch.int8)).packed_bytes == 64 * 513
+    for bits, size in ((8, 64 * 512 + 4 * 64), (4, 64 * 256 + 4 * 64 * 512 // BLOCK)):
+        if bits == 8 or importlib.util.find_spec("bitsandbytes"):
+            assert CpuLinear.of_packed(*quantize(torch.randn(64, 512), bits)).packed_bytes == size
 
 
 @needs_kernels
@@ -209,16 +206,6 @@ def test_what_is_no_number_does_not_reach_a_neighbour():
     found = runner.forward([(broken, 20), (sound, 20)])
     assert not found[0].isfinite().any()
     assert torch.equal(found[1], wanted)
-
-
-@needs_kernels
-@pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
-def test_weights_in_8_bits_are_read_as_they_are(name):
-    model, _ = load_model(FIXTURES / name, dtype="bfloat16", quantize="8bit")
-    convert(model, "our kernels")
-    packed = [x.packed.dtype for x in model.modules() if isinstance(x, CpuLinear)]
-    assert torch.int8 in packed
-    assert start_runner(model, "64MiB").difference < 1e-4
 
 
 def missing_because() -> str:

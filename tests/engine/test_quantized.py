@@ -1,6 +1,5 @@
 """Weights in 8 and 4 bits: what is packed, how far off it is, and what is refused."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -9,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from alone import FIXTURES
+from alone import FIXTURES, needs_bitsandbytes, needs_kernels
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV2Config, GptOssConfig, GptOssForCausalLM
 
 from engine import form_trial
 from engine.checkpoint import best_placement, load_model
 from engine.cpu_kernels import why_missing
+from engine.cpu_linear import CpuLinear
 from engine.errors import StartError
 from engine.form_trial import settle_form
 from engine.linear import Int8Linear, ListedExperts, has_int8_products
@@ -33,9 +33,6 @@ from engine.quantized import (
 from engine.quantizer import QuantizationSettings
 from engine.runner import cache_budget
 
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
-)
 BOTH = ["8bit", pytest.param("4bit", marks=needs_bitsandbytes)]
 FAMILIES = ["deepseek_v2", "index", "internlm2", "llama", "xverse"]
 
@@ -91,6 +88,22 @@ def test_packed_model_computes_with_what_its_weights_unpack_to(folders, name, qu
     assert take_unpacked(plain, packed) >= 18
     check_equal(packed, plain, 1e-5)
     assert start_runner(packed, "1MiB").difference < 1e-4
+
+
+@needs_kernels
+@pytest.mark.parametrize("quantize", BOTH)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_products_by_our_kernels_are_those_of_the_unpacked_weights(folders, name, quantize):
+    packed = loaded(folders[name], quantize)
+    plain = loaded(folders[name], "none")
+    take_unpacked(plain, packed)
+    assert "(products by our kernels" in settle_form(packed, "float32")
+    kinds = {type(module) for module in packed.modules()}
+    assert CpuLinear in kinds
+    assert (ListedExperts in kinds) == (name == "deepseek_v2")
+    assert not {QuantizedLinear, QuantizedExperts} & kinds
+    check_equal(packed, plain, 1e-5)
+    assert start_runner(packed, "1MiB").difference < 1e-5
 
 
 @pytest.mark.skipif(not has_int8_products(), reason="needs FBGEMM")
