@@ -1,8 +1,8 @@
 """Our kernels for CPUs, compiled where they run; cpu_kernels.cpp says what each computes.
 
 They need a C++ compiler that knows GCC's vectors and OpenMP, once. What it makes is kept in the
-user's cache folder, under a name that changes with the source, the compiler and the CPU's
-instructions.
+user's cache folder, if there is one, under a name that changes with the source, the compiler and
+the CPU's instructions.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -69,7 +70,9 @@ class StepInputs(ctypes.Structure):
 def kernels() -> Any:
     """The kernels, as a library. Raises Unavailable where they cannot be compiled or loaded."""
     try:
-        library = ctypes.CDLL(str(compiled()))
+        with tempfile.TemporaryDirectory() as spare:
+            kept = cache_folder()
+            library = ctypes.CDLL(str(compiled(kept if can_write(kept) else Path(spare))))
     except OSError as error:
         raise Unavailable(str(error)) from error
     number, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
@@ -110,15 +113,13 @@ def flags() -> list[str]:
     return general + FLAGS.get(instructions, [])
 
 
-def compiled() -> Path:
-    """The file of the library, compiled unless it has been before."""
+def compiled(folder: Path) -> Path:
+    """The file of the library in a folder, compiled unless it has been before."""
     compile_, told = compiler(), flags()
     source = files("engine").joinpath("cpu_kernels.cpp").read_bytes()
     made_of = repr((source, told, run([*compile_, "--version"]))).encode()
-    folder = cache_folder()
     library = folder / f"cpu_kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
             text, part, whole = (Path(place, f"cpu_kernels.{end}") for end in ("cpp", "o", "so"))
             text.write_bytes(source)
@@ -131,7 +132,14 @@ def compiled() -> Path:
 
 def cache_folder() -> Path:
     """As the XDG Base Directory Specification has it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chat-api"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chat-api"
+
+
+def can_write(folder: Path) -> bool:
+    """Whether there is such a folder, or can be, to keep something in."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def run(arguments: list[str]) -> str:
