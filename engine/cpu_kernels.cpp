@@ -4,7 +4,7 @@
 // computed for a token is the same to the last bit whatever else is in the step: each of its sums
 // has one order, which no number of tokens or threads changes.
 //
-// Vectors are those of GCC and Clang, wide as the CPU's registers.
+// Vectors are GCC's, as wide as the CPU's registers.
 
 #include <algorithm>
 #include <cmath>
@@ -79,11 +79,7 @@ inline Floats add_pairs(Floats a, Floats b) {
 #define EVEN 0, 2, 8, 10, 4, 6, 12, 14
 #define ODD 1, 3, 9, 11, 5, 7, 13, 15
 #endif
-#if defined(__clang__)
-    return __builtin_shufflevector(a, b, EVEN) + __builtin_shufflevector(a, b, ODD);
-#else
     return __builtin_shuffle(a, b, Ints{EVEN}) + __builtin_shuffle(a, b, Ints{ODD});
-#endif
 }
 
 // The sums of the lanes of four vectors.
@@ -391,8 +387,9 @@ void rotate(float *head, const float *cos, const float *sin, int64_t width) {
 // A head into the cache: another kernel may read it masked, where a weight of 0 must make it 0.
 void keep(const float *head, int64_t width, float *row) {
     for (int64_t n = 0; n < width; n++) {
-        const float bounded = std::min(HUGE_KEY, std::max(-HUGE_KEY, head[n]));
-        row[n] = head[n] == head[n] ? bounded : 0;
+        const float x = head[n];
+        const float bounded = x == INFINITY ? HUGE_KEY : x == -INFINITY ? -HUGE_KEY : x;
+        row[n] = x == x ? bounded : 0;
     }
 }
 

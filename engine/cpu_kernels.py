@@ -27,7 +27,10 @@ FLAGS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
 }
-COMPILERS = ("c++", "g++", "clang++")
+# Clang's OpenMP is not the one that torch brings along.
+COMPILERS = ("g++", "c++")
+# Seconds for the compiler, which needs two.
+PATIENCE = 120.0
 
 
 class Unavailable(Exception):
@@ -66,24 +69,62 @@ class StepInputs(ctypes.Structure):
     ]
 
 
-@cache
 def kernels() -> Any:
     """The kernels, as a library. Raises Unavailable where they cannot be compiled or loaded."""
+    found = outcome()
+    if isinstance(found, Unavailable):
+        raise found
+    return found
+
+
+@cache
+def outcome() -> Any:
+    """The library, or why there is none; none of the reasons may end a start."""
     try:
-        with tempfile.TemporaryDirectory() as spare:
-            kept = cache_folder()
-            library = ctypes.CDLL(str(compiled(kept if can_write(kept) else Path(spare))))
-    except OSError as error:
-        raise Unavailable(str(error)) from error
+        return library()
+    except Unavailable as reason:
+        return reason
+    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
+        return Unavailable(str(error))
+
+
+def library() -> Any:
+    """The library, compiled unless it has been before. Raises what it meets."""
+    compile_, told = compiler(), flags()
+    source = files("engine").joinpath("cpu_kernels.cpp").read_bytes()
+    made_of = repr((source, told, run([*compile_, "--version"]))).encode()
+    kept = cache_folder() / f"cpu_kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    if kept.exists():
+        try:
+            return loaded(kept)
+        except (OSError, AttributeError):  # somebody broke it
+            kept.unlink()
+    with tempfile.TemporaryDirectory(dir=writable(kept.parent)) as place:
+        text, part, whole = (Path(place, f"cpu_kernels.{end}") for end in ("cpp", "o", "so"))
+        text.write_bytes(source)
+        run([*compile_, *told, "-c", str(text), "-o", str(part)])
+        # Not linked with OpenMP: torch has loaded its own, and two would fight for the cores.
+        run([*compile_, "-shared", str(part), "-o", str(whole)])
+        with whole.open("rb") as file:  # half a library would end every later start
+            os.fsync(file.fileno())
+        found = loaded(whole)
+        if writable(kept.parent):
+            whole.replace(kept)
+    return found
+
+
+def loaded(path: Path) -> Any:
+    """The library in a file. Raises OSError or AttributeError if it is none, or another."""
+    found = ctypes.CDLL(str(path))
     number, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-    library.linear.argtypes = [pointer, number, pointer, pointer, ctypes.c_int]
-    library.rms_norm.argtypes = [pointer, real, number, number, pointer, pointer]
-    library.scratch_floats.argtypes = [pointer]
-    library.scratch_floats.restype = number
-    library.decoder_layer.argtypes = [*[pointer] * 4, number, pointer, pointer]
-    for function in (library.linear, library.rms_norm, library.decoder_layer):
+    found.linear.argtypes = [pointer, number, pointer, pointer, ctypes.c_int]
+    found.rms_norm.argtypes = [pointer, real, number, number, pointer, pointer]
+    found.scratch_floats.argtypes = [pointer]
+    found.scratch_floats.restype = number
+    found.decoder_layer.argtypes = [*[pointer] * 4, number, pointer, pointer]
+    for function in (found.linear, found.rms_norm, found.decoder_layer):
         function.restype = None
-    return library
+    return found
 
 
 def why_missing() -> str | None:
@@ -97,11 +138,11 @@ def why_missing() -> str | None:
 
 def compiler() -> list[str]:
     """The C++ compiler, as `CXX` names it, or found. Raises Unavailable where there is none."""
-    found = next(filter(None, map(shutil.which, COMPILERS)), "")
-    words = shlex.split(os.environ.get("CXX") or found)
-    if not words:
+    words = shlex.split(os.environ.get("CXX", ""))
+    found = [path for path in map(shutil.which, COMPILERS) if path]
+    if not words + found:
         raise Unavailable("there is no C++ compiler; install one, as by `apt install g++`")
-    return words
+    return words or found[:1]
 
 
 def flags() -> list[str]:
@@ -113,38 +154,29 @@ def flags() -> list[str]:
     return general + FLAGS.get(instructions, [])
 
 
-def compiled(folder: Path) -> Path:
-    """The file of the library in a folder, compiled unless it has been before."""
-    compile_, told = compiler(), flags()
-    source = files("engine").joinpath("cpu_kernels.cpp").read_bytes()
-    made_of = repr((source, told, run([*compile_, "--version"]))).encode()
-    library = folder / f"cpu_kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            text, part, whole = (Path(place, f"cpu_kernels.{end}") for end in ("cpp", "o", "so"))
-            text.write_bytes(source)
-            run([*compile_, *told, "-c", str(text), "-o", str(part)])
-            # Not linked with OpenMP: torch has loaded its own, and two would fight for the cores.
-            run([*compile_, "-shared", str(part), "-o", str(whole)])
-            whole.replace(library)
-    return library
-
-
 def cache_folder() -> Path:
     """As the XDG Base Directory Specification has it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chat-api"
 
 
-def can_write(folder: Path) -> bool:
-    """Whether there is such a folder, or can be, to keep something in."""
+def writable(folder: Path) -> Path | None:
+    """The folder, made if need be; None if nothing can be kept in it."""
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    return os.access(folder, os.W_OK | os.X_OK)
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def run(arguments: list[str]) -> str:
-    """What a program prints. Raises Unavailable if it fails."""
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    """What a program prints. Raises Unavailable if it fails, SubprocessError if it hangs."""
+    done = subprocess.run(
+        arguments,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        timeout=PATIENCE,
+    )
     if done.returncode:
         lines = [x for x in done.stderr.splitlines() if x.strip()] or [f"exit {done.returncode}"]
         line = next((line for line in lines if "error" in line), lines[0])

@@ -26,6 +26,7 @@ def can_be_one_call(module: Any) -> bool:
         and isinstance(mlp.act_fn, SiLUActivation | torch.nn.SiLU)
         and attention.scoring.is_plain
         and attention.width % VECTOR == mlp.down_proj.in_features % VECTOR == 0
+        and queries % kv_heads == 0
         and queries // kv_heads <= kernels().most_sharing()
     )
 
@@ -57,35 +58,36 @@ class CpuLayer(torch.nn.Module):
     def __init__(self, layer: FusedLayer):
         super().__init__()
         self.layer = layer
+        # What the description points to besides the products, which keep their own.
+        norms = layer.input_layernorm, layer.post_attention_layernorm, layer.self_attn.norm
+        self.norms = [None if norm is None else norm.weight.detach() for norm in norms]
         self.attention_type = layer.attention_type
         attention = layer.self_attn
-        self.described = self._describe(layer)
+        self.described = self._describe()
         self.address = ctypes.addressof(self.described)
         self.floats = kernels().scratch_floats(self.address)
         self.function = kernels().decoder_layer
         # What shows the cache how large a row is.
         self.row = torch.empty(1, attention.counts[1], attention.width)
 
-    @staticmethod
-    def _describe(layer: FusedLayer) -> Layer:
+    def _describe(self) -> Layer:
         """The layer for the kernel."""
-        attention, norms = layer.self_attn, (layer.input_layernorm, layer.post_attention_layernorm)
-        head_norm, scale = attention.norm, attention.scoring.scale
+        layer, attention = self.layer, self.layer.self_attn
+        scale = attention.scoring.scale
+        pointers = [pointer_to(weight) for weight in self.norms]
         products = [product.described for product in products_of(layer)]
         return Layer(
-            input_norm=pointer_to(norms[0].weight),
-            post_norm=pointer_to(norms[1].weight),
-            head_norm=None if head_norm is None else pointer_to(head_norm.weight),
+            **dict(zip(("input_norm", "post_norm", "head_norm"), pointers, strict=True)),
             **dict(zip(("qkv", "o", "gate_up", "down"), products, strict=True)),
-            width=norms[0].weight.numel(),
+            width=layer.input_layernorm.weight.numel(),
             inner=layer.mlp.down_proj.in_features,
             queries=attention.counts[0],
             kv_heads=attention.counts[1],
             head_width=attention.width,
             window=attention.scoring.window or 0,
-            input_eps=norms[0].eps,
-            post_eps=norms[1].eps,
-            head_eps=0.0 if head_norm is None else head_norm.eps,
+            input_eps=layer.input_layernorm.eps,
+            post_eps=layer.post_attention_layernorm.eps,
+            head_eps=0.0 if attention.norm is None else attention.norm.eps,
             scale=attention.width**-0.5 if scale is None else scale,
         )
 
@@ -100,7 +102,7 @@ class CpuLayer(torch.nn.Module):
         attention = self.layer.self_attn
         cache = step.enter(attention.layer_idx, attention.scoring)
         cache.prepare(self.row, self.row)
-        made_of = position_embeddings[0]
+        made_of = position_embeddings[0], self.floats
         if made_of not in step.inputs:
             step.inputs[made_of] = Inputs(step, position_embeddings, self.floats)
         x = hidden_states.contiguous()

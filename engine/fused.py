@@ -76,7 +76,7 @@ class RMSNorm(torch.nn.Module):
         self.kernel: Any = None if weight.dim() > 1 or why_missing() else kernels().rms_norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kernel is not None:
+        if self.kernel is not None and x.dtype == torch.float32:
             return self._by_kernel(x.contiguous())
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x.div(norm.hypot_(self.floor)).mul_(self.scale)

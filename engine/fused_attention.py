@@ -4,6 +4,7 @@ Queries, keys and values are one product already (engine.fused); here the querie
 heads are also turned together.
 """
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -102,6 +103,9 @@ def is_plain_attention(module: Any, norm: type) -> bool:
     """Whether a module looks like attention and no more; `norm` is the type of norms as ours."""
     parts: list[Any] = [getattr(module, name, None) for name in PRODUCTS]
     if None in parts or not hasattr(module, "head_dim"):
+        return False
+    # Where it is told positions, it does more with them than to turn heads.
+    if "position_ids" in signature(type(module).forward).parameters:
         return False
     if module.head_dim % 2 or any(part.out_features % module.head_dim for part in parts):
         return False

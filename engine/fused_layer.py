@@ -71,7 +71,11 @@ Make = Callable[[Any, dict[str, Any]], torch.nn.Module | None]
 
 
 class Comparison:
-    """Makes fused modules in a forward pass, and keeps those that compute what the model's do."""
+    """Makes fused modules in a forward pass, and keeps those that compute what the model's do.
+
+    Both are given noise: what a model computes of a short text may hardly depend on the order of a
+    head's numbers, or on which key is seen.
+    """
 
     def __init__(self, make: Make):
         self.make = make
@@ -82,11 +86,26 @@ class Comparison:
         fused = self.make(module, kwargs)
         if fused is None:
             return
-        if "step" in kwargs:  # it counts how often a layer is computed
-            kwargs = kwargs | {"step": copy(kwargs["step"])}
-        found = fused(*args, **kwargs)
-        if type(found) is type(output) and is_alike(found, output):
+        if args:
+            args = (noise_like(args[0]), *args[1:])
+        else:
+            kwargs = kwargs | {"hidden_states": noise_like(kwargs["hidden_states"])}
+        # Not by calling the modules, which would be heard again.
+        wanted = module.forward(*args, **uncounted(kwargs))
+        found = fused.forward(*args, **uncounted(kwargs))
+        if type(found) is type(wanted) and is_alike(found, wanted):
             self.alike[name] = fused
+
+
+def uncounted(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same, with a step of its own, as it counts how often a layer is computed."""
+    return kwargs | {"step": copy(kwargs["step"])} if "step" in kwargs else kwargs
+
+
+def noise_like(x: torch.Tensor) -> torch.Tensor:
+    """Numbers that are about as large, and always the same."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(x) * x.float().square().mean().sqrt().to(x)
 
 
 def is_alike(found: Any, wanted: Any) -> bool:

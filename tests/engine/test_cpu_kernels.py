@@ -2,6 +2,7 @@
 
 import importlib.util
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from conftest import tiny_llama
 from test_fused import model_of
 from transformers import Gemma2Config, MistralConfig, Qwen2Config, Qwen3Config
 
-from engine.cpu_kernels import kernels, why_missing
+from engine import cpu_kernels
+from engine.cpu_kernels import outcome, why_missing
 from engine.cpu_layer import CpuLayer
 from engine.cpu_linear import CpuLinear
 from engine.form import convert
@@ -34,9 +36,9 @@ def compiled_for(request, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
     if request.param == "DEFAULT":
         monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    kernels.cache_clear()
+    outcome.cache_clear()
     yield request.param
-    kernels.cache_clear()
+    outcome.cache_clear()
 
 
 def linear_of(kind: str, out_features: int, in_features: int):
@@ -164,6 +166,32 @@ def test_layer_whose_weights_no_kernel_reads_is_no_call():
 
 
 @needs_kernels
+def test_layers_of_other_sizes_have_room_of_their_own():
+    def model():
+        model = tiny_llama(head_dim=16)
+        wide = tiny_llama(head_dim=16, intermediate_size=960).model.layers[1].mlp
+        model.model.layers[1].mlp = wide
+        return model.bfloat16()
+
+    runner = runner_of(model)
+    assert {type(layer) for layer in runner.model.model.layers} == {CpuLayer}
+    assert runner.difference < 2e-5
+
+
+@needs_kernels
+def test_large_keys_are_cached_as_they_are():
+    def model():
+        model = tiny_llama(head_dim=16)
+        with torch.no_grad():
+            model.model.layers[0].self_attn.k_proj.weight *= 1e6
+        return model.bfloat16()
+
+    runner = runner_of(model)
+    assert {type(layer) for layer in runner.model.model.layers} == {CpuLayer}
+    assert runner.pool.layers[0].keys.abs().max() > 60_000
+
+
+@needs_kernels
 @pytest.mark.parametrize("model", WHOLE)
 def test_a_token_has_the_same_bits_whatever_else_is_in_the_step(model, threads):
     """Alone and among others, in chunks of any size, by any number of threads."""
@@ -208,11 +236,11 @@ def test_what_is_no_number_does_not_reach_a_neighbour():
 
 
 def missing_because() -> str:
-    kernels.cache_clear()
+    outcome.cache_clear()
     try:
         return str(why_missing())
     finally:
-        kernels.cache_clear()
+        outcome.cache_clear()
 
 
 def test_without_a_compiler_the_reason_names_one(monkeypatch):
@@ -229,6 +257,46 @@ def test_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(compiler))
     assert missing_because() == "broken: no such option"
     assert [path.name for path in (tmp_path / "chat-api").iterdir()] == []
+
+
+def test_compiler_that_fails_is_asked_once(monkeypatch, tmp_path):
+    compiler = tmp_path / "broken"
+    compiler.write_text(f"#!/bin/sh\necho asked >> {tmp_path}/calls\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    outcome.cache_clear()
+    try:
+        assert [why_missing() for _ in range(3)] == ["broken: exit 1"] * 3
+    finally:
+        outcome.cache_clear()
+    assert (tmp_path / "calls").read_text() == "asked\n"
+
+
+def test_compiler_that_hangs_is_given_up(monkeypatch, tmp_path):
+    compiler = tmp_path / "hanging"
+    compiler.write_text("#!/bin/sh\nexec sleep 60\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(cpu_kernels, "PATIENCE", 0.2)
+    assert "timed out" in missing_because()
+
+
+def test_compiler_that_cannot_be_read_is_a_reason(monkeypatch):
+    monkeypatch.setenv("CXX", "g++ '")
+    assert missing_because() == "No closing quotation"
+
+
+@needs_kernels
+@pytest.mark.parametrize("content", [b"", b"no library", None])
+def test_broken_library_is_compiled_again(monkeypatch, tmp_path, content):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert missing_because() == "None"
+    (library,) = (tmp_path / "chat-api").iterdir()
+    library.unlink()
+    other = Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"
+    library.write_bytes(other.read_bytes() if content is None else content)
+    assert missing_because() == "None"
+    assert library.read_bytes().count(b"decoder_layer")
 
 
 def test_compiler_that_is_not_there_is_named(monkeypatch, tmp_path):

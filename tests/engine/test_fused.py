@@ -6,11 +6,13 @@ from conftest import tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    Ernie4_5Config,
     FlexOlmoConfig,
     Gemma2Config,
     GlmConfig,
     GptOssConfig,
     GraniteConfig,
+    Ministral3Config,
     Olmo2Config,
     Qwen2Config,
     Qwen3Config,
@@ -33,6 +35,15 @@ SIZES = {
     "head_dim": 16,
     "max_position_embeddings": 128,
     "pad_token_id": None,
+}
+
+
+# By this, queries grow with their position, though not over the first ones.
+GROWING = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.1,
 }
 
 
@@ -77,6 +88,10 @@ def test_attention_is_fused_and_says_the_same(model):
             id="a norm of all heads together",
         ),
         pytest.param(lambda: model_of(CohereConfig), id="neighbours are turned together"),
+        pytest.param(lambda: model_of(Ernie4_5Config), id="so too, and all keys look alike"),
+        pytest.param(
+            lambda: model_of(Ministral3Config, rope_parameters=GROWING), id="queries grow"
+        ),
         pytest.param(
             lambda: model_of(GptOssConfig, num_local_experts=2, num_experts_per_tok=2),
             id="of each angle there is one cosine",
