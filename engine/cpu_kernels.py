@@ -29,7 +29,7 @@ FLAGS = {
 }
 # Clang's OpenMP is not the one that torch brings along.
 COMPILERS = ("g++", "c++")
-# Seconds for the compiler, which needs two.
+# Seconds for the compiler, which needs five.
 PATIENCE = 120.0
 
 
