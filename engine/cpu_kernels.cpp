@@ -139,8 +139,11 @@ struct Half {
 #elif defined(__F16C__)
         return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
 #else
-        typedef _Float16 Halves __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
-        return __builtin_convertvector(*(const Halves *)from, Floats);
+        typedef uint16_t Shorts __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
+        const Words half = __builtin_convertvector(*(const Shorts *)from, Words);
+        // Its exponent is 112 smaller than float's.
+        const Floats size = (Floats)((half & 0x7fff) << 13) * 0x1p112f;
+        return (Floats)((Words)size | (half & 0x8000) << 16);
 #endif
     }
 };
