@@ -1,6 +1,6 @@
 // A decoder layer on a CPU, compiled where it runs by engine/cpu_kernels.py.
 //
-// Weights are read as they are stored, in bfloat16, fp16 or int8; all else is float32. What is
+// Weights are read as they are stored, in bfloat16, fp16, 8 or 4 bits; all else is float32. What is
 // computed for a token is the same to the last bit whatever else is in the step: each of its sums
 // has one order, which no number of tokens or threads changes.
 //
@@ -402,7 +402,7 @@ struct Softmax {
     float sum = 0;
 };
 
-// What is to be read soon, into the cache that all of this core's levels share.
+// Ask memory for what is to be read soon.
 inline void ask_for(const float *from, int64_t floats) {
     for (int64_t n = 0; n < floats; n += 16) __builtin_prefetch(from + n);
 }

@@ -99,7 +99,8 @@ def library() -> Any:
             return loaded(kept)
         except (OSError, AttributeError):  # somebody broke it
             kept.unlink()
-    with tempfile.TemporaryDirectory(dir=writable(kept.parent)) as place:
+    folder = writable(kept.parent)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
         text, part, whole = (Path(place, f"cpu_kernels.{end}") for end in ("cpp", "o", "so"))
         text.write_bytes(source)
         run([*compile_, *told, "-c", str(text), "-o", str(part)])
@@ -108,7 +109,7 @@ def library() -> Any:
         with whole.open("rb") as file:  # half a library would end every later start
             os.fsync(file.fileno())
         found = loaded(whole)
-        if writable(kept.parent):
+        if folder:
             whole.replace(kept)
     return found
 
@@ -129,11 +130,8 @@ def loaded(path: Path) -> Any:
 
 def why_missing() -> str | None:
     """Why there are no kernels here; None if there are."""
-    try:
-        kernels()
-    except Unavailable as error:
-        return str(error)
-    return None
+    found = outcome()
+    return str(found) if isinstance(found, Unavailable) else None
 
 
 def compiler() -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from alone import needs_bitsandbytes, needs_kernels
 from conftest import tiny_llama
-from test_fused import model_of
+from test_fused import check_norm, model_of
 from transformers import Gemma2Config, MistralConfig, Qwen2Config, Qwen3Config
 
 from engine import cpu_kernels
@@ -107,13 +107,8 @@ def test_memory_is_that_of_the_weights():
 
 @needs_kernels
 def test_norm_is_of_the_mean_square_and_of_each_row_alone(compiled_for):
-    weight = torch.nn.Parameter(torch.rand(99))
-    norm = RMSNorm(weight, 1e-5)
-    for scale in (0.0, 1e-4, 1.0, 1e4):
-        x = scale * torch.randn(1, 7, 99)
-        wanted = torch.nn.functional.rms_norm(x, (99,), weight, 1e-5)
-        torch.testing.assert_close(norm(x), wanted, atol=1e-6, rtol=1e-5)
-        assert torch.equal(norm(x[0, 3]), norm(x)[0, 3])
+    check_norm(99)
+    assert RMSNorm(torch.nn.Parameter(torch.ones(8)), 1e-5).kernel is not None
 
 
 WHOLE = [

@@ -169,11 +169,19 @@ def test_gated_mlp_is_fused_only_where_it_is_no_more():
     assert type(model.model.layers[1].mlp) is type(first)
 
 
-def test_norm_is_of_the_mean_square():
+def check_norm(width: int) -> None:
+    """Of each row, and the same if it is alone."""
     torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.rand(96))
+    weight = torch.nn.Parameter(torch.rand(width))
     norm = RMSNorm(weight, 1e-5)
     for scale in (0.0, 1e-4, 1.0, 1e4):
-        x = scale * torch.randn(1, 7, 96)
-        wanted = torch.nn.functional.rms_norm(x, (96,), weight, 1e-5)
+        x = scale * torch.randn(1, 7, width)
+        wanted = torch.nn.functional.rms_norm(x, (width,), weight, 1e-5)
         torch.testing.assert_close(norm(x), wanted, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(norm(x[0, 3]), norm(x)[0, 3], atol=1e-6, rtol=1e-5)
+        assert norm.kernel is None or torch.equal(norm(x[0, 3]), norm(x)[0, 3])
+
+
+def test_norm_in_four_operations_is_of_the_mean_square(without_kernels):
+    check_norm(96)
+    assert RMSNorm(torch.nn.Parameter(torch.ones(8)), 1e-5).kernel is None
