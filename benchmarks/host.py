@@ -16,15 +16,15 @@ from benchmark import ROOT, figures, free_port, started
 
 def serve(port: int, seconds: float) -> None:
     """Serve what the pretended card says."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path.insert(0, str(ROOT))
     import torch
     import uvicorn
-    from conftest import ScriptedRunner, byte_tokenizer, chat_model
 
     import api
-    import engine.engine
+    import engine.scheduling.engine
+    from engine.attention.forward_batch import Step
     from engine.sequence import Token, Work
-    from engine.step import Step
+    from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model
 
     torch.set_num_threads(1)
 
@@ -45,8 +45,8 @@ def serve(port: int, seconds: float) -> None:
     tokenizer = byte_tokenizer()
     letter = tokenizer.convert_tokens_to_ids("x")
     card = Card(tokenizer, rows=400_000)
-    sample = engine.engine.sample_tokens
-    engine.engine.sample_tokens = sample_later
+    sample = engine.scheduling.engine.sample_tokens
+    engine.scheduling.engine.sample_tokens = sample_later
     app = api.build_app(
         api.Settings(chat_page=False, max_waiting=1000),
         lambda settings: chat_model(card, tokenizer, 4096, max_batch=256),

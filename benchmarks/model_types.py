@@ -35,12 +35,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import engine
-from engine.checkpoint import load_model
-from engine.cpu_kernels import why_missing
-from engine.form import PACKED, Form, convert
-from engine.form_trial import measure_forms
-from engine.model_config import load_config
-from engine.runner import create_runner
+from engine.checkpoint.checkpoint import load_model
+from engine.checkpoint.model_config import load_config
+from engine.kernels.cpu import why_missing
+from engine.layers.autotune import measure_forms
+from engine.layers.weight_format import PACKED, Form, convert
+from engine.runner.runner import create_runner
 from engine.sequence import Span
 
 VOCABULARY = 260

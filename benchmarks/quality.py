@@ -23,8 +23,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.checkpoint import load_model  # noqa: E402
-from engine.form_trial import settle_form  # noqa: E402
+from engine.checkpoint.checkpoint import load_model  # noqa: E402
+from engine.layers.autotune import settle_form  # noqa: E402
 from engine.loading import reference_logits  # noqa: E402
 
 

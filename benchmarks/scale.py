@@ -42,7 +42,7 @@ VARIABLES = {
     "RAY_worker_niceness": "0",
     # Else Ray writes one into the home folder.
     "RAY_AUTH_TOKEN": uuid.uuid4().hex,
-    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "benchmarks"))),
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks"))),
 }
 
 
@@ -57,9 +57,8 @@ def scripted(settings: Any) -> Any:
 
     Its engine dies of one prompt.
     """
-    from conftest import ScriptedRunner, byte_tokenizer, chat_model
-
-    from engine.tokenizer import ChatTokenizer
+    from engine.prompt.tokenizer import ChatTokenizer
+    from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model
 
     tokenizer = byte_tokenizer()
     runner = ScriptedRunner(tokenizer, f"{os.getpid():8}{SAID}")

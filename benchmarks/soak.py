@@ -849,8 +849,8 @@ def lay_siege(report: Report, url: str, seconds: float = 120, callers: int = 8) 
 
 def save_tiny(folder: str) -> str:
     """The tests' tiny model of random weights, as a checkpoint with a long context."""
-    sys.path[:0] = [str(benchmark.ROOT), str(benchmark.ROOT / "tests")]
-    from conftest import byte_tokenizer, tiny_llama
+    sys.path.insert(0, str(benchmark.ROOT))
+    from tests.conftest import byte_tokenizer, tiny_llama
 
     tiny_llama(max_position_embeddings=16_384).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

@@ -30,11 +30,11 @@ from engine.errors import (
     TemplateTooCostly,
     TimedOut,
 )
-from engine.families import Message
 from engine.model import ChatModel
+from engine.prompt.families import Message
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta, FinishReason, Prompt, Token
-from engine.tool_parser import CallPart, ToolCallParser
+from engine.tools.parser import CallPart, ToolCallParser
 
 if TYPE_CHECKING:
     from engine.loading import load

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from engine.checkpoint import (
+from engine.checkpoint.checkpoint import (
     chat_tokenizer,
     check_gpus,
     check_versions,
@@ -18,20 +18,20 @@ from engine.checkpoint import (
     explained,
     load_model,
 )
-from engine.engine import Engine
+from engine.checkpoint.model_config import context_length, not_supported
 from engine.errors import StartError
-from engine.families import checkpoint_defaults, states_length
-from engine.form import computes_exactly, tolerance_of
-from engine.form_trial import settle_form
-from engine.freed_memory import return_freed_memory
+from engine.layers.autotune import settle_form
+from engine.layers.freed_memory import return_freed_memory
+from engine.layers.quantized import num_parameters
+from engine.layers.weight_format import computes_exactly, tolerance_of
 from engine.model import ChatModel
-from engine.model_config import context_length, not_supported
-from engine.quantized import num_parameters
+from engine.prompt.families import checkpoint_defaults, states_length
+from engine.prompt.tokenizer import ChatTokenizer
 from engine.relative_error import relative_error
-from engine.runner import Runner, create_runner, input_device
+from engine.runner.cpu_threads import cores_settled_behind
+from engine.runner.runner import Runner, create_runner, input_device
+from engine.scheduling.engine import Engine
 from engine.sequence import Span
-from engine.threads import cores_settled_behind
-from engine.tokenizer import ChatTokenizer
 
 P = ParamSpec("P")
 T = TypeVar("T")

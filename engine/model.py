@@ -8,17 +8,17 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ContextTooLong, EngineError, InvalidInput
-from engine.families import Message
+from engine.prompt.families import Message
+from engine.prompt.truncation import drop_turns, turns_to_drop
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta, Prompt
-from engine.tool_grammar import Thoughts, ToolChoice, ToolGrammar, check_size, explained
-from engine.tool_parser import ToolCallParser
-from engine.truncation import drop_turns, turns_to_drop
+from engine.tools.grammar import Thoughts, ToolChoice, ToolGrammar, check_size, explained
+from engine.tools.parser import ToolCallParser
 
 if TYPE_CHECKING:
-    from engine.engine import Engine
-    from engine.schema_trial import TrialCompiler
-    from engine.tokenizer import ChatTokenizer
+    from engine.guided.bounded_compiler import TrialCompiler
+    from engine.prompt.tokenizer import ChatTokenizer
+    from engine.scheduling.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class ChatModel:
 
     @cached_property
     def _compiler(self) -> "TrialCompiler":
-        from engine.schema_trial import TrialCompiler
+        from engine.guided.bounded_compiler import TrialCompiler
 
         special = self.tokenizer.special.values()
         return TrialCompiler(self.tokenizer.plain, special, self.engine.end_ids)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from engine.guide import Guide
+    from engine.guided.guide import Guide
 
 FinishReason = Literal["stop", "length"]
 

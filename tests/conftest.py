@@ -26,11 +26,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import api
 import model_download
-from engine.engine import Engine
 from engine.model import ChatModel
+from engine.prompt.tokenizer import ChatTokenizer
 from engine.sampling_params import SamplingParams
+from engine.scheduling.engine import Engine
 from engine.sequence import Delta, Sequence, Span
-from engine.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds after which what never comes is given up; long, for machines that are busy or slow.
@@ -101,8 +101,8 @@ def tiny_llama(**changes: object) -> LlamaForCausalLM:
 def without_kernels(monkeypatch) -> str:
     """A machine without our kernels for its CPU; the reason that it gives."""
     reason = "there is no C++ compiler"
-    monkeypatch.setattr("engine.form_trial.why_missing", lambda: reason)
-    monkeypatch.setattr("engine.fused.why_missing", lambda: reason)
+    monkeypatch.setattr("engine.layers.autotune.why_missing", lambda: reason)
+    monkeypatch.setattr("engine.layers.merged.why_missing", lambda: reason)
     return reason
 
 

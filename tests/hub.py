@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from conftest import PATIENCE
+from tests.conftest import PATIENCE
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

@@ -62,7 +62,7 @@ def run_main(
 def forking() -> Any:
     """The process that has imported everything, once for all tests."""
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["api", "engine.loading", "conftest", __name__])
+    context.set_forkserver_preload(["api", "engine.loading", "tests.conftest", __name__])
     # In Python 3.11 it does not hear of our path in another way before it imports.
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         multiprocessing.forkserver.ensure_running()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import httpx
 from benchmark import free_port
-from conftest import byte_tokenizer, ready, tiny_llama, wait_for
 
 import bundle
+from tests.conftest import byte_tokenizer, ready, tiny_llama, wait_for
 
 
 def answers(url: str) -> bool:

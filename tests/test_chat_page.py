@@ -20,13 +20,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import PATIENCE, ROOT, chat_model, ready, serve, wait_for
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 import api
 import chat_page
 from chat_page import markdown, renderer
 from engine import ChatModel
+from tests.conftest import PATIENCE, ROOT, chat_model, ready, serve, wait_for
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -1260,9 +1260,9 @@ def test_page_and_renderer_work_from_a_zip_archive(tmp_path):
     archive = tmp_path / "chat.pyz"
     with zipfile.ZipFile(archive, "w") as packed:
         for folder in ("chat_page", "engine"):
-            for file in (ROOT / folder).iterdir():
+            for file in (ROOT / folder).rglob("*"):
                 if file.is_file():
-                    packed.write(file, f"{folder}/{file.name}")
+                    packed.write(file, file.relative_to(ROOT))
     code = """
 import sys; sys.path.insert(0, sys.argv[1])
 from fastapi import FastAPI

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from conftest import wait_for
 from openai import OpenAI
 from scale import SAID, Answer, Cluster, ask, ask_all, started
+
+from tests.conftest import wait_for
 
 pytestmark = [
     pytest.mark.slow,

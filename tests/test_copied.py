@@ -10,7 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 from benchmark import free_port
-from conftest import ROOT, byte_tokenizer, tiny_llama, wait_for
+
+from tests.conftest import ROOT, byte_tokenizer, tiny_llama, wait_for
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import threading
 import httpx
 import pytest
 from benchmark import free_port
-from conftest import ROOT, wait_for
 
 from serving.log_queue import MAX_LINES, LogQueue, still_logged
+from tests.conftest import ROOT, wait_for
 
 
 class Stuck(logging.Handler):
@@ -83,7 +83,7 @@ SERVER = """
 import sys
 sys.path.insert(0, "tests")
 import api
-from conftest import ScriptedRunner, byte_tokenizer, chat_model
+from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model
 tokenizer = byte_tokenizer()
 model = chat_model(ScriptedRunner(tokenizer), tokenizer)
 build = api.build_app

@@ -15,13 +15,13 @@ import httpx
 import pytest
 import torch
 from benchmark import free_port
-from conftest import PATIENCE, ROOT, wait_for
-from hub import Hub, serve_hub
-from server_process import server_process
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import api
 import model_download
+from tests.conftest import PATIENCE, ROOT, wait_for
+from tests.hub import Hub, serve_hub
+from tests.server_process import server_process
 
 # ---- The demo ---------------------------------------------------------------
 

@@ -16,14 +16,14 @@ from typing import NamedTuple
 import pytest
 import requests
 import torch
-from conftest import ROOT, byte_tokenizer, chat_model, ready, serve, tiny_llama, wait_for
 from transformers import GenerationConfig
 
 import api
 import model_download
-from engine.families import FAMILIES, checkpoint_defaults
+from engine.prompt.families import FAMILIES, checkpoint_defaults
 from engine.sampling_params import SamplingParams
 from serving import schemas
+from tests.conftest import ROOT, byte_tokenizer, chat_model, ready, serve, tiny_llama, wait_for
 
 NAMES = ("README.md", "README.zh.md")
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -387,7 +387,7 @@ def test_quoted_error_messages_exist():
     page = PAGES["docs/troubleshooting.md"]
     start, _, answer = page.partition("## It does not answer")
     rows = [*rows_under(start, "what you see"), *rows_under(answer, "what you see")]
-    engine = [f"engine/{path.name}" for path in (ROOT / "engine").glob("*.py")]
+    engine = [str(path.relative_to(ROOT)) for path in (ROOT / "engine").rglob("*.py")]
     said = literals("api.py", "model_download.py", "request.py", *engine)
     theirs = {"/docs", "finish_reason", "length"}
     quoted = {word for row in rows for word in SPAN.findall(row[0])} - theirs
@@ -464,8 +464,14 @@ def test_way_of_a_request_is_in_the_order_in_which_it_goes(tmp_path):
 
 
 def test_every_module_of_the_engine_is_described():
-    told = [name for row in rows_under(HOW, "module") for name in SPAN.findall(row[0])]
-    assert sorted(told) == sorted(path.stem for path in (ROOT / "engine").glob("*.py"))
+    told, room = [], ""
+    for place, names, _ in rows_under(HOW, "room"):
+        if place:
+            (room,) = [name for name in SPAN.findall(place) if name.endswith("/")] or [""]
+        told += [room + name for name in SPAN.findall(names)]
+    files = [path.relative_to(ROOT / "engine") for path in (ROOT / "engine").rglob("*.*")]
+    modules = {path.as_posix().removesuffix(".py") for path in files if path.suffix != ".pyc"}
+    assert sorted(told) == sorted(name for name in modules if not name.endswith("/__init__"))
 
 
 def test_every_room_of_serving_is_described():

@@ -11,9 +11,9 @@ from threading import Thread
 
 import pytest
 import requests
-from conftest import PATIENCE, ROOT, chat_model, ready, serve, wait_for
 
 from request import get_completion
+from tests.conftest import PATIENCE, ROOT, chat_model, ready, serve, wait_for
 
 
 def command(*arguments: str) -> list[str]:

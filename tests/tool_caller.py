@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterable
 
 import torch
-from conftest import ScriptedRunner, byte_tokenizer, chat_model, serve
 from transformers import PreTrainedTokenizerFast
 
 from engine.sequence import Sequence, Span
+from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model, serve
 
 # A format that is learnt: Qwen's and Hermes', in few words.
 TOOL_TEMPLATE = (

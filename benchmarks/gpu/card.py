@@ -38,16 +38,16 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.cuda_attention import flash_attention  # noqa: E402
-from engine.form_trial import settle_form  # noqa: E402
+from engine.attention.forward_batch import Step  # noqa: E402
+from engine.attention.in_place import flash_attention  # noqa: E402
+from engine.attention.interface import keep_latent  # noqa: E402
+from engine.checkpoint.quantizer import quantize_layers  # noqa: E402
+from engine.layers.autotune import settle_form  # noqa: E402
 from engine.loading import attention_summary, start_runner  # noqa: E402
-from engine.packed_attention import keep_latent  # noqa: E402
-from engine.quantizer import quantize_layers  # noqa: E402
-from engine.runner import Runner  # noqa: E402
-from engine.sampler import sample_tokens  # noqa: E402
+from engine.runner.runner import Runner  # noqa: E402
 from engine.sampling_params import SamplingParams  # noqa: E402
+from engine.scheduling.sampler import sample_tokens  # noqa: E402
 from engine.sequence import Sequence, Span, Work  # noqa: E402
-from engine.step import Step  # noqa: E402
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 2000,
         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip

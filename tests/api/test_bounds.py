@@ -14,25 +14,19 @@ from itertools import pairwise
 
 import httpx
 import pytest
-from conftest import ROOT, TEMPLATE, chat_model, ready, serve, wait_for
-from test_security import answered, peer, told
 
 import api
-from engine import (
-    InvalidInput,
-    Prompt,
-    QueueFull,
-    SamplingParams,
-    guide,
-    schema_trial,
-    template_renderer,
-    tool_grammar,
-)
+from engine import InvalidInput, Prompt, QueueFull, SamplingParams
 from engine.child_process import ChildProcess
-from engine.tokenizer import ChatTokenizer
+from engine.guided import bounded_compiler, guide
+from engine.prompt import template_renderer
+from engine.prompt.tokenizer import ChatTokenizer
+from engine.tools import grammar
 from serving import bodies, connection, field_types, log_queue, schemas, tool_fields
 from serving.schemas import with_few_logprobs
 from serving.tool_fields import check_arguments
+from tests.api.test_security import answered, peer, told
+from tests.conftest import ROOT, TEMPLATE, chat_model, ready, serve, wait_for
 
 STATED = {
     "headers, and what stands between them and the body": (
@@ -59,11 +53,11 @@ STATED = {
     ),
     "a JSON schema": f"{guide.MAX_SCHEMA_CHARS:,} characters",
     "tools of a request": (
-        f"{tool_fields.MAX_TOOLS}, with schemas of {tool_grammar.MAX_SCHEMAS_CHARS:,} characters"
+        f"{tool_fields.MAX_TOOLS}, with schemas of {grammar.MAX_SCHEMAS_CHARS:,} characters"
         " together"
     ),
-    "time of the processor to compile a schema": f"{schema_trial.COMPILE_TIMEOUT:g} seconds",
-    "memory to compile a schema": f"{schema_trial.COMPILE_MEMORY // 2**20} MiB",
+    "time of the processor to compile a schema": f"{bounded_compiler.COMPILE_TIMEOUT:g} seconds",
+    "memory to compile a schema": f"{bounded_compiler.COMPILE_MEMORY // 2**20} MiB",
     "time of the processor to render messages by a chat template": (
         f"{template_renderer.RENDER_TIMEOUT:g} seconds"
     ),

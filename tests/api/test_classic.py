@@ -9,10 +9,10 @@ import time
 
 import httpx
 import pytest
-from conftest import chat_model, ready, serve, wait_for
 
 import api
 from engine.model import ChatModel
+from tests.conftest import chat_model, ready, serve, wait_for
 
 
 def post(url: str, body: object = None, **options) -> httpx.Response:

@@ -4,9 +4,9 @@ import httpx
 import openai
 import pytest
 import torch
-from conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve, tiny_llama
 
-from engine.runner import create_runner
+from engine.runner.runner import create_runner
+from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve, tiny_llama
 
 TEXT = "/v1/completions"
 INFILL = ["<|end|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<|assistant|>", "<|user|>"]

@@ -16,7 +16,20 @@ import httpx
 import pytest
 import torch
 from benchmark import free_port
-from conftest import (
+from safetensors.torch import load_file, save_file
+
+import api
+from engine.checkpoint.checkpoint import explained
+from engine.errors import StartError, StepFailed
+from engine.loading import load as load_now
+from engine.model import ChatModel
+from engine.prompt.families import Message
+from engine.prompt.tokenizer import ChatTokenizer
+from engine.sampling_params import SamplingParams
+from engine.scheduling.engine import Engine
+from engine.scheduling.output import Answer, AnswerText
+from engine.sequence import Delta
+from tests.conftest import (
     ROOT,
     ScriptedRunner,
     byte_tokenizer,
@@ -27,19 +40,6 @@ from conftest import (
     wait_for,
     whole_of,
 )
-from safetensors.torch import load_file, save_file
-
-import api
-from engine.answer import Answer, AnswerText
-from engine.checkpoint import explained
-from engine.engine import Engine
-from engine.errors import StartError, StepFailed
-from engine.families import Message
-from engine.loading import load as load_now
-from engine.model import ChatModel
-from engine.sampling_params import SamplingParams
-from engine.sequence import Delta
-from engine.tokenizer import ChatTokenizer
 
 # ---- At the start
 

@@ -8,11 +8,11 @@ import json
 
 import httpx
 import pytest
-from conftest import byte_tokenizer, chat_model, ready, serve
 
 import api
 from engine import ChatModel, InvalidInput, StartError
 from serving import schemas
+from tests.conftest import byte_tokenizer, chat_model, ready, serve
 
 HELLO = [{"role": "user", "content": "hi"}]
 BODIES = {

@@ -7,12 +7,12 @@ import time
 
 import httpx
 import pytest
-from conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.tokenizer import load_tokenizer
+from engine.prompt.tokenizer import load_tokenizer
 from serving import unknown_fields
+from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve, wait_for
 
 ROUTES = ("/", "/v1/chat/completions", "/v1/completions")
 # What an error must not tell: our language, our libraries, our files.

@@ -9,14 +9,14 @@ import httpx
 import openai
 import pytest
 import torch
-from conftest import chat_model, ready, serve, tiny_llama, wait_for
 
 from engine import ChatModel
-from engine.guide import GuideCompiler
-from engine.runner import create_runner
+from engine.guided.guide import GuideCompiler
+from engine.prompt.tokenizer import ChatTokenizer
+from engine.runner.runner import create_runner
 from engine.sampling_params import SamplingParams
-from engine.tokenizer import ChatTokenizer
 from serving import replies
+from tests.conftest import chat_model, ready, serve, tiny_llama, wait_for
 
 HELLO = [{"role": "user", "content": "hi"}]
 

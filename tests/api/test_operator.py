@@ -11,13 +11,13 @@ import sys
 import httpx
 import pytest
 from benchmark import free_port
-from conftest import ROOT, ScriptedRunner, byte_tokenizer, chat_model, ready, serve, wait_for
 from prometheus_client.parser import text_string_to_metric_families
-from server_process import server_process
 
 import api
 from engine import ChatModel
 from serving import __version__
+from tests.conftest import ROOT, ScriptedRunner, byte_tokenizer, chat_model, ready, serve, wait_for
+from tests.server_process import server_process
 
 SECRET = {"Authorization": "Bearer sesame"}
 ASK = {"prompt": "hi"}

@@ -5,12 +5,12 @@ from dataclasses import replace
 import httpx
 import openai
 import pytest
-from conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from serving.replies import fingerprint
 from serving.thoughts import ThoughtParser
+from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve
 
 HELLO = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"

@@ -15,16 +15,16 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
-from conftest import ScriptedRunner, chat_model, ready, serve, wait_for
 from prometheus_client.parser import text_string_to_metric_families
-from test_families import FIXTURES, MARKERS, small, text_of
 from transformers import GenerationConfig
 
 import api
 from engine import InvalidInput
-from engine.guide import GuideCompiler
-from engine.tokenizer import ChatTokenizer
+from engine.guided.guide import GuideCompiler
+from engine.prompt.tokenizer import ChatTokenizer
 from serving.connection import KEEP_ALIVE, Connection
+from tests.conftest import ScriptedRunner, chat_model, ready, serve, wait_for
+from tests.engine.prompt.test_families import FIXTURES, MARKERS, small, text_of
 
 HEAD_OF_16 = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n\r\n"
 KEY = "Authorization: Bearer sesame\r\n"

@@ -7,13 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 import api
-from engine.checkpoint import SUPPORTED, check_versions
+from engine.checkpoint.checkpoint import SUPPORTED, check_versions
 from engine.errors import StartError
 from serving import __version__
 from serving.command_line import EPILOG, GROUPS
+from tests.conftest import ROOT
 
 
 def test_a_flag_beats_a_variable_and_a_variable_beats_the_default(monkeypatch):

@@ -19,12 +19,12 @@ import psutil
 import pytest
 import uvicorn
 from benchmark import free_port
-from conftest import PATIENCE, ROOT, ScriptedRunner, byte_tokenizer, chat_model, wait_for
-from server_process import ServerProcess, forking, server_process
 
 import api
 from engine import ChatModel
-from engine.tokenizer import ChatTokenizer
+from engine.prompt.tokenizer import ChatTokenizer
+from tests.conftest import PATIENCE, ROOT, ScriptedRunner, byte_tokenizer, chat_model, wait_for
+from tests.server_process import ServerProcess, forking, server_process
 
 # What uvicorn waits for connections that stay open after the requests are drained; it is told to
 # wait less here than api.py tells it to, so that tests outlast it sooner.

@@ -9,9 +9,10 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import ROOT, chat_model, ready, serve
 from pydantic import BaseModel
-from tool_caller import ToolCaller, tool_tokenizer
+
+from tests.conftest import ROOT, chat_model, ready, serve
+from tests.tool_caller import ToolCaller, tool_tokenizer
 
 MESSAGES: list[Any] = [{"role": "user", "content": "How is the weather?"}]
 

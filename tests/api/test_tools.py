@@ -7,13 +7,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import TEMPLATE, byte_tokenizer, chat_model, ready, serve
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from test_replies import lines_of, unknown_fields
-from tool_caller import TOOL_TEMPLATE, ToolCaller, tool_tokenizer
 
 from engine import ChatModel
 from serving import tool_fields
+from tests.api.test_replies import lines_of, unknown_fields
+from tests.conftest import TEMPLATE, byte_tokenizer, chat_model, ready, serve
+from tests.tool_caller import TOOL_TEMPLATE, ToolCaller, tool_tokenizer
 
 HELLO = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"

@@ -10,17 +10,25 @@ from functools import partial
 import httpx
 import pytest
 from benchmark import free_port
-from conftest import PATIENCE, ScriptedRunner, byte_tokenizer, chat_model, ready, serve, wait_for
-from server_process import server_process
-from test_bounds import head
-from test_security import peer
 
 import api
 from engine import ChatModel, EngineStopped
-from engine.schema_trial import TrialCompiler
-from engine.tokenizer import ChatTokenizer
+from engine.guided.bounded_compiler import TrialCompiler
+from engine.prompt.tokenizer import ChatTokenizer
 from serving import bodies
 from serving.workers import NUM_THREADS, Workers
+from tests.api.test_bounds import head
+from tests.api.test_security import peer
+from tests.conftest import (
+    PATIENCE,
+    ScriptedRunner,
+    byte_tokenizer,
+    chat_model,
+    ready,
+    serve,
+    wait_for,
+)
+from tests.server_process import server_process
 
 # ---- The class
 

@@ -8,7 +8,8 @@ import sys
 import benchmark
 import pytest
 from benchmark import Reply
-from conftest import ROOT
+
+from tests.conftest import ROOT
 
 
 def test_figures_are_computed_from_replies():

@@ -7,8 +7,9 @@ import signal
 import model_types
 import pytest
 import transformers
-from conftest import ROOT
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.conftest import ROOT
 
 
 def test_model_that_runs_is_compared():
@@ -25,7 +26,7 @@ def test_refused_model_is_told_by_its_reason():
 )
 def test_ignored_window_is_noticed(monkeypatch, bound, said):
     """By the comparison, where the server's own check at the start is too short for it."""
-    monkeypatch.setattr("engine.attention_trial.window_of", lambda mask, context: None)
+    monkeypatch.setattr("engine.checkpoint.attention_probe.window_of", lambda mask, context: None)
     assert re.match(said, model_types.tried("mistral", bound))
 
 

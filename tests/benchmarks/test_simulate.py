@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import simulate
-from conftest import ROOT
+
+from tests.conftest import ROOT
 
 Simulated = Callable[..., list[list[float]]]
 

@@ -12,14 +12,14 @@ import pytest
 import soak
 import torch
 from benchmark import Server
-from conftest import ROOT, ScriptedRunner, chat_model, ready, serve, wait_for
 
 import api
-from engine.answer import AnswerText, Event, deliver
-from engine.cache import SpanCache
-from engine.engine import Engine
 from engine.errors import QueueFull
+from engine.scheduling.engine import Engine
+from engine.scheduling.kv_cache import SpanCache
+from engine.scheduling.output import AnswerText, Event, deliver
 from engine.sequence import Delta, Sequence, Span
+from tests.conftest import ROOT, ScriptedRunner, chat_model, ready, serve, wait_for
 
 
 @pytest.fixture
@@ -152,8 +152,10 @@ def test_a_span_that_is_reused_unread_is_noticed(report, tokenizer, monkeypatch)
         return min(span.num_cached, len(tokens) - 1)
 
     # As if all prompts were alike, whatever their tokens are.
-    monkeypatch.setattr("engine.cache.hash", lambda tokens: len(tokens), raising=False)
-    monkeypatch.setattr("engine.cache.common_prefix", unread)
+    monkeypatch.setattr(
+        "engine.scheduling.kv_cache.hash", lambda tokens: len(tokens), raising=False
+    )
+    monkeypatch.setattr("engine.scheduling.kv_cache.common_prefix", unread)
     heard = leaked(report, tokenizer)
     assert heard.others
     assert heard.different
@@ -178,7 +180,7 @@ def test_a_delta_in_the_wrong_outbox_is_noticed(report, tokenizer, monkeypatch):
             items[other] = b, x._replace(answer=b)
         right(items)
 
-    monkeypatch.setattr("engine.engine.deliver", astray)
+    monkeypatch.setattr("engine.scheduling.engine.deliver", astray)
     heard = leaked(report, tokenizer)
     assert heard.different
     assert report.broken

@@ -5,15 +5,15 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import ROOT, greedy
-from stand_ins import as_on_a_card
 
-from engine.checkpoint import load_model
-from engine.cpu_kernels import why_missing
-from engine.form import Form, convert
+from engine.checkpoint.checkpoint import load_model
+from engine.checkpoint.model_config import context_length
+from engine.kernels.cpu import why_missing
+from engine.layers.weight_format import Form, convert
 from engine.loading import probes, reference_logits
-from engine.model_config import context_length
-from engine.runner import create_runner
+from engine.runner.runner import create_runner
+from tests.conftest import ROOT, greedy
+from tests.engine.stand_ins import as_on_a_card
 
 FIXTURES = ROOT / "tests" / "fixtures"
 

@@ -60,7 +60,7 @@ def capture(compute, device, memory):
 
 
 def rotate_and_store(heads, cos, sin, rows, keys, values, norms=None, eps=0.0):
-    """What engine.cuda_kernels says of its kernel, in torch's operations."""
+    """What engine.kernels.cuda says of its kernel, in torch's operations."""
     key_heads = keys.shape[1]
     query, key, value = heads.split([heads.shape[1] - 2 * key_heads, key_heads, key_heads], 1)
     width = heads.shape[2]
@@ -106,17 +106,17 @@ def expert_product(x, weight, scale, chosen):
 
 
 def with_kernels(patch):
-    """Let `engine.cuda_layer` be imported where there is no Triton, with these kernels."""
+    """Let `engine.layers.cuda_layer` be imported where there is no Triton, with these kernels."""
     kernels = {add_and_norm, rotate_and_store, silu_and_mul, latent_attention, expert_product}
     named = SimpleNamespace(**{kernel.__name__: kernel for kernel in kernels})
-    patch.setitem(sys.modules, "engine.cuda_kernels", named)
-    patch.delitem(sys.modules, "engine.cuda_layer", raising=False)
+    patch.setitem(sys.modules, "engine.kernels.cuda", named)
+    patch.delitem(sys.modules, "engine.layers.cuda_layer", raising=False)
 
 
 def as_on_a_card(patch, attention=flash_attention, capturing=capture):
     """Let the CPU pass for a card, by the stand-ins above."""
     with_kernels(patch)
-    patch.setattr("engine.runner.why_not_in_place", lambda layers: None)
-    patch.setattr("engine.cuda_attention.flash_attention", attention)
-    patch.setattr("engine.cuda_graph.capture", capturing)
+    patch.setattr("engine.runner.runner.why_not_in_place", lambda layers: None)
+    patch.setattr("engine.attention.in_place.flash_attention", attention)
+    patch.setattr("engine.runner.cuda_graph.capture", capturing)
     patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

@@ -4,9 +4,8 @@ import subprocess
 import sys
 import textwrap
 
-from conftest import ROOT
-
 import engine
+from tests.conftest import ROOT
 
 
 def shown() -> str:

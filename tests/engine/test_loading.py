@@ -12,17 +12,17 @@ import httpx
 import pytest
 import torch
 from benchmark import free_port
-from conftest import PATIENCE, byte_tokenizer, tiny_llama, wait_for
-from server_process import server_process
 
 import api
 import model_download
 from engine import ChatModel
-from engine.checkpoint import check_gpus
+from engine.checkpoint.checkpoint import check_gpus
 from engine.errors import StartError
-from engine.form_trial import settle_form
+from engine.layers.autotune import settle_form
 from engine.loading import load
 from model_download import DownloadError, find_model
+from tests.conftest import PATIENCE, byte_tokenizer, tiny_llama, wait_for
+from tests.server_process import server_process
 
 
 @pytest.fixture(scope="module")

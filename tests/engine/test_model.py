@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from engine.errors import ContextTooLong
-from engine.families import Message
+from engine.prompt.families import Message
 
 
 def turns(*lengths: int) -> list[Message]:

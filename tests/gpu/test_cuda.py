@@ -12,28 +12,28 @@ from dataclasses import replace
 
 import pytest
 import torch
-from alone import FAMILIES, FIXTURES
-from conftest import GREEDY, greedy
-from stand_ins import add_and_norm as stand_in_add_and_norm
-from stand_ins import as_on_a_card
-from stand_ins import expert_product as stand_in_expert_product
-from stand_ins import latent_attention as stand_in_latent_attention
-from stand_ins import rotate_and_store as stand_in_rotate_and_store
-from stand_ins import silu_and_mul as stand_in_silu_and_mul
-from test_devices import some_sequences
 from tokenizers import Tokenizer, models
 
-from engine.attention import Scoring
-from engine.checkpoint import load_model
-from engine.engine import Engine
-from engine.form_trial import settle_form
+from engine.attention.forward_batch import Step
+from engine.attention.groups import Scoring
+from engine.checkpoint.checkpoint import load_model
+from engine.checkpoint.model_config import context_length
+from engine.layers.autotune import settle_form
+from engine.layers.quantized import QuantizedLinear, pack
 from engine.loading import start_runner
-from engine.model_config import context_length
-from engine.quantized import QuantizedLinear, pack
-from engine.runner import Runner, create_runner
-from engine.sampler import sample_tokens
+from engine.runner.runner import Runner, create_runner
+from engine.scheduling.engine import Engine
+from engine.scheduling.sampler import sample_tokens
 from engine.sequence import Span
-from engine.step import Step
+from tests.conftest import GREEDY, greedy
+from tests.engine.alone import FAMILIES, FIXTURES
+from tests.engine.runner.test_devices import some_sequences
+from tests.engine.stand_ins import add_and_norm as stand_in_add_and_norm
+from tests.engine.stand_ins import as_on_a_card
+from tests.engine.stand_ins import expert_product as stand_in_expert_product
+from tests.engine.stand_ins import latent_attention as stand_in_latent_attention
+from tests.engine.stand_ins import rotate_and_store as stand_in_rotate_and_store
+from tests.engine.stand_ins import silu_and_mul as stand_in_silu_and_mul
 
 DEVICE = torch.device(os.environ.get("CHAT_TEST_DEVICE", "cuda:0"))
 ON_CARD = DEVICE.type == "cuda"
@@ -166,7 +166,7 @@ def test_each_family_starts_in_8_bits(name):
 @pytest.mark.skipif(not ON_CARD, reason="the kernel is for cards")
 def test_int8_kernel_multiplies_with_what_the_weights_unpack_to():
     pytest.importorskip("triton")
-    from engine.int8_kernel import Int8Kernel, check
+    from engine.layers.int8 import Int8Kernel, check
 
     for out_features, in_features, bias in ((4096, 4096, False), (70, 300, True), (48, 64, True)):
         linear = torch.nn.Linear(in_features, out_features, bias, DEVICE, torch.bfloat16)
@@ -183,7 +183,7 @@ def test_int8_kernel_multiplies_with_what_the_weights_unpack_to():
 )
 def test_heads_are_turned_and_stored_as_by_torch(heads, kv_heads, width, norms, dtype):
     pytest.importorskip("triton")
-    from engine.cuda_kernels import rotate_and_store
+    from engine.kernels.cuda import rotate_and_store
 
     generator = torch.Generator().manual_seed(0)
 
@@ -209,7 +209,7 @@ def test_heads_are_turned_and_stored_as_by_torch(heads, kv_heads, width, norms, 
 @pytest.mark.parametrize("shape", [(1, 64), (5, 3000), (1, 3, 4096), (7, 2, 128)])
 def test_norm_is_torchs(shape):
     pytest.importorskip("triton")
-    from engine.cuda_kernels import add_and_norm
+    from engine.kernels.cuda import add_and_norm
 
     generator = torch.Generator().manual_seed(0)
     x, more = torch.randn(2, *shape, generator=generator).to(DEVICE, torch.bfloat16)
@@ -227,7 +227,7 @@ def test_norm_is_torchs(shape):
 @pytest.mark.parametrize("shape", [(1, 64), (5, 3000), (1, 3, 28672)])
 def test_gate_lets_through_what_it_does_by_torch(shape):
     pytest.importorskip("triton")
-    from engine.cuda_kernels import silu_and_mul
+    from engine.kernels.cuda import silu_and_mul
 
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
     torch.testing.assert_close(silu_and_mul(x), stand_in_silu_and_mul(x), atol=2e-2, rtol=2e-2)
@@ -237,7 +237,7 @@ def test_gate_lets_through_what_it_does_by_torch(shape):
 @pytest.mark.parametrize(("heads", "rank", "rope"), [(16, 512, 64), (4, 32, 8), (20, 128, 32)])
 def test_latents_are_attended_as_by_torch(heads, rank, rope):
     pytest.importorskip("triton")
-    from engine.cuda_kernels import latent_attention
+    from engine.kernels.cuda import latent_attention
 
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(6000, 1, rank + rope, generator=generator).to(DEVICE, torch.bfloat16)
@@ -254,7 +254,7 @@ def test_latents_are_attended_as_by_torch(heads, rank, rope):
 @pytest.mark.parametrize("bits", [16, 8])
 def test_experts_multiply_as_by_torch(bits):
     pytest.importorskip("triton")
-    from engine.cuda_kernels import expert_product
+    from engine.kernels.cuda import expert_product
 
     generator = torch.Generator().manual_seed(0)
     for rows, experts, out, width, k in ((1, 64, 2816, 2048, 6), (32, 64, 2048, 1408, 1)):

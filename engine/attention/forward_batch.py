@@ -1,0 +1,169 @@
+"""The inputs of one forward pass, and the rows of the KV cache that it reads and writes.
+
+Every step is one forward pass over packed tokens: one token of each sequence in decode, and chunks
+of the prompts in prefill.
+"""
+
+from collections.abc import Iterable
+from copy import copy
+from itertools import accumulate, groupby
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+
+from engine.attention.groups import ChunkAttention, CopiedAttention, Group, Scoring, SlicedAttention
+from engine.attention.in_place import InPlaceAttention, LatentAttention
+from engine.sequence import Span, Work
+
+# How decode reads the cache: by FlashAttention where the rows lie, by a kernel of ours where these
+# are MLA's latents, by sdpa over views of spans at equal distances (best on a CPU), or by sdpa over
+# copies of all spans' rows.
+Way = Literal["in place", "latents", "sliced", "copied"]
+DECODE = {
+    "in place": InPlaceAttention,
+    "latents": LatentAttention,
+    "sliced": SlicedAttention,
+    "copied": CopiedAttention,
+}
+
+
+# In place of an infinity in the cache; any dtype holds it.
+HUGE = 60_000.0
+
+
+class Step:
+    """The inputs of one forward pass; a plain object, which accelerate's hooks leave alone."""
+
+    pool: "Pool"  # by the runner
+
+    def __init__(self, work: Work, way: Way = "copied"):
+        self.way = way
+        # Work whose keys agree shares a group.
+        order = sorted(range(len(work)), key=lambda n: self._group_key(*work[n]))
+        ends = dict(zip(order, accumulate(work[n][1] for n in order), strict=True))
+        wanted: list[int] = []
+        for n, (span, new) in enumerate(work):
+            wanted += range(ends[n] - (new if span.all_logits else 1), ends[n])
+        work = [work[n] for n in order]
+        places = [(span.start, span.num_cached + n) for span, new in work for n in range(new)]
+        # Python lists first: a step has too few tokens for tensor operations to be faster.
+        self.ids = torch.tensor([i for span, n in work for i in span.tokens[span.num_cached :][:n]])
+        self.positions = torch.tensor([position for _, position in places])
+        # The pool's row of each packed token, and the indices of the tokens with wanted logits.
+        self.write = torch.tensor([start + position for start, position in places])
+        self.wanted = torch.tensor(wanted)
+        self.groups: list[Group] = list(self._groups(work))
+        self.attended = 0
+        self.inputs: dict[Any, Any] = {}  # what its layers have made of it for all of them
+        self._copies: dict[torch.device, Step] = {}
+
+    def _group_key(self, span: Span, new: int) -> tuple[bool, int, int]:
+        """What work of one group has in common, and behind it its order in the group."""
+        if new == 1 and self.way == "copied":  # lengths within a factor of two
+            return False, (span.num_cached + 1).bit_length(), span.num_cached
+        if new > 1 and self.way != "in place":  # a prefill chunk is alone
+            return True, span.start, 0
+        return new > 1, 0, span.start
+
+    def _groups(self, work: Work) -> Iterable[Group]:
+        token = 0
+        for (is_prefill, _), part in groupby(work, lambda item: self._group_key(*item)[:2]):
+            items = list(part)
+            kind: Any = DECODE[self.way]
+            if is_prefill and self.way != "in place":
+                kind = ChunkAttention
+            runs = kind.runs(items) if kind is SlicedAttention else [items]
+            for run in runs:
+                group = kind.of(run, token)
+                token = group.tokens.stop
+                yield group
+
+    def enter(self, layer_idx: int, scoring: Scoring) -> "LayerRows":
+        """The rows of a layer whose attention is computed now, once in a step."""
+        self.attended += 1
+        layer = self.pool.layers[layer_idx]
+        layer.scoring = scoring
+        return layer
+
+    def on(self, device: torch.device) -> "Step":
+        """The step with its tensors on a device, copied there once for all layers."""
+        if device not in self._copies:
+            there = self._copies[device] = copy(self)
+            there._copies = {}  # a shared dict would be a reference cycle that holds GPU memory
+            for name in ("ids", "positions", "write", "wanted", "groups"):
+                here = getattr(self, name)
+                setattr(there, name, send_to_device(here, device, non_blocking=True))
+        return self._copies[device]
+
+
+class LayerRows:
+    """One layer's keys and values, [rows, heads, width] each, created where the layer lives."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    scoring = Scoring()  # as the layer's attention last asked for it
+
+    def __init__(self, rows: int):
+        self.rows = rows + 1  # the last one is for padding
+
+    def write(
+        self, where: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write rows [tokens, heads, width], and return all keys and values.
+
+        Without values, which MLA's latents hold already, the keys are returned for both.
+        """
+        self.prepare(key, value)
+        self._write(self.keys, where, key)
+        if value is not None:
+            self._write(self.values, where, value)
+        return self.keys, self.values
+
+    def prepare(self, key: torch.Tensor, value: torch.Tensor | None) -> None:
+        """Create the rows, if they are not yet, for keys and values like these."""
+        if not hasattr(self, "keys"):
+            self.keys = self._create(key)
+            self.values = self.keys if value is None else self._create(value)
+
+    @property
+    def row_bytes(self) -> int:
+        shared = self.values is self.keys
+        return self.keys[0].nbytes + (0 if shared else self.values[0].nbytes)
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy `count` rows."""
+        for x in {id(x): x for x in (self.keys, self.values)}.values():
+            x[target : target + count] = x[source : source + count]
+
+    def _write(self, rows: torch.Tensor, where: torch.Tensor, new: torch.Tensor) -> None:
+        if rows.device.type == "cpu":
+            # A masked row must be finite, or its weight of zero times it is not a number. What is
+            # not finite here is also in the token's own logits, which end its answer.
+            new = new.nan_to_num(0.0, HUGE, -HUGE)
+        rows.index_copy_(0, where, new)
+
+    def _create(self, like: torch.Tensor) -> torch.Tensor:
+        _, heads, width = like.shape
+        if like.device.type == "cpu":
+            # A head's rows side by side, as sdpa reads them there. They are zeros, as masked rows
+            # must be finite, by calloc: until a page is written it costs no memory.
+            size = heads * self.rows * width * like.itemsize
+            zeros = torch.from_numpy(np.zeros(size, np.uint8)).view(like.dtype)
+            return zeros.view(heads, self.rows, width).transpose(0, 1)
+        # Zeros here too, as a view of several spans reads rows before they are written.
+        return like.new_zeros((self.rows, heads, width))
+
+
+class Pool:
+    """The KV cache of every sequence; each layer's rows are created on first use."""
+
+    def __init__(self, num_layers: int, rows: int):
+        self.rows = rows
+        self.layers = [LayerRows(rows) for _ in range(num_layers)]
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy `count` rows of every layer."""
+        for layer in self.layers:
+            layer.copy(source, target, count)

@@ -1,0 +1,1 @@
+"""What is compiled: C++ for CPUs, Triton for cards."""

@@ -1,0 +1,182 @@
+"""Our kernels for CPUs, compiled where they run; cpu.cpp says what each computes.
+
+They need a C++ compiler that knows GCC's vectors and OpenMP, once. What it makes is kept in the
+user's cache folder, if there is one, under a name that changes with the source, the compiler and
+the CPU's instructions.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# By what torch's own kernels were chosen for. The processors that torch calls by neither name have
+# no vectors as wide; of those, ARM's need no flag.
+FLAGS = {
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+}
+# Clang's OpenMP is not the one that torch brings along.
+COMPILERS = ("g++", "c++")
+# Seconds for the compiler, which needs five.
+PATIENCE = 120.0
+
+
+class Unavailable(Exception):
+    """Why there are no kernels here."""
+
+
+class Linear(ctypes.Structure):
+    """As cpu.cpp has it; so are the others."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("in_features", "out_features", "panels", "block", "kind")
+        ),
+    ]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "head_norm")),
+        *((name, Linear) for name in ("qkv", "o", "gate_up", "down")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("width", "inner", "queries", "kv_heads", "head_width", "window")
+        ),
+        *((name, ctypes.c_float) for name in ("input_eps", "post_eps", "head_eps", "scale")),
+    ]
+
+
+class StepInputs(ctypes.Structure):
+    _fields_ = [
+        ("tokens", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("rows", "positions", "cos", "sin", "scratch")),
+        ("threads", ctypes.c_int64),
+    ]
+
+
+def kernels() -> Any:
+    """The kernels, as a library. Raises Unavailable where they cannot be compiled or loaded."""
+    found = outcome()
+    if isinstance(found, Unavailable):
+        raise found
+    return found
+
+
+@cache
+def outcome() -> Any:
+    """The library, or why there is none; none of the reasons may end a start."""
+    try:
+        return library()
+    except Unavailable as reason:
+        return reason
+    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
+        return Unavailable(str(error))
+
+
+def library() -> Any:
+    """The library, compiled unless it has been before. Raises what it meets."""
+    compile_, told = compiler(), flags()
+    source = files("engine.kernels").joinpath("cpu.cpp").read_bytes()
+    made_of = repr((source, told, run([*compile_, "--version"]))).encode()
+    kept = cache_folder() / f"cpu_kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    if kept.exists():
+        try:
+            return loaded(kept)
+        except (OSError, AttributeError):  # somebody broke it
+            kept.unlink()
+    folder = writable(kept.parent)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        text, part, whole = (Path(place, f"cpu_kernels.{end}") for end in ("cpp", "o", "so"))
+        text.write_bytes(source)
+        run([*compile_, *told, "-c", str(text), "-o", str(part)])
+        # Not linked with OpenMP: torch has loaded its own, and two would fight for the cores.
+        run([*compile_, "-shared", str(part), "-o", str(whole)])
+        with whole.open("rb") as file:  # half a library would end every later start
+            os.fsync(file.fileno())
+        found = loaded(whole)
+        if folder:
+            whole.replace(kept)
+    return found
+
+
+def loaded(path: Path) -> Any:
+    """The library in a file. Raises OSError or AttributeError if it is none, or another."""
+    found = ctypes.CDLL(str(path))
+    number, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+    found.linear.argtypes = [pointer, number, pointer, pointer, ctypes.c_int]
+    found.rms_norm.argtypes = [pointer, real, number, number, pointer, pointer]
+    found.scratch_floats.argtypes = [pointer]
+    found.scratch_floats.restype = number
+    found.decoder_layer.argtypes = [*[pointer] * 4, number, pointer, pointer]
+    for function in (found.linear, found.rms_norm, found.decoder_layer):
+        function.restype = None
+    return found
+
+
+def why_missing() -> str | None:
+    """Why there are no kernels here; None if there are."""
+    found = outcome()
+    return str(found) if isinstance(found, Unavailable) else None
+
+
+def compiler() -> list[str]:
+    """The C++ compiler, as `CXX` names it, or found. Raises Unavailable where there is none."""
+    words = shlex.split(os.environ.get("CXX", ""))
+    found = [path for path in map(shutil.which, COMPILERS) if path]
+    if not words + found:
+        raise Unavailable("there is no C++ compiler; install one, as by `apt install g++`")
+    return words or found[:1]
+
+
+def flags() -> list[str]:
+    """What the compiler is told. Raises Unavailable for a CPU whose vectors are too narrow."""
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if instructions not in FLAGS and platform.machine() not in ("aarch64", "arm64"):
+        raise Unavailable(f"there are none for this CPU's instructions ({instructions})")
+    general = ["-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-fopenmp"]
+    return general + FLAGS.get(instructions, [])
+
+
+def cache_folder() -> Path:
+    """As the XDG Base Directory Specification has it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chat-api"
+
+
+def writable(folder: Path) -> Path | None:
+    """The folder, made if need be; None if nothing can be kept in it."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def run(arguments: list[str]) -> str:
+    """What a program prints. Raises Unavailable if it fails, SubprocessError if it hangs."""
+    done = subprocess.run(
+        arguments,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        timeout=PATIENCE,
+    )
+    if done.returncode:
+        lines = [x for x in done.stderr.splitlines() if x.strip()] or [f"exit {done.returncode}"]
+        line = next((line for line in lines if "error" in line), lines[0])
+        raise Unavailable(f"{Path(arguments[0]).name}: {line}")
+    return done.stdout

@@ -1,0 +1,1 @@
+"""A model's layers in other forms: packed, merged, fused, as a device computes them fastest."""

@@ -1,0 +1,235 @@
+"""The fastest form of a model on this CPU, by measuring its layers."""
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from copy import deepcopy
+from functools import partial
+from math import inf, prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import convert_to_fp32
+
+from engine.kernels.cpu import why_missing
+from engine.layers.fbgemm import has_int8_products, is_available
+from engine.layers.quantized import BLOCK, Bits, bits_of, fits
+from engine.layers.weight_format import (
+    PACKED,
+    Form,
+    convert,
+    convert_module,
+    convert_packed,
+    held_size,
+    matrices_of,
+    replaceable,
+)
+
+# What is measured: the tokens in a step of one request, and of a full batch.
+TOKENS = (1, 16)
+# How often each form is tried.
+ROUNDS = 2
+# How much faster a form must be than one before it, so that a start under load chooses as an idle
+# one does.
+CLEARLY = 1.2
+# Up to how many times as long is no slower: so much differs from one measurement to the next, and
+# is gained by fusing attention, which comes later.
+EQUALLY = 1.2
+
+
+def packed_forms() -> list[Form]:
+    """The form in which weights are read in few bits here, if there is one."""
+    if why_missing() is None:
+        return ["our kernels"]
+    return ["fp16 weights"] if is_available() else []
+
+
+def products_of(form: Form, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A matrix's product in a form, [tokens, in] to [tokens, out]."""
+    if form in PACKED:
+        return PACKED[form].of_half(weight, None)
+    kept = weight if form == "as it is" else weight.float()
+    return lambda x: F.linear(x, kept)
+
+
+class AllReached(Exception):
+    """Ends a forward pass behind the last layer whose input is wanted."""
+
+
+def kinds_of(model: Any) -> dict[Any, int]:
+    """One layer of each kind, and how many there are: a mixture's first ones often have none.
+
+    None at all if the model does not keep its layers in a list.
+    """
+    number = model.config.get_text_config().num_hidden_layers
+    lists = [x for x in model.get_decoder().modules() if isinstance(x, torch.nn.ModuleList)]
+    kinds: dict[tuple[Any, ...], list[Any]] = {}
+    for layer in next((layers for layers in lists if len(layers) == number), []):
+        shapes = tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
+        kinds.setdefault(shapes, []).append(layer)
+    return {alike[0]: len(alike) for alike in kinds.values()}
+
+
+def inputs_of(model: Any, layers: Iterable[Any], tokens: int) -> dict[Any, tuple[Any, Any]]:
+    """What layers are called with for so many tokens, positional and named."""
+    given: dict[Any, tuple[Any, Any]] = {}
+    wanted = set(layers)
+
+    def keep(layer: Any, args: Any, kwargs: Any) -> None:
+        given[layer] = args, kwargs
+        if given.keys() == wanted:
+            raise AllReached
+
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in wanted]
+    try:
+        with suppress(AllReached):
+            model(input_ids=torch.arange(tokens)[None], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return given
+
+
+def milliseconds_of(call: Callable[[], Any]) -> float:
+    """The shortest of a few calls."""
+    call()
+    shortest = inf
+    calls = 0
+    began = time.perf_counter()
+    while calls < 2 or (calls < 50 and time.perf_counter() - began < 0.02):
+        started = time.perf_counter()
+        call()
+        shortest = min(shortest, time.perf_counter() - started)
+        calls += 1
+    return 1000 * shortest
+
+
+def layer_in(form: Form, layer: Any) -> Any:
+    """A layer in a form; another one, unless it is as it is."""
+    if form == "as it is":
+        return layer
+    layer = deepcopy(layer)
+    convert_module(layer, form)
+    return layer
+
+
+@torch.inference_mode()
+def measure_forms(model: Any) -> dict[Form, list[float]]:
+    """The milliseconds of a forward pass in each form, for each number of TOKENS.
+
+    Measured on one layer of each kind and the head, and multiplied up. Empty if the model's layers
+    are not to be found.
+    """
+    kinds = kinds_of(model)
+    if not kinds:
+        return {}
+    forms: list[Form] = ["as it is", *packed_forms(), "float32"]
+    taken: dict[Form, list[float]] = {form: [0.0] * len(TOKENS) for form in forms}
+    inputs = [inputs_of(model, kinds, tokens) for tokens in TOKENS]
+    for example, count in kinds.items():
+        calls = {form: layer_in(form, example) for form in forms}
+        for n, given in enumerate(inputs):
+            for form, milliseconds in measure_in_turns(calls, *given[example]).items():
+                taken[form][n] += count * milliseconds
+    head = model.get_output_embeddings().weight
+    products = {form: products_of(form, head) for form in forms}
+    for n, tokens in enumerate(TOKENS):
+        hidden = torch.ones(tokens, head.shape[1], dtype=model.dtype)
+        for form, milliseconds in measure_in_turns(products, (hidden,), {}).items():
+            taken[form][n] += milliseconds
+    return taken
+
+
+def measure_in_turns(
+    calls: dict[Form, Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[Form, float]:
+    """The milliseconds of each form's call, which are given float32 but as it is.
+
+    In turns, so that what else the machine does meanwhile comes to all alike.
+    """
+    wide = convert_to_fp32(args), convert_to_fp32(kwargs)
+    shortest = dict.fromkeys(calls, inf)
+    for form in [*calls] * ROUNDS:
+        given, named = (args, kwargs) if form == "as it is" else wide
+        milliseconds = milliseconds_of(partial(calls[form], *given, **named))
+        shortest[form] = min(shortest[form], milliseconds)
+    return shortest
+
+
+def fastest_form(taken: dict[Form, list[float]]) -> Form:
+    """The first form than which none is clearly faster, and slower for no number of tokens."""
+    chosen: Form = "as it is"
+    for form, times in taken.items():
+        is_clear = CLEARLY ** len(TOKENS) * prod(times) < prod(taken[chosen])
+        if is_clear and all(a <= EQUALLY * b for a, b in zip(times, taken[chosen], strict=True)):
+            chosen = form
+    return chosen
+
+
+def settle_form(model: Any, dtype: str = "auto") -> str:
+    """Convert a model on the CPU to its fastest form; in words, what its weights are and why.
+
+    A dtype that was asked for is kept, and so is one that is no half precision.
+    """
+    kept = str(model.dtype).removeprefix("torch.")
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    asked = dtype != "auto" or model.dtype not in (torch.bfloat16, torch.float16)
+    if bits := bits_of(model):
+        unfit = unfit_summary(model, bits)
+        how = settle_quantized(model, asked) if on_cpu else settle_kernel(bits, model)
+        return f"in {bits} bits, {held_size(model)} ({how}{unfit})"
+    taken = {} if asked or not on_cpu else measure_forms(model)
+    if not taken:
+        return f"{kept}, {held_size(model)}"
+    form = fastest_form(taken)
+    convert(model, form)
+    figures = [
+        f"{kept if other == 'as it is' else other} {' and '.join(f'{ms:.0f}' for ms in times)} ms"
+        for other, times in taken.items()
+    ]
+    tokens = " and ".join(map(str, TOKENS))
+    measured = f"a step of {tokens} tokens here: {', '.join(figures)}{missing_summary()}"
+    named = {"as it is": kept, "our kernels": f"{kept} by our kernels"}.get(form, form)
+    return f"{named}, {held_size(model)} ({measured})"
+
+
+def missing_summary() -> str:
+    """Why our kernels are not among the forms; nothing if they are."""
+    reason = why_missing()
+    return f"; without our kernels: {reason}" if reason else ""
+
+
+def unfit_summary(model: Any, bits: Bits) -> str:
+    """How many layers are not packed though others like them are; nothing if all could be."""
+    layers = replaceable(model).values()
+    unfit = sum(not all(fits(x, bits) for x in matrices_of(layer)) for layer in layers)
+    if not unfit:
+        return ""
+    return f"; {unfit} layers stay as they are, whose rows are not whole blocks of {BLOCK} weights"
+
+
+def settle_kernel(bits: int, model: Any) -> str:
+    """Let a card compute with the packed weights where it can; how it does, in words."""
+    if bits == 4:
+        return "products by bitsandbytes"
+    try:
+        from engine.layers.int8 import use_kernel
+
+        use_kernel(model)
+    except Exception as error:  # whatever a compiler for this card may raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return f"unpacked before each product: {reason}"
+    return "products of few tokens by a kernel of ours"
+
+
+def settle_quantized(model: Any, asked: bool) -> str:
+    """The same for a quantised model; how its products are computed."""
+    form: Form = "our kernels" if why_missing() is None else "fp16 weights"
+    if form == "fp16 weights" and not (bits_of(model) == 8 and has_int8_products()):
+        return f"unpacked before each product{missing_summary()}"
+    if asked:
+        convert_packed(model, PACKED[form])
+    else:
+        convert(model, form)
+    return f"products by FBGEMM{missing_summary()}" if why_missing() else "products by our kernels"

@@ -1,0 +1,159 @@
+"""A decoder layer in few operations; and which layers are replaced: those that are no more."""
+
+from collections.abc import Callable
+from copy import copy
+from functools import partial
+from typing import Any
+
+import torch
+
+from engine.attention.forward_batch import Step
+from engine.attention.groups import Scoring
+from engine.layers.fused_attention import FusedAttention, Turns, can_be_fused
+from engine.layers.merged import FusedMLP, RMSNorm
+from engine.relative_error import relative_error
+
+# By how much a module's result may differ, relatively: in half precision transformers rounds after
+# each operation, and 8 bits round activations to 14.
+TOLERANCE = {torch.bfloat16: 0.015, torch.float16: 0.005, torch.float32: 1e-3}
+
+# A decoder layer's, by their names in transformers.
+PARTS: dict[str, type] = {
+    "input_layernorm": RMSNorm,
+    "self_attn": FusedAttention,
+    "post_attention_layernorm": RMSNorm,
+    "mlp": FusedMLP,
+}
+
+
+class FusedLayer(torch.nn.Module):
+    """A layer of attention and a gated MLP, each behind a norm and added to what came in."""
+
+    input_layernorm: RMSNorm
+    self_attn: FusedAttention
+    post_attention_layernorm: RMSNorm
+    mlp: FusedMLP
+
+    def __init__(self, module: Any):
+        super().__init__()
+        for name in PARTS:
+            setattr(self, name, getattr(module, name))
+        # By which some models choose what they give their layers.
+        self.attention_type = getattr(module, "attention_type", None)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        step: Step,
+        **_: Any,
+    ) -> torch.Tensor:
+        """By transformers' interface, [1, tokens, width]."""
+        return self.compute(hidden_states[0], position_embeddings, step)[None]
+
+    def compute(
+        self, x: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor], step: Step
+    ) -> torch.Tensor:
+        """The same of [tokens, width], for embeddings of the positions."""
+        normed = self.input_layernorm.forward(x)
+        x = self.self_attn.attend(normed, embeddings, step).add_(x)
+        normed = self.post_attention_layernorm.forward(x)
+        return self.mlp.forward(normed).add_(x)
+
+
+def is_plain(module: Any, parts: dict[str, type]) -> bool:
+    """Whether a module looks like such a layer, all of whose parts have been replaced."""
+    return {name: type(child) for name, child in module.named_children()} == parts
+
+
+# From a module and its keyword arguments; None where it sees by these that it cannot be.
+Make = Callable[[Any, dict[str, Any]], torch.nn.Module | None]
+
+
+class Comparison:
+    """Makes fused modules in a forward pass, and keeps those that compute what the model's do.
+
+    Both are given noise: what a model computes of a short text may hardly depend on the order of a
+    head's numbers, or on which key is seen.
+    """
+
+    def __init__(self, make: Make):
+        self.make = make
+        self.alike: dict[str, torch.nn.Module] = {}
+
+    def hear(self, name: str, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """What a module was given and gave, as a forward hook is told."""
+        fused = self.make(module, kwargs)
+        if fused is None:
+            return
+        if args:
+            args = (noise_like(args[0]), *args[1:])
+        else:
+            kwargs = kwargs | {"hidden_states": noise_like(kwargs["hidden_states"])}
+        # Not by calling the modules, which would be heard again.
+        wanted = module.forward(*args, **uncounted(kwargs))
+        found = fused.forward(*args, **uncounted(kwargs))
+        if type(found) is type(wanted) and is_alike(found, wanted):
+            self.alike[name] = fused
+
+
+def uncounted(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The same, with a step of its own, as it counts how often a layer is computed."""
+    return kwargs | {"step": copy(kwargs["step"])} if "step" in kwargs else kwargs
+
+
+def noise_like(x: torch.Tensor) -> torch.Tensor:
+    """Numbers that are about as large, and always the same."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(x) * x.float().square().mean().sqrt().to(x)
+
+
+def is_alike(found: Any, wanted: Any) -> bool:
+    """Whether two modules' outputs are the same but for rounding; attention gives a pair."""
+    if isinstance(wanted, tuple):
+        found, wanted = found[0], wanted[0]
+    return relative_error(found, wanted) < TOLERANCE[wanted.dtype]
+
+
+def replace(model: Any, fits: Callable[[Any], bool], make: Make, run: Callable[[], Any]) -> None:
+    """Replace the modules that fit, where that computes the same in a forward pass."""
+    comparison = Comparison(make)
+    fitting = {name: module for name, module in model.named_modules() if fits(module)}
+    if not fitting:
+        return
+    hooks = [
+        module.register_forward_hook(partial(comparison.hear, name), with_kwargs=True)
+        for name, module in fitting.items()
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, fused in comparison.alike.items():
+        model.set_submodule(name, fused)
+
+
+def fuse_layers(model: Any, run: Callable[[], Any]) -> None:
+    """Replace a model's attention, and then its layers, where it computes the same.
+
+    `run` is a forward pass of several tokens, whose layers are told its step.
+    """
+    turns = Turns()
+
+    def attention(module: Any, given: dict[str, Any]) -> FusedAttention | None:
+        scoring = scoring_of(module, given)
+        return None if scoring is None else FusedAttention(module, scoring, turns)
+
+    replace(model, can_be_fused, attention, run)
+    replace(model, partial(is_plain, parts=PARTS), lambda module, _: FusedLayer(module), run)
+
+
+def scoring_of(module: Any, given: dict[str, Any]) -> Scoring | None:
+    """How attention scored keys in this step, if whole heads are turned by what it is given."""
+    if not {"position_embeddings", "step"} <= given.keys():
+        return None
+    if given["position_embeddings"][0].shape[-1] != module.head_dim:
+        return None
+    scoring: Scoring = given["step"].pool.layers[module.layer_idx].scoring
+    return scoring

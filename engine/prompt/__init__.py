@@ -1,0 +1,1 @@
+"""From messages to token ids: templates, special tokens, what a model's family asks."""

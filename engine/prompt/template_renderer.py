@@ -1,0 +1,77 @@
+"""Renders chat templates in a process that can be ended.
+
+A chat template is a program that comes with a checkpoint. A sandbox keeps it from files and from
+other modules, but `{{ 'a' * 10**10 }}`, or two loops one in the other, would take all memory, or
+run for ever; so may a request that a template was not written for.
+"""
+
+import atexit
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from engine.child_process import ChildEnded, ChildProcess, answer_questions
+from engine.errors import InvalidInput, TemplateTooCostly
+
+# Seconds to render one conversation, and bytes beyond what the process has when it is ready.
+RENDER_TIMEOUT = 5.0
+RENDER_MEMORY = 512 * 2**20
+# What a template says of what it refuses may repeat all of that.
+MAX_REASON = 500
+
+
+@cache
+def renderer() -> ChildProcess:
+    """The process, one for all templates; it ends with this program."""
+    process = ChildProcess("engine.prompt.template_renderer")
+    atexit.register(process.close)
+    return process
+
+
+def render_template(
+    template: str, messages: list[dict[str, Any]], variables: Mapping[str, Any]
+) -> str:
+    """What a chat template makes of messages and other variables, as transformers renders it.
+
+    Raises InvalidInput if it refuses them, TemplateTooCostly if it takes too much.
+    """
+    # As transformers' tokenizers do it, for templates that write out whatever is there.
+    messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    process = renderer()
+    process.start()  # its time is not the template's
+    try:
+        answer = process.ask([template, messages, dict(variables)], RENDER_TIMEOUT)
+    except ChildEnded:
+        answer = {"costly": True}
+    if "text" in answer:
+        return str(answer["text"])
+    if "refused" in answer:
+        reason = answer["refused"]
+        raise InvalidInput(f"the model's chat template refuses these turns: {reason}", "messages")
+    raise TemplateTooCostly(
+        f"the model's chat template takes more than {RENDER_TIMEOUT:g} seconds or"
+        f" {RENDER_MEMORY // 2**20} MiB to render these turns"
+    )
+
+
+# ---- In the process
+
+
+def prepare(_: Any) -> Callable[[Any], dict[str, Any]]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def answer(question: Any) -> dict[str, Any]:
+        template, messages, variables = question
+        try:
+            (text,), _ = render_jinja_template([messages], chat_template=template, **variables)
+        except MemoryError:
+            return {"costly": True}
+        except Exception as error:  # jinja's errors, and whatever a template raises
+            return {"refused": str(error)[:MAX_REASON]}
+        return {"text": text}
+
+    return answer
+
+
+if __name__ == "__main__":
+    answer_questions(prepare, RENDER_MEMORY)

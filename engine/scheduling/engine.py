@@ -1,0 +1,302 @@
+"""One thread owns the model and computes step after step; it knows token ids only.
+
+A request is one or more answers in it, first waiting, then running. Their tokens go once a step to
+the event loop of who asked, where `stream` makes text of them: on a card, while it computes on.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import suppress
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from engine.errors import ContextTooLong, EngineError, EngineStopped, QueueFull, TimedOut
+from engine.runner.runner import Runner
+from engine.sampling_params import SamplingParams
+from engine.scheduling.kv_cache import SpanCache
+from engine.scheduling.output import (
+    Answer,
+    AnswerText,
+    Event,
+    Item,
+    Outbox,
+    deliver,
+    failed,
+    heartbeat,
+)
+from engine.scheduling.sampler import sample_tokens, score_prompt
+from engine.scheduling.scheduler import Scheduler
+from engine.sequence import Delta, Prompt, Sequence, Span, Token
+
+log = logging.getLogger("chat")
+
+# The last tokens of a text to continue, by which its continuation is decoded.
+CONTEXT = 8
+
+
+class Engine:
+    """Generates for every request; `stream` is how to ask."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        end_ids: set[int],
+        *,
+        max_batch: int = 64,
+        max_waiting: int = 256,
+        prefill_chunk: int = 512,
+        timeout: float = 600.0,
+        reuse: bool = True,
+    ):
+        self.runner, self.tokenizer, self.end_ids = runner, tokenizer, frozenset(end_ids)
+        self.max_waiting, self.timeout = max_waiting, timeout
+        self.cache = SpanCache(runner.rows, self._copy_rows, reuse)
+        self.scheduler: Scheduler[Answer] = Scheduler(self.cache, max_batch, prefill_chunk)
+        self.failure: BaseException | None = None
+        self.last_step = time.monotonic()  # when the last step ended, or work came after idleness
+        self._inbox: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # What is called on the event loop.
+
+    def stream(
+        self, ids: list[int], params: SamplingParams, n: int = 1, **options: Any
+    ) -> AsyncGenerator[Delta]:
+        """The answers to a single prompt, see `stream_all`; `options` are fields of Prompt."""
+        return self.stream_all([Prompt(ids, params, **options)], n)
+
+    async def stream_all(
+        self, prompts: list[Prompt], n: int = 1, *, arrived: float | None = None
+    ) -> AsyncGenerator[Delta]:
+        """Yield n answers to each prompt, interleaved piece by piece; leaving the loop cancels.
+
+        Those to the first prompt have the first n indices, and so on. `arrived`, by
+        time.monotonic(), is when the request's time began, if not now. Raises ContextTooLong,
+        QueueFull, EngineStopped, TimedOut, or StepFailed.
+        """
+        self.check_queue()
+        outbox = Outbox()
+        deadline = self.timeout + (time.monotonic() if arrived is None else arrived)
+        each = [(prompt, number) for prompt in prompts for number in range(n)]
+        answers = [self._answer(*pair, index, outbox, deadline) for index, pair in enumerate(each)]
+        contexts = [prompt.ids[-CONTEXT:] if prompt.continues else [] for prompt, _ in each]
+        texts = [
+            AnswerText(answer, self.tokenizer, context, prompt.shown_ids)
+            for answer, context, (prompt, _) in zip(answers, contexts, each, strict=True)
+        ]
+        self._submit(answers)
+        beating = asyncio.create_task(heartbeat(outbox))
+        try:
+            while not all(text.ended for text in texts):
+                item = await outbox.queue.get()
+                if isinstance(item, EngineError):
+                    raise item
+                delta = texts[item.answer.index].take(item) if item else Delta("")
+                if delta:
+                    yield delta
+        finally:
+            beating.cancel()
+            for answer in answers:
+                answer.done = True
+
+    def check_queue(self) -> None:
+        """Raise QueueFull if no more may wait, with the time until the queue is half empty.
+
+        Raises EngineStopped if the engine is dead.
+        """
+        if self.failure:
+            raise self._stopped()
+        if self.num_waiting >= self.max_waiting:
+            seconds = self.scheduler.seconds_to_serve(self.num_waiting // 2)
+            message = f"{self.num_waiting} requests are waiting; try again in {seconds} seconds"
+            raise QueueFull(message, seconds)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting) + self._inbox.qsize()
+
+    def close(self) -> None:
+        """Stop the thread after its current step; those who still generate get EngineStopped."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _answer(
+        self, prompt: Prompt, number: int, index: int, outbox: Outbox, deadline: float
+    ) -> Answer:
+        """The answer of this number to a prompt, and of this index in its request."""
+        params = prompt.params
+        if params.seed is not None:  # each of n answers has its own, or all would be the same
+            params = replace(params, seed=params.seed + number)
+        ends = frozenset() if params.ignore_eos else self.end_ids
+        return Answer(
+            list(prompt.ids),
+            params=params,
+            end_ids=ends.union(params.stop_token_ids),
+            guide=prompt.guide.copy() if prompt.guide else None,
+            open_ended=prompt.open_ended,
+            outbox=outbox,
+            index=index,
+            deadline=deadline,
+        )
+
+    def _submit(self, answers: list[Answer]) -> None:
+        most = max(answer.max_tokens for answer in answers)
+        if most > self.cache.rows:
+            raise ContextTooLong(
+                f"prompt and answer of {most} tokens do not fit in the KV cache of"
+                f" {self.cache.rows}; ask for a shorter answer"
+            )
+        for answer in answers:
+            self._inbox.put(answer)
+        if self.failure:
+            raise self._stopped()
+
+    # What the thread does.
+
+    def _run(self) -> None:
+        try:
+            while self._receive():
+                self._advance()
+        except BaseException as failure:
+            log.exception("the engine died")
+            self.failure = failure
+        self.failure = self.failure or EngineStopped("the server is stopping")
+        while not self._inbox.empty():
+            if answer := self._inbox.get():
+                self.scheduler.waiting.append(answer)
+        everyone = [*self.scheduler.running, *self.scheduler.waiting]
+        self._send([(answer, self._stopped()) for answer in everyone])
+
+    def _receive(self) -> bool:
+        """Move new answers from the inbox to the queue, waiting if idle; False to stop."""
+        scheduler = self.scheduler
+        while not (scheduler.running or scheduler.waiting) or not self._inbox.empty():
+            answer = self._inbox.get()
+            if answer is None:
+                return False
+            if not (scheduler.running or scheduler.waiting):
+                self.last_step = time.monotonic()
+            scheduler.waiting.append(answer)
+        return True
+
+    def _advance(self) -> None:
+        """Compute a step with those for whom there is room, and send what it brought."""
+        self.scheduler.admit()
+        items = self._step()
+        self.last_step = time.monotonic()
+        items += self._end_late_ones()
+        self.scheduler.retire()
+        # Last, so that whoever is told of an answer's end finds its place free.
+        self._send(items)
+
+    def _step(self) -> list[Item]:
+        """Compute the next step; returns what it brought."""
+        self.scheduler.make_room()
+        items: list[Item] = []
+        for answer, outcome in self._compute(self.scheduler.plan()):
+            if isinstance(outcome, EngineError):
+                answer.done = True
+                items.append((answer, outcome))
+                continue
+            if outcome:
+                answer.append(outcome.id)
+            else:
+                answer.done = True
+                answer.finish_reason = "length"
+            items.append((answer, Event(answer, outcome, answer.finish_reason)))
+        return items
+
+    def _compute(
+        self, work: list[tuple[Answer, int]]
+    ) -> list[tuple[Answer, Token | EngineError | None]]:
+        """The next token of each sequence whose prompt is through; None where none is wanted.
+
+        If a step fails, its halves are retried, so that only the sequences at fault fail.
+        """
+        if not work:
+            return []
+        try:
+            logits = self.runner.forward(work)
+            tokens = self._sample(work, logits)
+        except Exception as error:
+            if len(work) == 1:
+                self.runner.check_device()
+                return [(work[0][0], failed(work[0][0], error))]
+            log.warning("a step of %d requests failed; retrying its halves", len(work))
+        else:
+            self.scheduler.advance(work)
+            return tokens
+        half = len(work) // 2
+        return self._compute(work[:half]) + self._compute(work[half:])
+
+    def _sample(
+        self, work: list[tuple[Answer, int]], logits: torch.Tensor
+    ) -> list[tuple[Answer, Token | EngineError | None]]:
+        """The next tokens, by the logits of each sequence's last token, or of all its tokens."""
+        through: list[Answer] = []
+        rows: list[int] = []
+        end = 0
+        for answer, new in work:
+            end += new if answer.all_logits else 1
+            if answer.all_logits:
+                score_prompt(answer, logits[end - new : end])
+            if answer.pending == new:
+                through.append(answer)
+                rows.append(end - 1)
+        # Of an answer without tokens only the prompt's scores are wanted.
+        asked = [n for n, answer in enumerate(through) if answer.params.max_new_tokens]
+        outcomes: list[Token | EngineError | None] = [None] * len(through)
+        if asked:
+            if len(asked) < len(logits):
+                wanted = torch.tensor([rows[n] for n in asked])
+                logits = logits.index_select(0, wanted.to(logits.device, non_blocking=True))
+            seqs: list[Sequence] = [through[n] for n in asked]
+            tokens = sample_tokens(seqs, logits, self.runner.ids)
+            for n, token in zip(asked, tokens, strict=True):
+                outcomes[n] = token
+        return list(zip(through, outcomes, strict=True))
+
+    def _end_late_ones(self) -> list[Item]:
+        """Give up the sequences that have taken longer than the timeout; returns their errors."""
+        now = time.monotonic()
+        everyone = [*self.scheduler.running, *self.scheduler.waiting]
+        late = [seq for seq in everyone if seq.deadline < now and not seq.done]
+        for seq in late:
+            seq.done = True
+        error = TimedOut(f"the request took longer than {self.timeout:g} seconds")
+        return [(seq, error) for seq in late]
+
+    def _copy_rows(self, source: Span, start: int, count: int) -> bool:
+        """Copy a span's first rows; False if that failed and they must be recomputed."""
+        try:
+            self.runner.copy(source, start, count)
+        except Exception:
+            log.exception("%d rows could not be copied", count)
+            self.runner.check_device()
+            return False
+        return True
+
+    def _send(self, items: Iterable[Item]) -> None:
+        """Put items into their requests' outboxes, with one call per event loop for all."""
+        for loop, group in groupby(items, key=lambda item: item[0].outbox.loop):
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(deliver, list(group))
+
+    def _stopped(self) -> EngineStopped:
+        if isinstance(self.failure, EngineStopped):
+            return self.failure
+        return EngineStopped(f"the engine died ({self.failure!r}); restart the server")

@@ -1,0 +1,124 @@
+"""An answer parted into what it says and the tools that it calls, as its text comes."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from engine.tools.format import ToolFormat
+
+
+@dataclass(frozen=True)
+class CallPart:
+    """A piece of the call with this index; the first one has its name."""
+
+    index: int
+    name: str | None
+    arguments: str  # the next characters of its JSON
+
+
+class ToolCallParser:
+    """Parts an answer that a format's grammar holds to it, and so to its calls once one begins.
+
+    `shown` gives the format's texts as the answer has them, in which special tokens may be named.
+    White space between what is said and the first call belongs to neither. Of an answer that is
+    cut off within a call, what is there of its name is left out.
+    """
+
+    def __init__(self, form: ToolFormat, shown: Callable[[str], str] = str):
+        self.num_calls = 0  # those that have begun
+        self._held = ""
+        self._state = "start"
+        self._depth = 0
+        self._quoted = self._escaped = False
+        self._trigger = shown(form.trigger)
+        self._first_char = form.head[0]
+        name = rf"([\w.-]+?){re.escape(shown(form.middle))}"
+        between = form.between or form.tail + form.head
+        self._first = re.compile(re.escape(shown(form.head)) + name, re.ASCII)
+        self._next = re.compile(re.escape(shown(between)) + name, re.ASCII)
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether there are calls, and all of them are whole."""
+        return self.num_calls > 0 and self._state != "arguments"
+
+    def push(self, text: str, last: bool = False) -> tuple[str, list[CallPart]]:
+        """The next text, or the last; returns what is sure: content, and a part of each call.
+
+        One of each, as there are clients that read no more.
+        """
+        self._held += text
+        content = ""
+        if self._state in ("start", "said"):
+            content = self._say(last)
+        parts: list[CallPart] = []
+        while self._state == "arguments" or self._begin(parts):
+            arguments = self._take(self._num_of_arguments())
+            if parts and parts[-1].index == self.num_calls - 1:
+                parts[-1] = replace(parts[-1], arguments=arguments)
+            elif arguments:
+                parts.append(CallPart(self.num_calls - 1, None, arguments))
+            if self._state == "arguments":  # they go on
+                break
+        return content, parts
+
+    def _say(self, last: bool) -> str:
+        """The content that is sure, up to where a call begins."""
+        if not self._held:
+            return ""
+        at = self._start_of_call()
+        if at is None:
+            self._state = "said"
+            return self._take(len(self._held) if last else self._num_sure())
+        content = self._take(at).rstrip()
+        self._state = "called"
+        return content
+
+    def _start_of_call(self) -> int | None:
+        if self._trigger:
+            at = self._held.find(self._trigger)
+            return at if at >= 0 else None
+        starts = self._state == "start" and self._held[0] == self._first_char
+        return 0 if starts else None
+
+    def _num_sure(self) -> int:
+        """How many characters are content, whatever follows."""
+        held = self._held
+        trigger = self._trigger
+        if not trigger:
+            return len(held)
+        sizes = range(min(len(held), len(trigger)), 0, -1)
+        begun = next((size for size in sizes if held.endswith(trigger[:size])), 0)
+        return len(held[: len(held) - begun].rstrip())
+
+    def _begin(self, parts: list[CallPart]) -> bool:
+        """Note the name of the next call; False if it is not there, or not whole."""
+        if self._state != "called":
+            return False
+        begun = (self._next if self.num_calls else self._first).match(self._held)
+        if begun is None:
+            return False
+        parts.append(CallPart(self.num_calls, begun[1], ""))
+        self._take(begun.end())
+        self.num_calls += 1
+        self._state = "arguments"
+        return True
+
+    def _num_of_arguments(self) -> int:
+        """How many characters of the held text belong to the arguments, an object of JSON."""
+        for at, char in enumerate(self._held):
+            if self._quoted:
+                self._quoted = char != '"' or self._escaped
+                self._escaped = char == "\\" and not self._escaped
+                continue
+            self._quoted = char == '"'
+            self._depth += (char in "{[") - (char in "}]")
+            if not self._depth:
+                self._state = "called"
+                return at + 1
+        return len(self._held)
+
+    def _take(self, count: int) -> str:
+        taken = self._held[:count]
+        self._held = self._held[count:]
+        return taken

@@ -1,0 +1,108 @@
+"""An answer is parted into content and calls, however its text is cut into pieces."""
+
+import pytest
+
+from engine.tools.format import COMMON, ToolFormat
+from engine.tools.parser import CallPart, ToolCallParser
+
+LLAMA = ToolFormat('{"name": "', '", "parameters": ', "}")
+TOKENS = ToolFormat("<|calls|>", "<|args|>", "", "<|calls|>")
+ONE = '<tool_call>\n{"name": "a", "arguments": {"x": 1}}\n</tool_call>'
+TWO = ONE + '\n<tool_call>\n{"name": "b.c-d_e", "arguments": {}}\n</tool_call>'
+
+
+def parse(form: ToolFormat, text: str, size: int) -> tuple[str, list[list[str]], bool]:
+    """The content, the calls, and whether they are whole, of a text in pieces of a size."""
+    parser = ToolCallParser(form)
+    pieces = [text[at : at + size] for at in range(0, len(text), size)]
+    content = ""
+    calls: list[list[str]] = []
+    for n in range(len(pieces) + 1):
+        last = n == len(pieces)
+        said, parts = parser.push("" if last else pieces[n], last)
+        content += said
+        for part in parts:
+            if part.name is not None:
+                calls.append([part.name, ""])
+            assert part.index == len(calls) - 1
+            calls[-1][1] += part.arguments
+    return content, calls, parser.has_calls
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+@pytest.mark.parametrize(
+    ("form", "text", "content", "calls"),
+    [
+        (COMMON, "hello", "hello", []),
+        (COMMON, " hello \n", " hello \n", []),
+        (COMMON, "", "", []),
+        (COMMON, ONE, "", [["a", '{"x": 1}']]),
+        (COMMON, "so:\n\n" + ONE, "so:", [["a", '{"x": 1}']]),
+        (COMMON, "\n" + TWO, "", [["a", '{"x": 1}'], ["b.c-d_e", "{}"]]),
+        (COMMON, "a < b, <tool", "a < b, <tool", []),
+        (COMMON, "a <tool_cal l>", "a <tool_cal l>", []),
+        (
+            COMMON,
+            ONE.replace("1", r'"}{\"\\\"</tool_call>\n"'),
+            "",
+            [["a", r'{"x": "}{\"\\\"</tool_call>\n"}']],
+        ),
+        (COMMON, ONE.replace("1", '[{"y": [[], {}]}]'), "", [["a", '{"x": [{"y": [[], {}]}]}']]),
+        (LLAMA, '{"name": "a", "parameters": {"x": "\\\\"}}', "", [["a", '{"x": "\\\\"}']]),
+        (LLAMA, 'x {"name": "a", "parameters": {}}', 'x {"name": "a", "parameters": {}}', []),
+        (
+            TOKENS,
+            'x <|calls|>a<|args|>{"x": "<|calls|>b<|args|>{}"}<|calls|>b<|args|>{}',
+            "x",
+            [["a", '{"x": "<|calls|>b<|args|>{}"}'], ["b", "{}"]],
+        ),
+    ],
+)
+def test_content_and_calls(form, text, content, calls, size):
+    assert parse(form, text, size) == (content, calls, bool(calls))
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("x " + ONE[:20], "x", []),
+        ("x " + ONE[: ONE.index('{"x')], "x", [["a", ""]]),
+        (ONE[: ONE.index("1")], "", [["a", '{"x": ']]),
+        (TWO[: TWO.index("b.c")], "", [["a", '{"x": 1}']]),
+    ],
+)
+def test_answer_that_is_cut_within_a_call(text, content, calls, size):
+    said, found, whole = parse(COMMON, text, size)
+    assert (said, found) == (content, calls)
+    assert whole == (text.startswith(ONE))
+
+
+def test_nothing_is_held_back_for_longer_than_needed():
+    parser = ToolCallParser(COMMON)
+    assert parser.push("hello") == ("hello", [])
+    assert parser.push(" ") == ("", [])
+    assert parser.push("you <") == (" you", [])
+    assert parser.push("3") == (" <3", [])
+    parser.push('<tool_call>\n{"name": "a", "arguments"')
+    assert parser.push(": ") == ("", [CallPart(0, "a", "")])
+    assert parser.push('{"x') == ("", [CallPart(0, None, '{"x')])
+    assert parser.push('": 1}}\n</') == ("", [CallPart(0, None, '": 1}')])
+    assert parser.push("tool_call>", True) == ("", [])
+
+
+def test_one_part_of_a_call_comes_at_once():
+    parser = ToolCallParser(COMMON)
+    begun, rest = TWO.split("}}", 1)
+    assert parser.push(begun) == ("", [CallPart(0, "a", '{"x": 1')])
+    assert parser.push("}}" + rest) == ("", [CallPart(0, None, "}"), CallPart(1, "b.c-d_e", "{}")])
+
+
+def test_special_tokens_are_told_from_text_that_spells_them():
+    parser = ToolCallParser(TOKENS, lambda text: text.replace("<|", "secret(").replace("|>", ")"))
+    content, parts = parser.push("<|calls|>a<|args|>{} secret(calls)b secret(args){}", True)
+    assert content == "<|calls|>a<|args|>{}"
+    assert [part.name for part in parts] == []
+    content, parts = parser.push("", True)
+    parser = ToolCallParser(TOKENS, lambda text: text.replace("<|", "secret(").replace("|>", ")"))
+    assert parser.push("secret(calls)bsecret(args){}", True)[1][0].name == "b"
