@@ -90,7 +90,8 @@ try:
         TemplateTooCostly,
         TimedOut,
     )
-    from model_download import DownloadError, find_model
+    from hubs import DownloadError
+    from model_download import find_model
     from serving import __version__
     from serving.body_limits import BodyBudget, BodyReservation, check_items
     from serving.command_line import command_line
