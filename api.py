@@ -90,9 +90,10 @@ try:
         TemplateTooCostly,
         TimedOut,
     )
-    from model_download import DownloadError, find_model
+    from hubs import DownloadError
+    from model_download import find_model
     from serving import __version__
-    from serving.bodies import BodyBytes, HeldBody, check_items
+    from serving.body_limits import BodyBudget, BodyReservation, check_items
     from serving.command_line import command_line
     from serving.connection import Connection
     from serving.log_queue import flush_log, num_dropped, start_log, still_logged
@@ -538,7 +539,7 @@ class RequestInfo:
 
     id: str
     route: str
-    held: HeldBody  # what its body takes of what there is for all
+    reservation: BodyReservation  # what its body takes of what there is for all
     arrived: float = field(default_factory=time.monotonic)
     choices: list[Choice] = field(default_factory=list)
     # How it ended: served, or an error's code, or else its client left.
@@ -615,14 +616,12 @@ class Metrics:
             "completion_tokens": usage["completion_tokens"],
         }
         if longest.completion_tokens:
-            line["queue_time"] = observed(self.queue_time, longest.queue_time)
-            line["first_token"] = observed(self.first_token, longest.first_token - info.arrived)
+            line["queue_time"] = observe(self.queue_time, longest.queue_time)
+            line["first_token"] = observe(self.first_token, longest.first_token - info.arrived)
         if longest.completion_tokens > 1:
             seconds = longest.last_token - longest.first_token
-            line["each_token"] = observed(
-                self.each_token, seconds / (longest.completion_tokens - 1)
-            )
-        line["seconds"] = observed(self.whole_time, time.monotonic() - info.arrived)
+            line["each_token"] = observe(self.each_token, seconds / (longest.completion_tokens - 1))
+        line["seconds"] = observe(self.whole_time, time.monotonic() - info.arrived)
         return line
 
 
@@ -632,7 +631,7 @@ def finish_reason_of(choices: list[Choice]) -> str:
     return next((reason for reason in ("length", "tool_calls") if reason in reasons), "stop")
 
 
-def observed(histogram: Any, seconds: float) -> float:
+def observe(histogram: Any, seconds: float) -> float:
     histogram.observe(seconds)
     return round(seconds, 4)
 
@@ -706,7 +705,7 @@ class RequestIDMiddleware:
 
     def __init__(self, app: ASGIApp):
         self.app = app
-        self.bodies = BodyBytes()
+        self.budget = BodyBudget()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # there are none, whatever a library may bring
@@ -720,8 +719,8 @@ class RequestIDMiddleware:
         path = path_of(scope)
         route = path if path in ROUTES else "other"
         send = with_headers(send, {"X-Request-ID": request_id})
-        with self.bodies.hold() as held:
-            scope.setdefault("state", {})["info"] = RequestInfo(request_id, route, held)
+        with self.budget.reserve() as reservation:
+            scope.setdefault("state", {})["info"] = RequestInfo(request_id, route, reservation)
             await self.app(scope, receive, send)
 
 
@@ -757,7 +756,7 @@ def too_large() -> BodyTooLarge:
     return BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
 
 
-async def hold_body(headers: Headers, held: HeldBody) -> None:
+async def reserve_body(headers: Headers, reservation: BodyReservation) -> None:
     """Hold as many bytes as the headers say that a body has.
 
     Raises BodyTooLarge, UnsupportedEncoding or QueueFull.
@@ -771,7 +770,7 @@ async def hold_body(headers: Headers, held: HeldBody) -> None:
     length = int(headers.get("content-length", 0))
     if length > MAX_BODY:
         raise too_large()
-    await held.grow_to(length)
+    await reservation.grow_to(length)
 
 
 class BodyMiddleware:
@@ -784,7 +783,7 @@ class BodyMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                await hold_body(Headers(scope=scope), request_info(scope).held)
+                await reserve_body(Headers(scope=scope), request_info(scope).reservation)
             except (BodyTooLarge, UnsupportedEncoding, QueueFull) as error:
                 return await self.refuse(scope, error)(scope, receive, send)
         await self.app(scope, receive, send)
@@ -792,7 +791,7 @@ class BodyMiddleware:
 
 async def read_bytes(request: Request) -> bytes:
     """The body. Raises BodyTooLarge, BodyTooSlow, QueueFull or ClientDisconnect."""
-    held = request_info(request.scope).held
+    reservation = request_info(request.scope).reservation
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
@@ -800,7 +799,7 @@ async def read_bytes(request: Request) -> bytes:
                 body += chunk
                 if len(body) > MAX_BODY:
                     raise too_large()
-                await held.grow_to(len(body))
+                await reservation.grow_to(len(body))
     except TimeoutError:
         raise BodyTooSlow(
             f"the body took more than {BODY_TIMEOUT:.0f} seconds; send it at once"
@@ -839,7 +838,7 @@ async def read_body(request: Request, schema: type[BodyT]) -> BodyT:
     """Read, parse and validate a request's body."""
     body = await read_bytes(request)
     try:
-        async with request_info(request.scope).held.all_bodies.turn(len(body)):
+        async with request_info(request.scope).reservation.budget.exclusive_parse(len(body)):
             return schema.model_validate(parse_json(body))
     except ValidationError as error:
         raise validation_error(error) from None
@@ -981,8 +980,8 @@ class ChatService:
         try:
             self.check_queue(model)
         except QueueFull:
-            bodies = request_info(request.scope).held.all_bodies
-            await while_connected(request, bodies.wait_to_refuse())
+            budget = request_info(request.scope).reservation.budget
+            await while_connected(request, budget.wait_to_refuse())
             self.check_queue(model)
 
     async def answer(

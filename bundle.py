@@ -12,7 +12,7 @@ import zipapp
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("api.py", "chat_page.py", "chat_page", "engine", "model_download.py", "serving")
+PARTS = ("api.py", "chat_page", "engine", "hubs", "model_download.py", "serving")
 # As `python api.py` would start it.
 START = 'import runpy\n\nrunpy.run_module("api", run_name="__main__", alter_sys=True)\n'
 
@@ -23,7 +23,7 @@ def write(archive: Path) -> None:
             if source.is_dir():
                 skipped = shutil.ignore_patterns("__pycache__")
                 shutil.copytree(source, Path(folder, source.name), ignore=skipped)
-            elif source.is_file():
+            else:
                 shutil.copy(source, folder)
         Path(folder, "__main__.py").write_text(START, encoding="utf-8")
         interpreter = "/usr/bin/env python3"

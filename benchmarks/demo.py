@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import engine
-from model_download import fetch_demo
+from model_download import find_model
 
 ENGLISH = (
     "What is the capital of France?",
@@ -83,7 +83,7 @@ async def ask_all(model: engine.ChatModel, system: str, parameters: dict[str, An
 
 
 async def main() -> None:
-    model = engine.load(fetch_demo())
+    model = engine.load(find_model("demo"))
     for name, (system, parameters) in TRIED.items():
         print(f"\n# {name}\n", flush=True)
         answers = await ask_all(model, system, parameters)

@@ -11,12 +11,12 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from engine import CallPart, ChatModel, Delta, FinishReason, Prompt, Token, ToolCallParser
 from serving import __version__
+from serving.reasoning import ParsedMessage, ReasoningParser
 from serving.schemas import ChatCompletionRequest, ChatRequest, CompletionRequest, OpenAIRequest
-from serving.thoughts import ThoughtParser
 
 # An event is an object, or None for a keep-alive comment.
 Events = AsyncGenerator[dict[str, Any] | None]
@@ -48,7 +48,7 @@ class Choice:
         self.text += delta.text
         if delta.token:
             self.tokens.append(delta.token)
-        if is_sign_of_life(delta):
+        if is_keepalive(delta):
             return
         if delta.prompt_logprobs:
             self.prompt_logprobs = delta.prompt_logprobs
@@ -61,7 +61,7 @@ class Choice:
         self.queue_time = delta.queue_time
 
 
-def is_sign_of_life(delta: Delta) -> bool:
+def is_keepalive(delta: Delta) -> bool:
     """Whether a delta only keeps a connection alive."""
     return not delta.prompt_tokens
 
@@ -108,7 +108,7 @@ async def events_of(deltas: AsyncGenerator[Delta], choices: list[Choice], reply:
         async for delta in deltas:
             choice = choices[delta.index]
             choice.add(delta)
-            if is_sign_of_life(delta):
+            if is_keepalive(delta):
                 yield None
             elif event := reply.chunk(delta, choice):
                 yield event
@@ -206,22 +206,14 @@ class OpenAIReply:
         raise NotImplementedError
 
 
-class Said(NamedTuple):
-    """Text of an answer, parted; calls as in the chunks of OpenAI's API."""
-
-    reasoning: str
-    content: str
-    calls: list[dict[str, Any]]
-
-
-class AnswerParser:
+class OutputParser:
     """Parts an answer into thoughts, content and calls of tools, piece by piece."""
 
-    def __init__(self, thoughts: ThoughtParser | None, calls: ToolCallParser | None):
+    def __init__(self, thoughts: ReasoningParser | None, calls: ToolCallParser | None):
         self.thoughts = thoughts
         self.calls = calls
 
-    def push(self, text: str, choice: Choice) -> Said:
+    def push(self, text: str, choice: Choice) -> ParsedMessage:
         """The next text of a choice, to which it has been added; the last if that has ended.
 
         Notes in the choice that it ends with calls.
@@ -229,17 +221,17 @@ class AnswerParser:
         last = choice.finish_reason is not None
         reasoning = ""
         if self.thoughts:
-            reasoning, text = self.thoughts.push(text)
+            reasoning, text, _ = self.thoughts.push(text)
             if last:
                 rest = self.thoughts.flush()
                 reasoning += rest.reasoning
                 text += rest.content
         if not self.calls:
-            return Said(reasoning, text, [])
+            return ParsedMessage(reasoning, text)
         content, parts = self.calls.push(text, last)
         if choice.finish_reason == "stop" and self.calls.has_calls:
             choice.finish_reason = "tool_calls"
-        return Said(reasoning, content, [chunk_of(part) for part in parts])
+        return ParsedMessage(reasoning, content, parts)
 
 
 # Of letters and digits, and so many: the templates of some models demand it.
@@ -256,14 +248,15 @@ def chunk_of(part: CallPart) -> dict[str, Any]:
     return {"index": part.index, "id": number, "type": "function", "function": function}
 
 
-def joined(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The whole calls of a streamed answer's chunks."""
+def whole_calls(parts: list[CallPart]) -> list[dict[str, Any]]:
+    """The calls of a whole answer, from their parts."""
     calls: list[dict[str, Any]] = []
-    for chunk in chunks:
-        if "id" in chunk:
+    for part in parts:
+        chunk = chunk_of(part)
+        if part.name is not None:
             calls.append({name: chunk[name] for name in ("id", "type", "function")})
         else:
-            calls[-1]["function"]["arguments"] += chunk["function"]["arguments"]
+            calls[-1]["function"]["arguments"] += part.arguments
     return calls
 
 
@@ -284,7 +277,7 @@ class ChatCompletionReply(OpenAIReply):
         if said.reasoning:
             message["reasoning_content"] = said.reasoning
         if said.calls:
-            message["tool_calls"] = joined(said.calls)
+            message["tool_calls"] = whole_calls(said.calls)
             message["content"] = said.content or None
         logprobs = self._logprobs(choice.tokens)
         return {"index": choice.index, "message": message, "logprobs": logprobs}
@@ -295,7 +288,7 @@ class ChatCompletionReply(OpenAIReply):
         if said.reasoning:
             message["reasoning_content"] = said.reasoning
         if said.calls:
-            message["tool_calls"] = said.calls
+            message["tool_calls"] = [chunk_of(part) for part in said.calls]
         if said.content or not (message or self.prompt.calls_tools):
             message["content"] = said.content
         if not choice.started:
@@ -307,11 +300,11 @@ class ChatCompletionReply(OpenAIReply):
             return None  # it belongs to the beginning of a call
         return {"index": choice.index, "delta": message, "logprobs": self._logprobs(tokens)}
 
-    def _parser(self) -> "AnswerParser":
+    def _parser(self) -> "OutputParser":
         calls = self.model.tool_parser() if self.prompt.calls_tools else None
-        return AnswerParser(self._thought_parser(), calls)
+        return OutputParser(self._thought_parser(), calls)
 
-    def _thought_parser(self) -> ThoughtParser | None:
+    def _thought_parser(self) -> ReasoningParser | None:
         """Parts an answer; None where nobody thinks, as in JSON."""
         markers = self.model.tokenizer.thinking_markers
         if markers is None or (self.prompt.guide and not self.prompt.calls_tools):
@@ -320,7 +313,7 @@ class ChatCompletionReply(OpenAIReply):
             inside = self.model.tokenizer.thinks(self.prompt.ids)
         else:
             inside = self.said.rfind(markers[0]) > self.said.rfind(markers[1])
-        return ThoughtParser(markers, inside)
+        return ReasoningParser(markers, inside)
 
     def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
         if not tokens:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationError
 
-from serving.bodies import check_items
+from serving.body_limits import check_items
 from serving.field_types import ClosedModel, Text, check_json
 
 MAX_TOOLS = 128

@@ -135,7 +135,7 @@ def tiny_model() -> LlamaForCausalLM:
 @pytest.fixture(scope="session")
 def demo_folder() -> Path:
     """The real demo model; fetched on the first run."""
-    return model_download.fetch_demo()
+    return model_download.find_model("demo")
 
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0)

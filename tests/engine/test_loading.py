@@ -55,7 +55,6 @@ def test_find_model_looks_up_a_name_in_models_whatever_the_working_directory(
         "models/org--tiny-1.0/snapshots/master",  # modelscope
         "models--org--tiny-1.0/snapshots/0a1b2c",  # huggingface_hub
         "org/tiny-1___0",  # modelscope's older releases, as in the tutorials
-        "hub/models/org/tiny-1___0",
     ],
 )
 def test_find_model_takes_the_folder_of_a_hubs_cache(checkpoint, tmp_path, layout):

@@ -2,15 +2,18 @@
 
 from typing import NamedTuple
 
+from engine import CallPart
 
-class Thought(NamedTuple):
-    """Text of an answer, parted into what the model thought aloud and what it says."""
+
+class ParsedMessage(NamedTuple):
+    """Text of an answer, parted: what the model thought aloud, what it says, and its calls."""
 
     reasoning: str
     content: str
+    calls: list[CallPart] = []  # noqa: RUF012 - never changed
 
 
-class ThoughtParser:
+class ReasoningParser:
     """Parts an answer that begins with a thought, piece by piece.
 
     `markers` stand before and after a thought; `inside` says whether the prompt has opened one.
@@ -23,7 +26,7 @@ class ThoughtParser:
         self.held = ""
         self.has_thought = False  # anything but white space
 
-    def push(self, text: str) -> Thought:
+    def push(self, text: str) -> ParsedMessage:
         """The next text; returns what is sure by now."""
         self.held += text
         if self.state == "start":
@@ -36,14 +39,14 @@ class ThoughtParser:
         content = ""
         if self.state == "said":
             content, self.held = self.held, ""
-        return Thought(reasoning, content)
+        return ParsedMessage(reasoning, content)
 
-    def flush(self) -> Thought:
+    def flush(self) -> ParsedMessage:
         """What was held back, once no more comes."""
         rest, self.held = self.held, ""
         if self.state == "thought":
-            return Thought(rest.rstrip(), "")
-        return Thought("", rest if self.state == "start" else "")
+            return ParsedMessage(rest.rstrip(), "")
+        return ParsedMessage("", rest if self.state == "start" else "")
 
     def _begin(self) -> None:
         begun = self.held.lstrip()

