@@ -9,8 +9,8 @@ import psutil
 import pytest
 import torch
 
-from engine.runner.cpu_threads import FreeCores, cores_left
 from engine.runner import cpu_threads as threads
+from engine.runner.cpu_threads import FreeCores, cores_left
 
 
 @pytest.mark.parametrize(
