@@ -23,7 +23,7 @@ import api
 import model_download
 from engine.families import FAMILIES, checkpoint_defaults
 from engine.sampling_params import SamplingParams
-from serving import schemas
+from serving import request_model
 
 NAMES = ("README.md", "README.zh.md")
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -299,7 +299,7 @@ def test_tables_of_fields_are_the_programs(rows):
     taken = {"max_length" if f == "max_new_tokens" else f for f in api.ChatRequest.model_fields}
     assert told == taken
     (lengths,) = (set(SPAN.findall(row[1])) for row in further if row[0] == "`max_length`")
-    assert lengths | {"max_length"} == set(schemas.LENGTH_NAMES)
+    assert lengths | {"max_length"} == set(request_model.LENGTH_NAMES)
 
 
 def test_table_of_defaults_is_the_programs(demo_folder):

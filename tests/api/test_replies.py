@@ -9,8 +9,8 @@ from conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from serving.openai_shared import fingerprint
 from serving.reasoning import ReasoningParser
-from serving.replies import fingerprint
 
 HELLO = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"
