@@ -83,7 +83,6 @@ try:
         EngineError,
         EngineStopped,
         InvalidInput,
-        Prompt,
         QueueFull,
         StartError,
         StepFailed,
@@ -94,40 +93,30 @@ try:
     from model_download import find_model
     from serving import __version__
     from serving.body_limits import BodyBudget, BodyReservation, check_items
+    from serving.chat import ChatCompletionReply, ChatCompletionRequest
+    from serving.classic import ChatRequest, ChatResponse, ClassicReply
     from serving.command_line import command_line
+    from serving.completions import CompletionReply, CompletionRequest
     from serving.connection import Connection
+    from serving.dialects import CLASSIC, OPENAI, Dialect, ErrorDetail
     from serving.log_queue import flush_log, num_dropped, start_log, still_logged
-    from serving.replies import (
-        ChatCompletionReply,
+    from serving.openai_shared import Completion
+    from serving.parts import (
         Choice,
-        ClassicReply,
-        CompletionReply,
         Events,
-        Reply,
+        ReplyFactory,
         cached_tokens_of,
         choices_of,
         collect,
         events_of,
-        local_time,
         usage_of,
     )
-    from serving.response_models import (
-        ChatResponse,
-        Completion,
-        DetokenizeResponse,
-        ErrorBody,
-        OpenAIError,
-        State,
-        TokenizeResponse,
-    )
-    from serving.schemas import (
-        ChatCompletionRequest,
-        ChatRequest,
-        CompletionRequest,
+    from serving.request_model import InstantRequest, SamplingFields, validation_error
+    from serving.tokens import (
         DetokenizeRequest,
-        SamplingFields,
+        DetokenizeResponse,
         TokenizeRequest,
-        validation_error,
+        TokenizeResponse,
     )
     from serving.unknown_fields import printable
     from serving.workers import Workers
@@ -478,14 +467,47 @@ def check_model(model: ChatModel) -> str:
     return "".join(f"{name + ':':14}{fact}\n" for name, fact in shown.items())
 
 
-# ---- Docs -------------------------------------------------------------------
-# What /docs shows of the bodies that go in and out.
+# ---- Endpoints --------------------------------------------------------------
+# What takes a body, in one table: its routes, its labels in the metrics, its
+# errors' shape and its docs come from there.
+
+JSON_TYPE = "application/json"
 
 
-def extra_responses(
-    error: type[OpenAIError], content: str = "application/json"
-) -> dict[int | str, Any]:
+class Endpoint(NamedTuple):
+    """A path that takes a body; without a reply it responds at once, and generates nothing."""
+
+    path: str
+    request: type[SamplingFields] | type[InstantRequest]
+    reply: ReplyFactory | None
+    response: type[BaseModel]
+    dialect: Dialect
+
+
+ENDPOINTS = {
+    endpoint.path: endpoint
+    for endpoint in (
+        Endpoint("/", ChatRequest, ClassicReply, ChatResponse, CLASSIC),
+        Endpoint(
+            "/v1/chat/completions", ChatCompletionRequest, ChatCompletionReply, Completion, OPENAI
+        ),
+        Endpoint("/v1/completions", CompletionRequest, CompletionReply, Completion, OPENAI),
+        Endpoint("/tokenize", TokenizeRequest, None, TokenizeResponse, CLASSIC),
+        Endpoint("/detokenize", DetokenizeRequest, None, DetokenizeResponse, CLASSIC),
+    )
+}
+
+
+def dialect_of(path: str) -> Dialect:
+    """In which dialect a path's errors are told, if there is nothing there too."""
+    if path in ENDPOINTS:
+        return ENDPOINTS[path].dialect
+    return OPENAI if path.startswith("/v1/") else CLASSIC
+
+
+def extra_responses(dialect: Dialect, content: str = JSON_TYPE) -> dict[int | str, Any]:
     """Further responses of a route, for the docs."""
+    error = dialect.error_model
     return {
         200: {"content": {content: {}}},
         "4XX": {"model": error, "description": "Refused: 400, 401, 404, 405, 408, 413, 415 or 429"},
@@ -493,29 +515,32 @@ def extra_responses(
     }
 
 
+class State(BaseModel):
+    """What /health says."""
+
+    status: Literal["loading", "ready", "draining", "dead"]
+    running: int
+    waiting: int
+
+
 COMPONENTS = "#/components/schemas/"
 
 
-def documented(
-    body: type[BaseModel],
-    response: type[BaseModel],
-    error: type[OpenAIError],
-    content: str = "text/event-stream",
-) -> dict[str, Any]:
+def documented(endpoint: Endpoint) -> dict[str, Any]:
     """A route's options that show in the docs what read_body reads, and what comes back."""
-    schema = {"schema": {"$ref": COMPONENTS + body.__name__}}
+    schema = {"schema": {"$ref": COMPONENTS + endpoint.request.__name__}}
+    content = "text/event-stream" if endpoint.reply else JSON_TYPE
     return {
-        "response_model": response,
-        "responses": extra_responses(error, content),
-        "openapi_extra": {
-            "requestBody": {"required": True, "content": {"application/json": schema}}
-        },
+        "response_model": endpoint.response,
+        "responses": extra_responses(endpoint.dialect, content),
+        "openapi_extra": {"requestBody": {"required": True, "content": {JSON_TYPE: schema}}},
     }
 
 
-def document_bodies(app: FastAPI, *bodies: type[BaseModel]) -> None:
+def document_bodies(app: FastAPI) -> None:
     """Add the schemas that `documented` refers to; FastAPI knows nothing of these bodies."""
     build = app.openapi
+    bodies = {endpoint.request for endpoint in ENDPOINTS.values()}
 
     def openapi() -> dict[str, Any]:
         document = build()
@@ -540,6 +565,7 @@ class RequestInfo:
     id: str
     route: str
     reservation: BodyReservation  # what its body takes of what there is for all
+    dialect: Dialect
     arrived: float = field(default_factory=time.monotonic)
     choices: list[Choice] = field(default_factory=list)
     # How it ended: served, or an error's code, or else its client left.
@@ -668,16 +694,6 @@ BODY_TIMEOUT = 120.0
 STEP_TIMEOUT = 60.0
 # Seconds after which to try again while there are too many requests that are not in the batch yet.
 BUSY_RETRY = 5
-# Routes that are labels in the metrics; all others are "other".
-ROUTES = ("/", "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
-
-
-def error_body(error: Exception, param: str | None, openai: bool = False) -> dict[str, Any]:
-    """The body of an error about a field, in our shape or in OpenAI's."""
-    kind = kind_of(error)
-    message = "the server failed; its log says why" if kind is SERVER_FAILED else str(error)
-    detail = {"message": message, "type": kind.type, "param": param, "code": kind.code}
-    return {"error": detail} | ({} if openai else {"status": kind.status, "time": local_time()})
 
 
 def log_failure(error: Exception) -> None:
@@ -717,10 +733,11 @@ class RequestIDMiddleware:
         if not re.fullmatch(r"[\w.:-]{1,128}", request_id, re.ASCII):
             request_id = uuid.uuid4().hex
         path = path_of(scope)
-        route = path if path in ROUTES else "other"
+        route = path if path in ENDPOINTS else "other"  # as a label in the metrics
         send = with_headers(send, {"X-Request-ID": request_id})
         with self.budget.reserve() as reservation:
-            scope.setdefault("state", {})["info"] = RequestInfo(request_id, route, reservation)
+            info = RequestInfo(request_id, route, reservation, dialect_of(path))
+            scope.setdefault("state", {})["info"] = info
             await self.app(scope, receive, send)
 
 
@@ -902,9 +919,9 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def format_event(event: dict[str, Any] | None) -> str:
+def format_event(event: dict[str, Any]) -> str:
     """Format an event. ASCII, because some clients split lines at U+2028 and U+0085."""
-    return ": keep-alive\n\n" if event is None else f"data: {json.dumps(event)}\n\n"
+    return f"data: {json.dumps(event)}\n\n"
 
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -985,10 +1002,7 @@ class ChatService:
             self.check_queue(model)
 
     async def answer(
-        self,
-        request: Request,
-        schema: type[SamplingFields],
-        reply_of: Callable[[ChatModel, Any, list[Prompt]], Reply],
+        self, request: Request, schema: type[SamplingFields], reply_of: ReplyFactory
     ) -> Response:
         """Read the body, generate, and respond with a stream, a full response, or an error."""
         info = request_info(request.scope)
@@ -1006,10 +1020,7 @@ class ChatService:
                 self.metrics.record(info)
 
     async def _respond(
-        self,
-        request: Request,
-        body: SamplingFields,
-        reply_of: Callable[[ChatModel, Any, list[Prompt]], Reply],
+        self, request: Request, body: SamplingFields, reply_of: ReplyFactory
     ) -> Response:
         info = request_info(request.scope)
         model = self.model(body.model)
@@ -1023,7 +1034,9 @@ class ChatService:
         info.choices = choices_of(len(prompts), body.num_answers)
         deltas = model.answer_all(prompts, body.num_answers, arrived=info.arrived)
         if body.stream:
-            events = self._events(request.scope, events_of(deltas, info.choices, reply))
+            events = self._events(
+                request.scope, events_of(deltas, info.choices, reply), reply.failure
+            )
             first = await while_connected(request, anext(events))
             info.streaming = True
             return EventStream(first, events)
@@ -1035,27 +1048,27 @@ class ChatService:
         info.outcome = "served"
         return response
 
-    async def _events(self, scope: Scope, events: Events) -> AsyncGenerator[str]:
+    async def _events(
+        self, scope: Scope, events: Events, failure: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> AsyncGenerator[str]:
         """A stream's text; an error before its first event is raised and keeps its HTTP status."""
         info = request_info(scope)
         try:
             async with aclosing(events):
                 async for event in events:
-                    yield format_event(event)
+                    yield info.dialect.keepalive if event is None else format_event(event)
             info.outcome = "served"
-            yield "data: [DONE]\n\n"
+            yield info.dialect.end
         except Exception as error:
             if not info.streaming:
                 raise
             log_failure(error)
-            yield format_event(self.error_payload(scope, error))
+            yield format_event(failure(self.error_payload(scope, error)))
         finally:
             if info.streaming:
                 self.metrics.record(info)
 
-    async def answer_at_once(
-        self, request: Request, schema: type[TokenizeRequest] | type[DetokenizeRequest]
-    ) -> Response:
+    async def answer_at_once(self, request: Request, schema: type[InstantRequest]) -> Response:
         """Read the body, and respond with what needs no generation."""
         info = request_info(request.scope)
         async with time_limit(info, self.settings.request_timeout):
@@ -1072,9 +1085,12 @@ class ChatService:
     def error_payload(self, scope: Scope, error: Exception) -> dict[str, Any]:
         """The body of an error in the client's dialect; its code is how the request ended."""
         info = request_info(scope)
-        info.outcome = kind_of(error).code
+        kind = kind_of(error)
+        info.outcome = kind.code
+        message = "the server failed; its log says why" if kind is SERVER_FAILED else str(error)
         param = info.field_of(getattr(error, "argument", None))
-        return error_body(error, param, openai=path_of(scope).startswith("/v1/"))
+        detail = ErrorDetail(kind.status, kind.type, kind.code, message, param, info.id)
+        return info.dialect.spell_error(detail)
 
     def error_response(self, scope: Scope, error: Exception) -> JSONText:
         payload = self.error_payload(scope, error)
@@ -1187,6 +1203,19 @@ def add_error_handlers(app: FastAPI, service: ChatService) -> None:
     app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=499))
 
 
+def route_of(service: ChatService, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    """What FastAPI calls for an endpoint."""
+    _, schema, reply, _, _ = endpoint
+
+    async def route(request: Request) -> Response:
+        if issubclass(schema, InstantRequest):
+            return await service.answer_at_once(request, schema)
+        assert reply, f"{endpoint.path} generates, and has no reply"
+        return await service.answer(request, schema, reply)
+
+    return route
+
+
 def build_app(
     settings: Settings | None = None, load: Callable[[Settings], ChatModel] = load_served
 ) -> FastAPI:
@@ -1231,47 +1260,22 @@ def build_app(
         state = service.health
         return JSONText(state, 200 if state["status"] == "ready" else 503)
 
-    @app.get(
-        "/metrics", response_class=Response, responses=extra_responses(ErrorBody, "text/plain")
-    )
+    @app.get("/metrics", response_class=Response, responses=extra_responses(CLASSIC, "text/plain"))
     async def metrics() -> Response:
         text = prometheus_client.generate_latest(service.metrics.registry)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    @app.post("/", **documented(ChatRequest, ChatResponse, ErrorBody))
-    async def chat(request: Request) -> Any:
-        return await service.answer(request, ChatRequest, ClassicReply)
-
-    @app.get("/v1/models", responses=extra_responses(OpenAIError))
+    @app.get("/v1/models", responses=extra_responses(OPENAI))
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model_card(service.model())]}
 
-    @app.get("/v1/models/{name:path}", responses=extra_responses(OpenAIError))
+    @app.get("/v1/models/{name:path}", responses=extra_responses(OPENAI))
     async def model(name: str) -> dict[str, Any]:
         return model_card(service.model(name))
 
-    @app.post("/v1/chat/completions", **documented(ChatCompletionRequest, Completion, OpenAIError))
-    async def chat_completions(request: Request) -> Any:
-        return await service.answer(request, ChatCompletionRequest, ChatCompletionReply)
-
-    @app.post("/v1/completions", **documented(CompletionRequest, Completion, OpenAIError))
-    async def completions(request: Request) -> Any:
-        return await service.answer(request, CompletionRequest, CompletionReply)
-
-    as_json = "application/json"
-
-    @app.post("/tokenize", **documented(TokenizeRequest, TokenizeResponse, ErrorBody, as_json))
-    async def tokenize(request: Request) -> Any:
-        return await service.answer_at_once(request, TokenizeRequest)
-
-    @app.post(
-        "/detokenize", **documented(DetokenizeRequest, DetokenizeResponse, ErrorBody, as_json)
-    )
-    async def detokenize(request: Request) -> Any:
-        return await service.answer_at_once(request, DetokenizeRequest)
-
-    bodies = (ChatRequest, ChatCompletionRequest, CompletionRequest)
-    document_bodies(app, *bodies, TokenizeRequest, DetokenizeRequest)
+    for endpoint in ENDPOINTS.values():
+        app.post(endpoint.path, **documented(endpoint))(route_of(service, endpoint))
+    document_bodies(app)
     return app
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationError
 
 from serving.body_limits import check_items
-from serving.field_types import ClosedModel, Text, check_json
+from serving.fields import ClosedModel, Text, check_json
 
 MAX_TOOLS = 128
 MAX_CALLS = 128  # of one message

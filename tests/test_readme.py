@@ -22,7 +22,7 @@ import api
 import model_download
 from engine.prompt.families import FAMILIES, checkpoint_defaults
 from engine.sampling_params import SamplingParams
-from serving import schemas
+from serving import request_model
 from tests.conftest import ROOT, byte_tokenizer, chat_model, ready, serve, tiny_llama, wait_for
 
 NAMES = ("README.md", "README.zh.md")
@@ -299,7 +299,7 @@ def test_tables_of_fields_are_the_programs(rows):
     taken = {"max_length" if f == "max_new_tokens" else f for f in api.ChatRequest.model_fields}
     assert told == taken
     (lengths,) = (set(SPAN.findall(row[1])) for row in further if row[0] == "`max_length`")
-    assert lengths | {"max_length"} == set(schemas.LENGTH_NAMES)
+    assert lengths | {"max_length"} == set(request_model.LENGTH_NAMES)
 
 
 def test_table_of_defaults_is_the_programs(demo_folder):

@@ -22,8 +22,8 @@ from engine.guided import bounded_compiler, guide
 from engine.prompt import template_renderer
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.tools import grammar
-from serving import body_limits, connection, field_types, log_queue, schemas, tool_fields
-from serving.schemas import with_few_logprobs
+from serving import body_limits, connection, fields, log_queue, openai_shared, tool_fields
+from serving.openai_shared import with_few_logprobs
 from serving.tool_fields import check_arguments
 from tests.api.test_security import answered, peer, told
 from tests.conftest import ROOT, TEMPLATE, chat_model, ready, serve, wait_for
@@ -47,12 +47,10 @@ STATED = {
     "items in a body, such as token ids": f"{body_limits.MAX_ITEMS:,}",
     "a body": f"{api.MAX_BODY // 2**20} MiB",
     "time to send the body": f"{api.BODY_TIMEOUT:g} seconds",
-    "turns of a history, or messages": f"{schemas.MAX_TURNS:,}",
+    "turns of a history, or messages": f"{fields.MAX_TURNS:,}",
     "`tool_calls` of all messages": f"{tool_fields.MAX_CALLS_IN_ALL:,}",
-    "logprobs, of all tokens of a request": f"{schemas.MAX_LOGPROBS:,}",
-    "depth of a JSON schema, a call's arguments, `chat_template_kwargs`": (
-        f"{field_types.MAX_DEPTH}"
-    ),
+    "logprobs, of all tokens of a request": f"{openai_shared.MAX_LOGPROBS:,}",
+    "depth of a JSON schema, a call's arguments, `chat_template_kwargs`": (f"{fields.MAX_DEPTH}"),
     "a JSON schema": f"{guide.MAX_SCHEMA_CHARS:,} characters",
     "tools of a request": (
         f"{tool_fields.MAX_TOOLS}, with schemas of {grammar.MAX_SCHEMAS_CHARS:,} characters"
@@ -365,7 +363,7 @@ def test_time_of_a_request_is_counted_from_its_arrival(runner, tokenizer, monkey
 
 @pytest.mark.parametrize(("more", "status"), [(0, 200), (1, 400)])
 def test_history_at_its_bound(server, more, status):
-    history = [["a", "b"]] * (schemas.MAX_TURNS + more)
+    history = [["a", "b"]] * (fields.MAX_TURNS + more)
     body = {"prompt": "x", "history": history, "truncate": True, "max_length": 5}
     answer = httpx.post(server, json=body)
     assert answer.status_code == status, answer.text
@@ -389,7 +387,7 @@ def test_schema_at_its_bound():
 def test_depth_of_a_templates_variables_at_its_bound(runner, tokenizer, more, status):
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = f"{{% if deep %}}!{{% endif %}}{TEMPLATE}"
-    deep = reduce(lambda inner, _: [inner], range(field_types.MAX_DEPTH - 1 + more), 1)
+    deep = reduce(lambda inner, _: [inner], range(fields.MAX_DEPTH - 1 + more), 1)
     body = {"prompt": "x", "chat_template_kwargs": {"deep": deep}}
     with serve(lambda settings: chat_model(runner, tokenizer)) as url:
         answer = httpx.post(ready(url), json=body)
@@ -401,7 +399,7 @@ def test_depth_of_a_templates_variables_at_its_bound(runner, tokenizer, more, st
 @pytest.mark.parametrize("call", ["format", "object", "tool"])
 def test_depth_of_a_schema_at_its_bound(server, call):
     def answer(more: int) -> httpx.Response:
-        levels = field_types.MAX_DEPTH - 2 + more  # there are two around them
+        levels = fields.MAX_DEPTH - 2 + more  # there are two around them
         deep = reduce(lambda inner, _: {"not": inner}, range(levels), True)
         schema = {"type": "object", "properties": {"x": deep}}
         function = {"type": "function", "function": {"name": "f", "parameters": schema}}
@@ -461,7 +459,7 @@ def test_what_is_wrong_with_messages_to_count_is_told_of_them(server):
 
 
 def test_text_to_count_may_be_longer_than_a_prompt(server):
-    text = "x" * field_types.MAX_TEXT
+    text = "x" * fields.MAX_TEXT
     assert httpx.post(f"{server}/tokenize", json={"prompt": text}).json()["count"] == len(text)
     longer = httpx.post(f"{server}/tokenize", json={"prompt": text + "x"})
     assert longer.json()["error"]["code"] == "invalid_value"
@@ -474,7 +472,7 @@ def prompt_of(size: int, most: int, open_ended: bool = False, **params: int) -> 
 
 
 def test_logprobs_of_a_request_at_their_bound():
-    most = schemas.MAX_LOGPROBS
+    most = openai_shared.MAX_LOGPROBS
     exact = [prompt_of(100, most // 20 // 16, logprobs=20)]
     assert with_few_logprobs(exact, 16) == exact
     with pytest.raises(InvalidInput, match="1,048,576 logprobs") as refused:
@@ -491,7 +489,7 @@ def test_logprobs_of_a_request_at_their_bound():
 def test_answer_of_no_stated_length_is_shortened_to_the_logprobs_there_may_be():
     both = [prompt_of(9, 2**17, open_ended=True, logprobs=20), prompt_of(9, 5, True, logprobs=20)]
     lengths = [p.params.max_new_tokens for p in with_few_logprobs(both, 4)]
-    assert lengths == [schemas.MAX_LOGPROBS // 4 // 20 // 2, 5]
+    assert lengths == [openai_shared.MAX_LOGPROBS // 4 // 20 // 2, 5]
 
 
 def test_logprobs_that_are_too_many_are_refused_by_the_call(runner, tokenizer):

@@ -11,14 +11,14 @@ import pytest
 
 import api
 from engine import ChatModel, InvalidInput, StartError
-from serving import schemas
+from serving import chat, classic, completions, request_model
 from tests.conftest import byte_tokenizer, chat_model, ready, serve
 
 HELLO = [{"role": "user", "content": "hi"}]
 BODIES = {
-    schemas.ChatRequest: {"prompt": "hi"},
-    schemas.ChatCompletionRequest: {"messages": HELLO},
-    schemas.CompletionRequest: {"prompt": "hi"},
+    classic.ChatRequest: {"prompt": "hi"},
+    chat.ChatCompletionRequest: {"messages": HELLO},
+    completions.CompletionRequest: {"prompt": "hi"},
 }
 CALLS = tuple(BODIES)
 CHAT, CHAT_COMPLETION, COMPLETION = CALLS
@@ -203,7 +203,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
-def refusal_of(call: type[schemas.SamplingFields], name: str, value: object) -> str | None:
+def refusal_of(call: type[request_model.SamplingFields], name: str, value: object) -> str | None:
     """Of which field a call says that it does not have it."""
     try:
         call.model_validate(BODIES[call] | {name: value})

@@ -15,7 +15,7 @@ from engine.guided.guide import GuideCompiler
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.runner.runner import create_runner
 from engine.sampling_params import SamplingParams
-from serving import replies
+from serving import chat, parts
 from tests.conftest import chat_model, ready, serve, tiny_llama, wait_for
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -354,14 +354,14 @@ def test_many_tokens_are_spelled_once_and_beside_the_event_loop(server, monkeypa
     assert text.spell(7) == text.spell(7)
     assert text.spell.cache_info().hits == 1
     wording, worded = threading.Event(), threading.Event()
-    whole = replies.ChatCompletionReply.full_response
+    whole = chat.ChatCompletionReply.full_response
 
-    def slowly(self, choices: list[replies.Choice]) -> dict[str, object]:
+    def slowly(self, choices: list[parts.Choice]) -> dict[str, object]:
         wording.set()
         assert worded.wait(20)
         return whole(self, choices)
 
-    monkeypatch.setattr(replies.ChatCompletionReply, "full_response", slowly)
+    monkeypatch.setattr(chat.ChatCompletionReply, "full_response", slowly)
     with ThreadPoolExecutor(1) as pool:
         url = f"{server}/v1/chat/completions"
         answer = pool.submit(httpx.post, url, json={"messages": HELLO})

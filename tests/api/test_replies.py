@@ -8,8 +8,8 @@ import pytest
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from serving.openai_shared import fingerprint
 from serving.reasoning import ReasoningParser
-from serving.replies import fingerprint
 from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve
 
 HELLO = [{"role": "user", "content": "hi"}]
