@@ -118,11 +118,11 @@ class ChatModel:
             guide = self._guides.compile_grammar(grammar, marks)
         except InvalidInput as error:
             raise explained(error, tools) from error
-        return replace(prompt, guide=guide, calls_tools=True, shown_ids=frozenset(marks))
+        return replace(prompt, guide=guide, tools=tuple(tools), shown_ids=frozenset(marks))
 
-    def tool_parser(self) -> ToolCallParser:
+    def tool_parser(self, tools: Iterable[Any] = ()) -> ToolCallParser:
         """What parts the text of an answer that may call tools."""
-        return ToolCallParser(self._tool_grammar.form, self.tokenizer.shown)
+        return ToolCallParser(self._tool_grammar.form, self.tokenizer.shown, tools)
 
     def warm_up(self) -> None:
         """Build what tools need and takes seconds, for a model that was trained to call them."""

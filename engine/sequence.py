@@ -7,7 +7,7 @@ import random
 import time
 from collections import abc
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from engine.sampling_params import SamplingParams
 
@@ -56,8 +56,13 @@ class Prompt:
     guide: "Guide | None" = None
     dropped_turns: int = 0
     continues: bool = False  # the answer goes on from the prompt's text
-    calls_tools: bool = False  # the answer is for a parser of calls
+    tools: tuple[Any, ...] = ()  # that the answer may call, in OpenAI's shape
     shown_ids: frozenset[int] = frozenset()  # special tokens that are text in the answer
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the answer is for a parser of calls."""
+        return bool(self.tools)
 
 
 @dataclass(eq=False)

@@ -210,7 +210,7 @@ class ChatCompletionReply(OpenAIReply):
         return {"index": choice.index, "delta": message, "logprobs": self._logprobs(tokens)}
 
     def _parser(self) -> OutputParser:
-        calls = self.model.tool_parser() if self.prompt.calls_tools else None
+        calls = self.model.tool_parser(self.prompt.tools) if self.prompt.calls_tools else None
         return OutputParser(self._thought_parser(), calls)
 
     def _thought_parser(self) -> ReasoningParser | None:

@@ -5,7 +5,9 @@ from itertools import groupby
 from typing import Any
 
 from engine.prompt.families import Family, Message
-from engine.tools.format import COMMON, Render, ToolFormat, learn_format, spell_json
+from engine.tools.arguments import spell_json
+from engine.tools.format import COMMON, ToolFormat
+from engine.tools.learning import Render, learn_format
 
 HELP = """You may call functions to answer the user. These are their signatures, as JSON:
 {}

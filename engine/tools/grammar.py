@@ -13,14 +13,6 @@ from engine.errors import InvalidInput
 from engine.guided.guide import check_numbers
 from engine.tools.format import ToolFormat
 
-# How the arguments are written: as models are trained to. Keywords that cannot be checked as JSON
-# is written, such as uniqueItems, are let pass; else a schema with one would be refused.
-WRITING = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-    "lenient": True,
-}
 # Longer schemas, all the tools' together, take too long to compile.
 MAX_SCHEMAS_CHARS = 2**16
 TEXT = r"/(.|\n)*/"
@@ -70,22 +62,24 @@ class ToolGrammar:
         several = choice.parallel and form.between
         more = f"({self._words(form.between)} call)*" if several and form.between else ""
         names = [f"call_{n}" for n in range(len(tools))]
+        schemas = [without_others(tool["function"]["parameters"]) for tool in tools]
+        arguments, rules = form.arguments.grammar(schemas, self._words)
         lines = ["%llguidance {}"]
-        lines += [self._call(name, tool) for name, tool in zip(names, tools, strict=True)]
+        lines += map(self._call, names, tools, arguments)
         lines += [
             f"call: {' | '.join(names)}",
             f"calls: call {more} {self._words(form.tail)}",
             f"TEXT: {TEXT}",
+            rules,
             *(self._required(thoughts) if choice.required else self._free(thoughts)),
         ]
         return "\n".join(lines) + "\n"
 
-    def _call(self, rule: str, tool: Any) -> str:
+    def _call(self, rule: str, tool: Any, arguments: str) -> str:
         """A call of one tool, without what stands before its name and behind its arguments."""
-        function = tool["function"]
-        schema = without_others(function["parameters"]) | {"x-guidance": WRITING}
-        name = json.dumps(function["name"])  # a text, even where a special token has that name
-        return f"{rule}: {name} {self._words(self.form.middle)} %json {json.dumps(schema)}"
+        # A text, even where a special token has that name.
+        name = json.dumps(tool["function"]["name"])
+        return f"{rule}: {name} {self._words(self.form.middle)} {arguments}"
 
     def _required(self, thoughts: Thoughts | None) -> list[str]:
         body = f"{self._words(self.form.head)} calls"

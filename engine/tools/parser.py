@@ -1,9 +1,11 @@
 """An answer parted into what it says and the tools that it calls, as its text comes."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
+from engine.tools.arguments import ArgumentsParser
 from engine.tools.format import ToolFormat
 
 
@@ -21,18 +23,25 @@ class ToolCallParser:
 
     `shown` gives the format's texts as the answer has them, in which special tokens may be named.
     White space between what is said and the first call belongs to neither. Of an answer that is
-    cut off within a call, what is there of its name is left out.
+    cut off within a call, what is there of its name is left out. Some formats need the schemas of
+    the `tools` to tell texts from JSON.
     """
 
-    def __init__(self, form: ToolFormat, shown: Callable[[str], str] = str):
+    def __init__(
+        self, form: ToolFormat, shown: Callable[[str], str] = str, tools: Iterable[Any] = ()
+    ):
         self.num_calls = 0  # those that have begun
         self._held = ""
         self._state = "start"
-        self._depth = 0
-        self._quoted = self._escaped = False
+        self._form, self._shown = form, shown
+        functions = (tool["function"] for tool in tools)
+        self._schemas = {function["name"]: function["parameters"] for function in functions}
+        self._arguments: ArgumentsParser | None = None
         self._trigger = shown(form.trigger)
         self._first_char = form.head[0]
-        name = rf"([\w.-]+?){re.escape(shown(form.middle))}"
+        # A name goes up to what follows it, or as far as it can.
+        behind = re.escape(shown(form.middle)) or r"(?=[^\w.-])"
+        name = rf"([\w.-]+?){behind}"
         between = form.between or form.tail + form.head
         self._first = re.compile(re.escape(shown(form.head)) + name, re.ASCII)
         self._next = re.compile(re.escape(shown(between)) + name, re.ASCII)
@@ -53,7 +62,7 @@ class ToolCallParser:
             content = self._say(last)
         parts: list[CallPart] = []
         while self._state == "arguments" or self._begin(parts):
-            arguments = self._take(self._num_of_arguments())
+            arguments = self._take_arguments()
             if parts and parts[-1].index == self.num_calls - 1:
                 parts[-1] = replace(parts[-1], arguments=arguments)
             elif arguments:
@@ -99,24 +108,21 @@ class ToolCallParser:
         if begun is None:
             return False
         parts.append(CallPart(self.num_calls, begun[1], ""))
+        schema = self._schemas.get(begun[1], {})
+        self._arguments = self._form.arguments.parser(schema, self._shown)
         self._take(begun.end())
         self.num_calls += 1
         self._state = "arguments"
         return True
 
-    def _num_of_arguments(self) -> int:
-        """How many characters of the held text belong to the arguments, an object of JSON."""
-        for at, char in enumerate(self._held):
-            if self._quoted:
-                self._quoted = char != '"' or self._escaped
-                self._escaped = char == "\\" and not self._escaped
-                continue
-            self._quoted = char == '"'
-            self._depth += (char in "{[") - (char in "}]")
-            if not self._depth:
-                self._state = "called"
-                return at + 1
-        return len(self._held)
+    def _take_arguments(self) -> str:
+        """The next characters of the arguments' JSON."""
+        assert self._arguments
+        taken, said, whole = self._arguments.take(self._held)
+        self._take(taken)
+        if whole:
+            self._state = "called"
+        return said
 
     def _take(self, count: int) -> str:
         taken = self._held[:count]

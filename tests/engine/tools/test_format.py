@@ -9,6 +9,7 @@ import pytest
 from engine.prompt.families import FAMILIES
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.tools.format import COMMON, ToolFormat
+from engine.tools.xml_calls import TaggedArguments
 from tests.conftest import TEMPLATE, byte_tokenizer
 
 LIST = "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}"
@@ -82,11 +83,51 @@ CALLS = {
         ToolFormat('<TOOLCALL>[{"name": "', '", "arguments": ', "}]</TOOLCALL>", '}, {"name": "'),
     ),
 }  # fmt: skip
+ITEMS = "{% for k, v in c.function.arguments.items() %}"
+VALUE = "{{ v if v is string else v | tojson }}"
+CALLS |= {
+    "Qwen3-Coder, Qwen 3.5": (
+        EACH + "{{ '\n' }}<tool_call>\n<function={{ c.function.name }}>\n"
+        + ITEMS + "<parameter={{ k }}>\n" + VALUE + "\n</parameter>\n{% endfor %}</function>\n"
+        "</tool_call>{% endfor %}",
+        ToolFormat(
+            "<tool_call>\n<function=",
+            ">\n",
+            "</function>\n</tool_call>",
+            "</function>\n</tool_call>\n<tool_call>\n<function=",
+            arguments=TaggedArguments("<parameter=", ">\n", "\n</parameter>\n"),
+        ),
+    ),
+    "GLM-4.5": (
+        EACH + "{{ '\n' }}<tool_call>{{ c.function.name }}\n" + ITEMS
+        + "<arg_key>{{ k }}</arg_key>\n<arg_value>" + VALUE + "</arg_value>\n{% endfor %}"
+        "</tool_call>{% endfor %}",
+        ToolFormat(
+            "<tool_call>",
+            "\n",
+            "</tool_call>",
+            "</tool_call>\n<tool_call>",
+            arguments=TaggedArguments("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n"),
+        ),
+    ),
+    "MiniMax M2, in one block": (
+        "<calls>\n" + EACH + '<invoke name="{{ c.function.name }}">\n' + ITEMS
+        + '<parameter name="{{ k }}">' + VALUE + "</parameter>\n{% endfor %}</invoke>\n"
+        "{% endfor %}</calls>",
+        ToolFormat(
+            '<calls>\n<invoke name="',
+            '">\n',
+            "</invoke>\n</calls>",
+            '</invoke>\n<invoke name="',
+            arguments=TaggedArguments('<parameter name="', '">', "</parameter>\n"),
+        ),
+    ),
+}  # fmt: skip
 NO_FORMATS = {
-    "XML, as GLM-4.5 and Qwen3-Coder": (
-        EACH + "<tool_call>{{ c.function.name }}{% for k, v in c.function.arguments.items() %}"
-        "<arg_key>{{ k }}</arg_key><arg_value>{{ v }}</arg_value>{% endfor %}</tool_call>"
-        "{% endfor %}"
+    "tags that tell a value's type, as DeepSeek V3.2": (
+        "<calls>" + EACH + '<invoke name="{{ c.function.name }}">' + ITEMS
+        + '<parameter name="{{ k }}" string="{{ "true" if v is string else "false" }}">' + VALUE
+        + "</parameter>{% endfor %}</invoke>{% endfor %}</calls>"
     ),
     "Python, as LFM2": (
         "<|calls|>[" + EACH + "{{ c.function.name }}({% for k, v in c.function.arguments.items() %}"
@@ -116,8 +157,9 @@ def test_format_is_learnt_from_the_chat_template(model):
 
 
 @pytest.mark.parametrize("model", NO_FORMATS)
-def test_template_that_writes_calls_otherwise_gets_the_common_format(model):
+def test_template_that_writes_calls_otherwise_gets_the_common_format(model, caplog):
     assert learnt(LIST + BEFORE + NO_FORMATS[model] + AFTER) == COMMON
+    assert "a way that is not known here" in caplog.text
 
 
 def test_template_that_knows_no_calls_gets_the_common_format():
@@ -164,6 +206,9 @@ def test_trigger_is_what_no_text_has_by_chance():
         "<｜calls｜>",
         "<|calls|>",
         "<TOOLCALL>",
+        "<tool_call>",
+        "<tool_call>",
+        "<calls>",
     ]
 
 

@@ -1,9 +1,14 @@
 """An answer is parted into content and calls, however its text is cut into pieces."""
 
+import json
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 
 from engine.tools.format import COMMON, ToolFormat
 from engine.tools.parser import CallPart, ToolCallParser
+from engine.tools.xml_calls import TaggedArguments
 
 LLAMA = ToolFormat('{"name": "', '", "parameters": ', "}")
 TOKENS = ToolFormat("<|calls|>", "<|args|>", "", "<|calls|>")
@@ -11,9 +16,11 @@ ONE = '<tool_call>\n{"name": "a", "arguments": {"x": 1}}\n</tool_call>'
 TWO = ONE + '\n<tool_call>\n{"name": "b.c-d_e", "arguments": {}}\n</tool_call>'
 
 
-def parse(form: ToolFormat, text: str, size: int) -> tuple[str, list[list[str]], bool]:
+def parse(
+    form: ToolFormat, text: str, size: int, tools: Iterable[Any] = ()
+) -> tuple[str, list[list[str]], bool]:
     """The content, the calls, and whether they are whole, of a text in pieces of a size."""
-    parser = ToolCallParser(form)
+    parser = ToolCallParser(form, tools=tools)
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
     content = ""
     calls: list[list[str]] = []
@@ -60,6 +67,72 @@ def parse(form: ToolFormat, text: str, size: int) -> tuple[str, list[list[str]],
 )
 def test_content_and_calls(form, text, content, calls, size):
     assert parse(form, text, size) == (content, calls, bool(calls))
+
+
+TAGS = ToolFormat(
+    "<tool_call>\n<function=",
+    ">\n",
+    "</function>\n</tool_call>",
+    "</function>\n</tool_call>\n<tool_call>\n<function=",
+    arguments=TaggedArguments("<parameter=", ">\n", "\n</parameter>\n"),
+)
+COLOUR = {"enum": ["red", "7"]}
+TYPED = {
+    "$defs": {"Colour": COLOUR},
+    "properties": {
+        "text": {"type": "string"},
+        "number": {"type": "number"},
+        "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "counted": {"type": ["string", "integer"]},
+        "colour": {"$ref": "#/$defs/Colour"},
+        "any": {},
+        "list": {"type": "array", "items": {"$ref": "#/$defs/Colour"}},
+    },
+}
+VALUES = [
+    ("text", '"7"\n</param>', '"7"\n</param>'),
+    ("text", "", ""),
+    ("text", "null", "null"),
+    ("number", "7.5", 7.5),
+    ("number", "7", 7),
+    ("maybe", "null", None),
+    ("maybe", "7", "7"),
+    ("maybe", '"null"', '"null"'),
+    ("counted", "7", 7),
+    ("counted", "7.5", "7.5"),
+    ("colour", "7", "7"),
+    ("any", "true", True),
+    ("any", "True", "True"),
+    ("any", '{"a": [1]}', {"a": [1]}),
+    ("list", '["red"]', ["red"]),
+    ("unnamed", "7", 7),
+]
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+@pytest.mark.parametrize(("name", "written", "value"), VALUES)
+def test_values_between_tags(name, written, value, size):
+    """Their type is the schema's: a text that looks like a number stays a text."""
+    tools = [{"function": {"name": "a", "parameters": TYPED}}]
+    told = f"<parameter={name}>\n{written}\n</parameter>\n"
+    text = f"so: <tool_call>\n<function=a>\n{told}<parameter=b>\nx\n</parameter>\n{TAGS.tail}"
+    content, [[called, arguments]], whole = parse(TAGS, text, size, tools)
+    assert (content, called, whole) == ("so:", "a", True)
+    assert json.loads(arguments) == {name: value, "b": "x"}
+
+
+def test_argument_that_comes_twice_counts_once():
+    twice = "<parameter=a>\n1\n</parameter>\n<parameter=a>\n2\n</parameter>\n"
+    _, [[_, arguments]], _ = parse(TAGS, f"{TAGS.head}f{TAGS.middle}{twice}{TAGS.tail}", 1)
+    assert arguments == '{"a": 1}'
+
+
+def test_texts_between_tags_come_as_they_are_written():
+    parser = ToolCallParser(TAGS, tools=[{"function": {"name": "a", "parameters": TYPED}}])
+    parser.push("<tool_call>\n<function=a>\n<parameter=text>\n")
+    assert parser.push("one") == ("", [CallPart(0, None, "one")])
+    assert parser.push("\n<") == ("", [])
+    assert parser.push("/b>") == ("", [CallPart(0, None, "\\n</b>")])
 
 
 @pytest.mark.parametrize("size", [1, 1000])
