@@ -17,7 +17,10 @@ from tests.conftest import ROOT
 # it. A new module is given its place here.
 ORDER = [
     "hubs.errors",
+    "hubs.environment",
     "hubs.clients",
+    "hubs.reference",
+    "hubs.layouts",
     "hubs.contents",
     "hubs.repository",
     "hubs.demo",
