@@ -3,10 +3,12 @@
     python model_download.py llama-3-8b                         from ModelScope
     python model_download.py llama-3-8b --source huggingface    from Hugging Face
     python model_download.py Qwen/Qwen2.5-7B-Instruct           any other model, by its hub id
+    python model_download.py Qwen/Qwen2.5-7B-Instruct-GGUF:Q4_K_M    one GGUF file of several
     python model_download.py demo                               93 MB, runs on any machine
 
 Of a repository only what serving reads is fetched: the weights in one format, the tokenizer, the
-configuration and the licence; no code. After a break, the same command goes on where it stopped.
+configuration and the licence; no code. LoRA adapters are fetched likewise. After a break, the same
+command goes on where it stopped.
 """
 
 import argparse
@@ -16,10 +18,16 @@ import os
 import re
 import signal
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from hubs import HUBS, DownloadError, fetch_demo, fetch_repository, is_whole
+from hubs import HUBS, DownloadError, fetch_demo, fetch_repository, find_gguf, is_whole
+from hubs.layouts import base_of, find_checkpoints, hub_id_of, is_adapter, name_of, training_steps
+from hubs.reference import HUB_ID, Reference, read_reference
+
+__all__ = ["KNOWN", "MODELS", "fetch", "find_base", "find_model", "is_adapter", "name_of"]
 
 log = logging.getLogger("chat")
 
@@ -61,34 +69,33 @@ KNOWN = {
     "demo": Model("93 MB", "any CPU", {}),
 }
 
-# A model's name on a hub.
-HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
-
 
 def fetch(name: str, source: str | None = None, folder: Path = MODELS) -> Path:
-    """Return the folder of a model, `folder/name`, fetching what of it is not there.
+    """Return a model's folder, `folder/name`, or its GGUF file, fetching what of it is not there.
 
     Asks no hub where everything is there. Raises DownloadError.
     """
-    repos, target = _repos(name), folder.absolute() / name
+    repos, wish = _repos(name)
+    target, source = folder.absolute() / wish.repo, source or wish.source
     if source and source not in repos:
         raise DownloadError(f"{name} is not on {source}; leave --source out")
     if not repos:
         return fetch_demo(target)
-    if is_whole(target):
+    if is_whole(target, wish.quant):
         print(f"{name} is all there: nothing is left to fetch")
-        return target
-    source = source or next(iter(repos))
-    fetch_repository(source, repos[source], target, [hub for hub in repos if hub != source])
-    return target
+    else:
+        source = source or next(iter(repos))
+        others = [hub for hub in repos if hub != source]
+        fetch_repository(source, repos[source], target, others, wish.quant)
+    return (find_gguf(target, wish.quant) if wish.quant else None) or target
 
 
-def _repos(name: str) -> dict[str, str]:
+def _repos(name: str) -> tuple[dict[str, str], Reference]:
     """The repository on each hub of a model in the table, or of any other by its hub id."""
     if name in KNOWN:
-        return KNOWN[name].repos
-    if re.fullmatch(HUB_ID, name):
-        return dict.fromkeys(HUBS, name)
+        return KNOWN[name].repos, Reference(name)
+    if wish := read_reference(name):
+        return dict.fromkeys([wish.source] if wish.source else HUBS, wish.repo), wish
     raise DownloadError(_no_such_name(name))
 
 
@@ -109,32 +116,13 @@ ADAPTER = (
 )
 GGUF = "is a GGUF file, which is not supported; fetch the model in safetensors, by its hub id"
 
-# Where a model lies in the folder that is given, or that a hub's client was given as its cache.
-LAYOUTS = (
-    "",
-    "snapshots/*/",  # of one model, huggingface_hub and modelscope
-    "*/snapshots/*/",
-    "models/*/snapshots/*/",
-    "*/*/",  # modelscope's older releases, as in the tutorials
-)
-
-
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, which may be one or a hub's cache."""
-    for layout in LAYOUTS:
-        configs = folder.glob(f"{layout}config.json")
-        if found := sorted(c.parent for c in configs if any(c.parent.glob("*model*"))):
-            return found
-    return []
-
 
 def find_model(name: str) -> Path:
     """The folder of a model, given as a path or by its name under models/; fetches the demo.
 
     Raises DownloadError with the remedy.
     """
-    places = Path(name).expanduser(), MODELS / name
-    for place in places:
+    for place in _places(name):
         if reason := _why_no_checkpoint(place):
             raise DownloadError(reason)
         found = find_checkpoints(place)
@@ -145,31 +133,66 @@ def find_model(name: str) -> Path:
             return found[0]
     if name == "demo":
         return fetch_demo(MODELS / "demo")
-    raise DownloadError(_why_not_found(name, places[0]))
+    raise DownloadError(_why_not_found(name, Path(os.path.expanduser(name))))
+
+
+def _places(name: str) -> list[Path]:
+    """Where a model may be: at a path, or under models/ by the name that fetched it."""
+    places = [Path(os.path.expanduser(name)), MODELS / name]
+    if wish := read_reference(name):
+        folder = MODELS / wish.repo
+        places.append((find_gguf(folder, wish.quant) if wish.quant else None) or folder)
+    return places
+
+
+def find_base(adapter: Path, base: str | None = None) -> Path:
+    """The folder of the model that an adapter was trained on.
+
+    It is `base`, where that is given, or else the model that the adapter names: by its path, or by
+    the end of it, under models/ or beside the adapter. Raises DownloadError.
+    """
+    if base is not None:
+        return find_model(base)
+    named = base_of(adapter)
+    hub_id, known = hub_id_of(named), _known(named)
+    names = filter(None, (known, hub_id, hub_id.rpartition("/")[2]))
+    roots = (MODELS, *adapter.absolute().parents[:2])
+    places = [root / name for name in names for root in roots]
+    for place in [Path(os.path.expanduser(named)), *places] if named else []:
+        if found := find_checkpoints(place):
+            return found[0]
+    get = known or (hub_id if read_reference(hub_id) else "")
+    fetch_it = f"fetch it with `python model_download.py {get}`, or " if get else ""
+    raise DownloadError(
+        f"{adapter} is a LoRA adapter on {named or 'a model that it does not name'}, which is not"
+        f" here; {fetch_it}give its folder or name with --base"
+    )
+
+
+def _known(path: str) -> str:
+    """The name in the table of a model at a path, if it has one."""
+    last = hub_id_of(path).rpartition("/")[2].casefold()
+    for name, model in KNOWN.items():
+        if last in {name, *(repo.rpartition("/")[2].casefold() for repo in model.repos.values())}:
+            return name
+    return ""
 
 
 def _why_no_checkpoint(place: Path) -> str | None:
     """What a file or folder is that looks like a model and cannot be served as it is."""
-    # By number, as 1000 has one digit more than 500.
-    steps = sorted(place.glob("checkpoint-*/"), key=lambda step: (len(step.name), step.name))
+    steps = training_steps(place)
     ggufs = [place] if place.suffix.lower() == ".gguf" else sorted(place.glob("*.gguf"))
-    if _is_adapter(place):
+    if is_adapter(place):
         return f"{place} {ADAPTER}"
     if find_checkpoints(place):
         return None
     if ggufs and ggufs[0].is_file():
         return f"{ggufs[0]} {GGUF}"
     if steps:
-        if _is_adapter(steps[-1]):
+        if is_adapter(steps[-1]):
             return f"{steps[-1]} {ADAPTER}"
         return f"{place} is the output of a training run; give --model {steps[-1]}, or another step"
     return None
-
-
-def _is_adapter(folder: Path) -> bool:
-    """Whether it holds a LoRA adapter, and not the merged model beside it."""
-    whole = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    return (folder / "adapter_config.json").is_file() and not whole
 
 
 def _why_not_found(name: str, place: Path) -> str:
@@ -207,10 +230,19 @@ def _read_arguments() -> argparse.Namespace:
 
 def stop(*_: object) -> None:
     """End at once: an exception could leave a lock of a hub's client taken, and it would hang."""
-    sys.stderr.write(
-        "\nmodel_download.py: stopped; run the same command again to go on from here\n"
-    )
-    sys.stderr.flush()
+    end("stopped; run the same command again to go on from here")
+
+
+def end(sentence: str) -> NoReturn:
+    """End with a last sentence, behind which no thread of a client draws its progress again."""
+    with suppress(AttributeError, OSError, RuntimeError, ValueError):
+        sys.stdout.flush()
+    with suppress(AttributeError, OSError):
+        encoding, errors = sys.stderr.encoding, "backslashreplace"
+        with open(os.dup(2), "w", encoding=encoding, errors=errors) as screen:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            time.sleep(0.05)  # for what is being drawn already
+            screen.write(f"\nmodel_download.py: {sentence}\n")
     os._exit(1)
 
 
@@ -220,11 +252,17 @@ def main() -> None:
     log.setLevel(logging.INFO)
     wish = _read_arguments()
     try:
-        folder = fetch(wish.name, wish.source, wish.dir.expanduser() if wish.dir else MODELS)
+        model = fetch(wish.name, wish.source, wish.dir.expanduser() if wish.dir else MODELS)
     except DownloadError as error:
-        sys.exit(f"model_download.py: {error}")
-    print(f"The model is in {folder}")
-    print(f"Serve it with: python api.py --model {folder if wish.dir else wish.name}")
+        end(str(error))
+    print(f"The model is in {model}")
+    name = model if wish.dir or "://" in wish.name else wish.name
+    if is_adapter(model):
+        try:
+            print(f"It is a LoRA adapter; its model is in {find_base(model)}")
+        except DownloadError as error:
+            print(f"First of all, {error}")
+    print(f"Serve it with: python api.py --model {name}")
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ class Sequence(Span):
     """One answer in the making: its tokens, how to pick the next, and how far it has come."""
 
     params: SamplingParams
+    request: abc.Hashable = field(default_factory=object, repr=False)  # with whose it shares
     end_ids: frozenset[int] = frozenset()
     open_ended: bool = False  # no length was stated: rows are reserved bit by bit
     guide: "Guide | None" = None

@@ -25,12 +25,19 @@ class ModelScope:
 
     def sizes(self) -> dict[str, int]:
         """The bytes of each file."""
-        files = self.api.list_repo_files(self.repo, "model")
-        return {file.path: file.size for file in files if not file.is_dir}
+        self.files = [
+            file for file in self.api.list_repo_files(self.repo, "model") if not file.is_dir
+        ]
+        return {file.path: file.size for file in self.files}
 
     def download(self, names: list[str], folder: Path) -> None:
         """Fetch these files, of which there is at least one."""
-        self.api.download_repo(self.repo, "model", local_dir=folder, allow_patterns=names)
+        listing = [
+            {"Path": file.path, "Size": file.size, "Sha256": file.sha256}
+            for file in self.files
+            if file.path in names
+        ]
+        self.api.download_repo(self.repo, "model", local_dir=folder, file_list=listing)
 
 
 class HuggingFace:
@@ -67,6 +74,7 @@ class HuggingFace:
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         part = folder / f"{name}.incomplete"
+        part.parent.mkdir(exist_ok=True)
         with open(part, "ab" if size_of(part) <= size else "wb") as file:
             http_get(
                 hf_hub_url(self.repo, name, revision=self.info.sha),

@@ -1,25 +1,117 @@
-"""Which files of a repository serving reads."""
+"""Which files of a repository serving reads: a whole model's, an adapter's, or one GGUF file."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from hubs.errors import DownloadError
 
-FILES = (
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)"
-    r"\.json|tokenizer\.model|merges\.txt|chat_template\.jinja|LICENSE.*"
+TOKENIZER = (
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"|tokenizer\.model|merges\.txt|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja"
 )
-# The first format that the repository has is the one to take.
+LICENCE = r"LICENSE[^/]*"
+# Quantisers' settings, which their older releases put beside config.json.
+SETTINGS = r"(config|generation_config|quantize_config|quant_config|hf_quant_config)\.json"
+MODEL = rf"{SETTINGS}|{TOKENIZER}|{LICENCE}"
+ADAPTER = rf"adapter_config\.json|{TOKENIZER}|{LICENCE}"
+
+# The first that a repository has is the one to take; an index names the files of the weights.
 WEIGHTS = (
-    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
-    r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+INDEX = ".index.json"
+
+# A path that is the same file on every system and lies below its folder. Of the rest of what a hub
+# may list, \ and : lead elsewhere on Windows, where some names are devices.
+PART = (
+    r"(?!\.|(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$|/))"
+    r"[^/\\:*?\"<>|\x00-\x1f\x7f]{1,200}(?<![. ])"
+)
+PLAIN = re.compile(rf"{PART}(/{PART}){{0,3}}")
 
 
-def wanted(names: Iterable[str]) -> list[str]:
-    """Those of a repository's files that serving needs."""
-    top = sorted(name for name in names if "/" not in name)
-    for pattern in WEIGHTS:
-        if weights := [name for name in top if re.fullmatch(pattern, name)]:
-            return [name for name in top if re.fullmatch(FILES, name)] + weights
-    raise DownloadError("the repository has no weights in a format that the server reads")
+def is_plain(name: str) -> bool:
+    """Whether a file that a repository lists may be written under its name."""
+    return bool(PLAIN.fullmatch(name))
+
+
+def wanted(sizes: Mapping[str, int], quant: str = "") -> list[str]:
+    """Those of a repository's files that serving needs, but for the shards that an index names.
+
+    `quant` names one GGUF file. Raises DownloadError where there is nothing, or not one, to take.
+    """
+    if quant:
+        return [gguf_file(sizes, quant), *_matching(LICENCE, sizes)]
+    for weights in WEIGHTS:
+        if weights in sizes:
+            return [*_matching(MODEL, sizes), weights]
+    for weights in ADAPTER_WEIGHTS:
+        if weights in sizes and "adapter_config.json" in sizes:
+            return [*_matching(ADAPTER, sizes), weights]
+    if any(name.lower().endswith(".gguf") for name in sizes):
+        return [gguf_file(sizes, ""), *_matching(LICENCE, sizes)]
+    large = sorted(sizes, key=lambda name: -sizes[name])[:1]
+    raise DownloadError(
+        "the repository has no weights in a format that the server reads; its largest file is"
+        f" {''.join(large) or 'none'}"
+    )
+
+
+def shards(index: Any, name: str) -> list[str]:
+    """The files that an index names, in order. Raises DownloadError if it is none."""
+    try:
+        return sorted(set(map(str, index["weight_map"].values())))
+    except (AttributeError, LookupError, TypeError) as error:
+        raise DownloadError(f"{name} names no weights; the repository is damaged") from error
+
+
+def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if re.fullmatch(pattern, name))
+
+
+# ---- GGUF -------------------------------------------------------------------
+
+SPLIT = r"-\d{5}-of-\d{5}$"
+QUANT = r"(?:^|[-._])((?:UD-)?(?:I?Q\d|TQ\d|B?FP?\d|MXFP\d|NVFP\d)\w*)$"
+
+
+def quant_of(name: str) -> str:
+    """How a GGUF file's name says that it is quantised, as Q4_K_M; else the name."""
+    stem = re.sub(SPLIT, "", name.rpartition("/")[2][: -len(".gguf")])
+    found = re.search(QUANT, stem, re.IGNORECASE)
+    return re.sub(r"^FP", "F", found[1].upper()) if found else stem
+
+
+def gguf_file(sizes: Mapping[str, int], quant: str) -> str:
+    """The GGUF file that is named, or the only one there is. Raises DownloadError otherwise."""
+    # Of the others, one is for pictures, and one was made on the way.
+    files = [
+        name
+        for name in sorted(sizes)
+        if name.lower().endswith(".gguf") and not re.search("mmproj|imatrix", name, re.IGNORECASE)
+    ]
+    whole = [name for name in files if not re.search(SPLIT, name[: -len(".gguf")])]
+    found = [name for name in files if _is_meant(name, quant)] if quant else files
+    if len(found) == 1 and found[0] in whole:
+        return found[0]
+    listing = ", ".join(f"{quant_of(name)} ({sizes[name] / 1e9:.2g} GB)" for name in whole)
+    have = f"it has {listing or 'none in one file'}"
+    if not quant:
+        raise DownloadError(
+            f"name one of the repository's GGUF files, as in ORG/NAME:QUANT; {have}"
+        )
+    if found and found[0] not in whole:
+        raise DownloadError(f"{quant} comes in several files, which is not supported; {have}")
+    several = "more than one" if found else "no"
+    raise DownloadError(f"the repository has {several} GGUF file {quant!r}; {have}")
+
+
+def _is_meant(name: str, quant: str) -> bool:
+    """Whether a file is what was asked for, by its quantisation or by its name."""
+    asked, own = re.sub(r"^FP", "F", quant.upper()), quant_of(name).upper()
+    return asked in (own, own.removeprefix("UD-"), name.upper(), name.rpartition("/")[2].upper())

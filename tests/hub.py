@@ -6,12 +6,15 @@ to break off, or to refuse.
 
 import hashlib
 import json
+import select
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.conftest import PATIENCE
@@ -146,3 +149,39 @@ def serve_hub(folder: Path) -> Iterator[Hub]:
         finally:
             server.shutdown()
             thread.join()
+
+
+class Socks(StreamRequestHandler):
+    """As much of SOCKS 5 (RFC 1928) as it takes to be led to one address, whatever is asked for."""
+
+    rbufsize = 0  # what was read ahead would not be seen by select
+    goal: tuple[str, int]
+
+    def handle(self) -> None:
+        _, methods = self.rfile.read(2)
+        self.rfile.read(methods)
+        self.wfile.write(b"\5\0")
+        *_, kind = self.rfile.read(4)
+        self.rfile.read({1: 4, 4: 16}.get(kind) or self.rfile.read(1)[0])
+        self.rfile.read(2)
+        self.wfile.write(b"\5\0\0\1" + bytes(6))
+        with socket.create_connection(self.goal) as goal:
+            while ready := select.select([self.connection, goal], [], [], PATIENCE)[0]:
+                for end in ready:
+                    if not (data := end.recv(65536)):
+                        return
+                    (goal if end is self.connection else self.connection).sendall(data)
+
+
+@contextmanager
+def serve_socks(url: str) -> Iterator[str]:
+    """The host and port of a proxy by which every address leads to a URL's server."""
+    goal = ("127.0.0.1", urlsplit(url).port)
+    handler = type("SocksToOneServer", (Socks,), {"goal": goal})
+    with ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        try:
+            yield f"127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()

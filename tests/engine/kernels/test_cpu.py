@@ -317,6 +317,17 @@ def test_library_is_compiled_once_and_kept(monkeypatch, tmp_path):
 
 
 @needs_kernels
+def test_change_in_any_file_names_another_library(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sources = cpu_kernels.source_files()
+    assert len(sources) > 5
+    for change in ({}, {"products.h": sources["products.h"] + b"// more"}):
+        monkeypatch.setattr(cpu_kernels, "source_files", lambda change=change: sources | change)
+        assert missing_because() == "None"
+    assert len([*(tmp_path / "chat-api").iterdir()]) == 2
+
+
+@needs_kernels
 def test_without_a_folder_to_keep_it_in_the_library_is_compiled_each_time(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -1,0 +1,83 @@
+// A decoder layer on a CPU, compiled where it runs by engine/kernels/cpu.py.
+//
+// Weights are read as they are stored, in bfloat16, fp16, 8 or 4 bits; all else is float32. What is
+// computed for a token is the same to the last bit whatever else is in the step: each of its sums
+// has one order, which no number of tokens or threads changes.
+//
+// Vectors are GCC's, as wide as the CPU's registers. The files are one translation unit, whose
+// functions the compiler sees together.
+
+#include "layer.h"
+
+extern "C" {
+
+int panel_width() { return PANEL; }
+int most_sharing() { return SHARING; }
+
+// x [tokens, in] by a linear layer to out [tokens, out].
+void linear(const Linear *linear, int64_t tokens, const float *x, float *out, int threads) {
+#pragma omp parallel num_threads(threads)
+    multiply(x, tokens, *linear, {out, nullptr, linear->out});
+}
+
+// RMSNorm of x [tokens, width].
+void rms_norm(const float *weight, float eps, int64_t tokens, int64_t width, const float *x,
+              float *out) {
+    for (int64_t t = 0; t < tokens; t++)
+        normalize(x + t * width, weight, eps, width, out + t * width);
+}
+
+// The floats that a step's scratch has for each token.
+int64_t scratch_floats(const Layer *layer) {
+    const int64_t heads = 2 * layer->queries + 2 * layer->kv_heads;
+    return layer->width + heads * layer->head_width + 3 * layer->inner;
+}
+
+// x [tokens, width] through a layer to out; its keys and values are written to `rows` rows a head.
+void decoder_layer(const Layer *of, const Step *with, float *keys, float *values, int64_t rows,
+                   const float *x, float *out) {
+    const Layer &layer = *of;
+    const Step &step = *with;
+    const Cache cache{keys, values, rows};
+    const int64_t tokens = step.tokens, width = layer.width, inner = layer.inner;
+    const int64_t heads = layer.queries + 2 * layer.kv_heads, head_width = layer.head_width;
+    const int64_t sharing = layer.queries / layer.kv_heads;
+    float *normed = step.scratch;
+    float *qkv = normed + tokens * width;
+    float *said = qkv + tokens * heads * head_width;
+    float *gate_up = said + tokens * layer.queries * head_width;
+    float *gated = gate_up + tokens * 2 * inner;
+    const std::vector<int64_t> runs = runs_of(step);
+    const int64_t num_runs = runs.size();
+    // Heads that share keys read them together, unless a thread would have none.
+    const int64_t group = num_runs * layer.kv_heads < step.threads ? 1 : sharing;
+#pragma omp parallel num_threads(step.threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++)
+            normalize(x + t * width, layer.input_norm, layer.input_eps, width, normed + t * width);
+        multiply(normed, tokens, layer.qkv, {qkv, nullptr, heads * head_width});
+#pragma omp barrier
+#pragma omp for schedule(static) collapse(2)
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t h = 0; h < heads; h++)
+                place_head(layer, step, cache, t, h, qkv + (t * heads + h) * head_width);
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t run = 0; run < num_runs; run++)
+            for (int64_t h = 0; h < layer.queries; h += group)
+                attend_run(layer, step, cache, runs[run],
+                           run + 1 < num_runs ? runs[run + 1] : tokens, h, h + group, qkv, said);
+        multiply(said, tokens, layer.o, {out, x, width});
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++)
+            normalize(out + t * width, layer.post_norm, layer.post_eps, width, normed + t * width);
+        multiply(normed, tokens, layer.gate_up, {gate_up, nullptr, 2 * inner});
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++)
+            gate(gate_up + t * 2 * inner, inner, gated + t * inner);
+        multiply(gated, tokens, layer.down, {out, out, width});
+    }
+}
+}
