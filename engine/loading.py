@@ -205,11 +205,8 @@ def load(
     """
     check_versions()
     check_gpus(device_map)
-    options = {"dtype": dtype, "device_map": device_map, "quantize": quantize}
-    with explained(folder), cores_settled_behind():
-        model, tokenizer = load_model(folder, base=base, **options)
-        text = chat_tokenizer(model, tokenizer, chat_template)
-        ends = text.end_ids(model.generation_config)
+    form = {"dtype": dtype, "device_map": device_map, "quantize": quantize}
+    model, text, ends = read_model(folder, chat_template, base=base, **form)
     name = Path(folder).absolute().name
     facts = settled_weights(model, name, dtype)
     engine = Engine(
@@ -223,6 +220,16 @@ def load(
         timeout=timeout,
     )
     return chat_model(name, text, engine, facts)
+
+
+def read_model(
+    folder: Path | str, chat_template: str | None, **form: Any
+) -> tuple[Any, ChatTokenizer, set[int]]:
+    """A checkpoint's model, its tokenizer for chats, and the ids that end an answer."""
+    with explained(folder), cores_settled_behind():
+        model, tokenizer = load_model(folder, **form)
+        text = chat_tokenizer(model, tokenizer, chat_template)
+        return model, text, text.end_ids(model.generation_config)
 
 
 def settled_weights(model: Any, name: str, dtype: str) -> dict[str, str]:

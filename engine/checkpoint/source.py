@@ -1,5 +1,6 @@
 """What a model is loaded from: a checkpoint's folder, or an adapter's and its base's."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from engine.prompt.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger("chat")
 
 
 class Source:
@@ -33,6 +36,7 @@ class Source:
         if self.adapter or (self.folder / "adapter_config.json").is_file():
             self.weights = stored_weights(self.folder)
         if self.adapter and self.weights is not None:
+            log.info("merging its adapter into the model in %s", self.folder)
             self.weights = merge_adapter(self.weights, self.adapter, self.config)
 
     def read(self, **options: Any) -> tuple[Any, dict[str, Any]]:
