@@ -90,7 +90,7 @@ try:
         TimedOut,
     )
     from hubs import DownloadError
-    from model_download import find_model
+    from model_download import find_base, find_model, is_adapter
     from serving import __version__
     from serving.body_limits import BodyBudget, BodyReservation, check_items
     from serving.chat import ChatCompletionReply, ChatCompletionRequest
@@ -249,7 +249,14 @@ class Settings(BaseSettings):
     )
 
     model: str = Field(
-        "demo", description="a name under models/, or a checkpoint's folder; demo is downloaded"
+        "demo",
+        description="a name under models/, or the folder of a checkpoint or a LoRA adapter; demo is"
+        " downloaded",
+    )
+    base: str | None = Field(
+        None,
+        description="the model that the adapter in --model was trained on, where it is not found by"
+        " the name that the adapter has for it",
     )
     check: bool = Field(
         False, description="load the model, print a summary and eight tokens, and exit"
@@ -387,6 +394,18 @@ def find_folder(settings: Settings) -> Path:
         raise StartError(str(error)) from error
 
 
+def find_adapters_base(settings: Settings, folder: Path) -> Path | None:
+    """The folder of an adapter's model; None of a whole model. Raises StartError."""
+    if not is_adapter(folder):
+        if settings.base is not None:
+            raise StartError(f"--base is for a LoRA adapter in --model, and {folder} is none")
+        return None
+    try:
+        return find_base(folder, settings.base)
+    except DownloadError as error:
+        raise StartError(str(error)) from error
+
+
 def read_template(settings: Settings) -> str | None:
     """The chat template that is set, if any. Raises StartError if it cannot be read."""
     path = settings.chat_template
@@ -404,7 +423,7 @@ def read_template(settings: Settings) -> str | None:
 def check_files(settings: Settings) -> None:
     """Raise StartError at once for what loading would find missing after seconds."""
     if settings.model != "demo":  # which is fetched while the server answers already
-        find_folder(settings)
+        find_adapters_base(settings, find_folder(settings))
     read_template(settings)
 
 
@@ -417,6 +436,7 @@ def load_served(settings: Settings) -> ChatModel:
         dtype=settings.dtype,
         device_map=settings.device_map,
         quantize=settings.quantize,
+        base=find_adapters_base(settings, folder),
         chat_template=read_template(settings),
         cache_memory=settings.cache_memory,
         max_batch=settings.max_batch,

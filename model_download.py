@@ -109,20 +109,17 @@ def _no_such_name(name: str) -> str:
     )
 
 
-# What people have beside checkpoints, and what to do with it.
-ADAPTER = (
-    "is a LoRA adapter, not a whole model; merge it into its model with peft's merge_and_unload(),"
-    " save that and the tokenizer with save_pretrained(), and give --model the folder"
-)
 GGUF = "is a GGUF file, which is not supported; fetch the model in safetensors, by its hub id"
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model, given as a path or by its name under models/; fetches the demo.
+    """The folder of a model or of an adapter, given as a path or by its name under models/.
 
-    Raises DownloadError with the remedy.
+    Fetches the demo. Raises DownloadError with the remedy.
     """
     for place in _places(name):
+        if is_adapter(place):
+            return place
         if reason := _why_no_checkpoint(place):
             raise DownloadError(reason)
         found = find_checkpoints(place)
@@ -182,15 +179,11 @@ def _why_no_checkpoint(place: Path) -> str | None:
     """What a file or folder is that looks like a model and cannot be served as it is."""
     steps = training_steps(place)
     ggufs = [place] if place.suffix.lower() == ".gguf" else sorted(place.glob("*.gguf"))
-    if is_adapter(place):
-        return f"{place} {ADAPTER}"
     if find_checkpoints(place):
         return None
     if ggufs and ggufs[0].is_file():
         return f"{ggufs[0]} {GGUF}"
     if steps:
-        if is_adapter(steps[-1]):
-            return f"{steps[-1]} {ADAPTER}"
         return f"{place} is the output of a training run; give --model {steps[-1]}, or another step"
     return None
 

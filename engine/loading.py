@@ -187,6 +187,7 @@ def load(
     dtype: str = "auto",
     device_map: str = "auto",
     quantize: str = "none",
+    base: Path | str | None = None,
     chat_template: str | None = None,
     cache_memory: str = "auto",
     max_batch: int = 64,
@@ -198,16 +199,14 @@ def load(
     """Load and check the checkpoint in a folder, and start its engine; takes seconds to minutes.
 
     `dtype` is auto (the checkpoint's) or a torch dtype's name; `device_map` auto, a device, or a
-    JSON map of module to device; `quantize` none, 8bit or 4bit; `chat_template` Jinja, not the
-    model's own; `cache_memory` auto, a size such as 4GiB, or a fraction of each device's free
-    memory; `prefill_chunk` the most prompt tokens a step; `timeout` in seconds. Raises StartError.
+    JSON map of module to device; `quantize` none, 8bit or 4bit; `base` the folder of an adapter's
+    model; `chat_template` Jinja, not the model's own; `cache_memory` auto, a size such as 4GiB, or
+    a fraction of free memory; `prefill_chunk` tokens; `timeout` in seconds. Raises StartError.
     """
     check_versions()
     check_gpus(device_map)
-    with explained(folder), cores_settled_behind():
-        model, tokenizer = load_model(folder, dtype=dtype, device_map=device_map, quantize=quantize)
-        text = chat_tokenizer(model, tokenizer, chat_template)
-        ends = text.end_ids(model.generation_config)
+    form = {"dtype": dtype, "device_map": device_map, "quantize": quantize}
+    model, text, ends = read_model(folder, chat_template, base=base, **form)
     name = Path(folder).absolute().name
     facts = settled_weights(model, name, dtype)
     engine = Engine(
@@ -221,6 +220,16 @@ def load(
         timeout=timeout,
     )
     return chat_model(name, text, engine, facts)
+
+
+def read_model(
+    folder: Path | str, chat_template: str | None, **form: Any
+) -> tuple[Any, ChatTokenizer, set[int]]:
+    """A checkpoint's model, its tokenizer for chats, and the ids that end an answer."""
+    with explained(folder), cores_settled_behind():
+        model, tokenizer = load_model(folder, **form)
+        text = chat_tokenizer(model, tokenizer, chat_template)
+        return model, text, text.end_ids(model.generation_config)
 
 
 def settled_weights(model: Any, name: str, dtype: str) -> dict[str, str]:

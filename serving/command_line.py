@@ -8,6 +8,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource
 GROUPS = {
     "Model": (
         "model",
+        "base",
         "check",
         "dtype",
         "quantize",
@@ -24,6 +25,7 @@ GROUPS = {
 # What stands for a flag's value, where its name's last word does not say it.
 METAVARS = {
     "model": "NAME",
+    "base": "NAME",
     "host": "ADDRESS",
     "device_map": "DEVICE",
     "chat_template": "FILE",

@@ -9,37 +9,28 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from packaging.specifiers import SpecifierSet
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from engine.checkpoint.attention_probe import check_attention
-from engine.checkpoint.model_config import load_config, plain_attention
+from engine.checkpoint.llama_like import register_families
 from engine.checkpoint.quantizer import (
     QuantizationSettings,
     misshapen,
     quantization_settings,
     quantize_layers,
 )
+from engine.checkpoint.source import Source
 from engine.errors import StartError, TemplateTooCostly
 from engine.prompt.families import format_of
-from engine.prompt.tokenizer import ChatTokenizer, load_tokenizer
+from engine.prompt.tokenizer import ChatTokenizer
 
 log = logging.getLogger("chat")
 
@@ -76,71 +67,6 @@ def check_gpus(device_map: str) -> None:
             " install the torch build that fits the driver (see pytorch.org/get-started),"
             " or start with --device-map cpu"
         ) from error
-
-
-class UngroupQKV(ConversionOps):
-    """Splits InternLM2's fused wqkv.
-
-    Its rows are grouped by key head: its query heads, the key, the value.
-    """
-
-    def convert(
-        self, input_dict: Any, source_patterns: Any, target_patterns: Any, config: Any, **_: Any
-    ) -> dict[str, torch.Tensor]:
-        ((matrix,),) = input_dict.values()
-        queries = config.num_attention_heads // config.num_key_value_heads
-        groups = matrix.unflatten(0, (config.num_key_value_heads, queries + 2, config.head_dim))
-        parts = groups.split([queries, 1, 1], dim=1)
-        named = zip(target_patterns, parts, strict=True)
-        return {name: part.flatten(0, 2).contiguous() for name, part in named}
-
-
-class NormalizeRows(ConversionOps):
-    """Index normalises its output head at every forward pass; doing so at load is the same."""
-
-    def convert(
-        self, input_dict: Any, source_patterns: Any, target_patterns: Any, config: Any, **_: Any
-    ) -> dict[str, torch.Tensor]:
-        ((matrix,),) = input_dict.values()
-        return {target_patterns[0]: F.normalize(matrix, dim=-1) if config.norm_head else matrix}
-
-
-# Models that are Llama but for their names: model_type, and how the checkpoint's tensors differ.
-LLAMA_LIKE = {
-    "xverse": [],
-    "index": [WeightConverter("lm_head.weight", "lm_head.weight", [NormalizeRows()])],
-    "internlm2": [
-        WeightRenaming("tok_embeddings", "embed_tokens"),
-        WeightRenaming(r"^output\.", "lm_head."),
-        WeightRenaming("attention_norm", "input_layernorm"),
-        WeightRenaming("ffn_norm", "post_attention_layernorm"),
-        WeightRenaming("attention.wo", "self_attn.o_proj"),
-        WeightRenaming("feed_forward.w1", "mlp.gate_proj"),
-        WeightRenaming("feed_forward.w3", "mlp.up_proj"),
-        WeightRenaming("feed_forward.w2", "mlp.down_proj"),
-        WeightConverter(
-            "attention.wqkv",
-            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-            [UngroupQKV()],
-        ),
-    ],
-}
-
-
-@cache
-def register_families() -> None:
-    """Make the families known to transformers.
-
-    Once registered, transformers' own code is used and a checkpoint's `auto_map` is not.
-    """
-    for name, mapping in LLAMA_LIKE.items():
-        config_class = type(f"{name}Config", (LlamaConfig,), {"model_type": name})
-        model_class = type(
-            f"{name}ForCausalLM", (LlamaForCausalLM,), {"config_class": config_class}
-        )
-        AutoConfig.register(name, config_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-        register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
 
 
 @contextmanager
@@ -222,40 +148,43 @@ def best_placement(
 
 
 def load_model(
-    folder: Path | str, *, dtype: str = "auto", device_map: str = "auto", quantize: str = "none"
+    folder: Path | str,
+    *,
+    dtype: str = "auto",
+    device_map: str = "auto",
+    quantize: str = "none",
+    base: Path | str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerFast | None]:
     """A checkpoint's model, a plain transformers one placed by accelerate, and its tokenizer.
 
-    Nothing in the folder is executed. The tokenizer is None where the folder has none. Raises
-    StartError, ValueError, or whatever the libraries raise where its files do not make a model.
+    The folder may be a LoRA adapter's, which is merged into the model in the folder `base`, or in
+    the one that it names. Nothing in it is executed. The tokenizer is None where there is none.
+    Raises StartError, ValueError, or whatever the libraries raise where its files do not make a
+    model.
     """
     log.info("loading weights (%s)", folder)
     register_families()
     placement = read_device_map(device_map)
-    config = load_config(Path(folder))
+    source = Source(Path(folder), None if base is None else Path(base))
+    config = source.config
     check_attention(config)
+    if source.weights is not None and "disk" in device_map:
+        raise StartError(
+            "an adapter's model cannot have layers on disk; take them out of --device-map"
+        )
     quantization = quantization_settings(config, quantize, device_map)
     if device_map == "auto":
         placement = best_placement(config, dtype, quantization)
     if not (sys.stderr and sys.stderr.isatty()):
         disable_progress_bar()  # it would raise where standard error is a file on a full disk
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
+    model, report = source.read(
         dtype=dtype,
         quantization_config=quantization,
         device_map=placement,
         offload_folder=tempfile.mkdtemp(prefix="chat-api-") if "disk" in device_map else None,
-        # InternLM2's config asks for eager attention, which is slow.
-        attn_implementation=plain_attention(config),
-        trust_remote_code=False,
-        local_files_only=True,
-        # Missing or mismatched tensors would otherwise be random, with only a line in the log.
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
     )
     check_tensors(model, report)
-    return model.eval(), load_tokenizer(Path(folder))
+    return model.eval(), source.tokenizer()
 
 
 def check_tensors(model: Any, report: dict[str, Any]) -> None:

@@ -241,3 +241,20 @@ def test_the_ranges_agree_with_requirements_txt():
     assert f"torch{SUPPORTED['torch']}" in lines
     pinned = next(line for line in lines if line.startswith("transformers=="))
     check_versions({"torch": "2.6", "transformers": pinned.partition("==")[2]}.__getitem__)
+
+
+def test_base_is_for_an_adapter(tmp_path):
+    settings = api.read_settings(["--model", str(tmp_path), "--base", "demo"])
+    with pytest.raises(
+        StartError, match=r"--base is for a LoRA adapter in --model, and .* is none"
+    ):
+        api.find_adapters_base(settings, tmp_path)
+    assert api.find_adapters_base(api.read_settings([]), tmp_path) is None
+
+
+def test_base_that_is_missing_stops_the_start(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/root/gone"}')
+    with pytest.raises(StartError, match=r"on /root/gone, which is not here; .* with --base"):
+        api.check_files(api.read_settings(["--model", str(tmp_path)]))
+    with pytest.raises(StartError, match="there is no folder /no/where"):
+        api.check_files(api.read_settings(["--model", str(tmp_path), "--base", "/no/where"]))

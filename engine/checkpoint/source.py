@@ -1,0 +1,98 @@
+"""What a model is loaded from: a checkpoint's folder, or an adapter's and its base's."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
+
+from engine.checkpoint.adapter_merge import merge_adapter
+from engine.checkpoint.adapters import Adapter, is_adapter, names_of_base, read_adapter
+from engine.checkpoint.model_config import load_config, plain_attention
+from engine.checkpoint.stored import Stored, stored_weights
+from engine.errors import StartError
+from engine.prompt.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger("chat")
+
+
+class Source:
+    """The configuration, weights and tokenizer of what is at a path.
+
+    `weights` are None where they are simply those of `folder`, as transformers reads them itself.
+    Raises StartError for what cannot be loaded, before a weight is read.
+    """
+
+    def __init__(self, path: Path, base: Path | None = None):
+        self.path = path
+        self.adapter = read_adapter(path) if is_adapter(path) else None
+        self.folder = path if self.adapter is None else base or _base_of(self.adapter)
+        self.config: Any = load_config(self.folder)
+        self.weights: dict[str, Stored] | None = None
+        # Beside a merged model its adapter may lie, which transformers would add again by peft.
+        if self.adapter or (self.folder / "adapter_config.json").is_file():
+            self.weights = stored_weights(self.folder)
+        if self.adapter and self.weights is not None:
+            log.info("merging its adapter into the model in %s", self.folder)
+            self.weights = merge_adapter(self.weights, self.adapter, self.config)
+
+    def read(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """The model, and what of its tensors was not there or of another shape."""
+        options |= {
+            "config": self.config,
+            # InternLM2's config asks for eager attention, which is slow.
+            "attn_implementation": plain_attention(self.config),
+            "trust_remote_code": False,
+            "local_files_only": True,
+            # Missing or mismatched tensors would otherwise be random, with only a line in the log.
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+        }
+        if self.weights is None:
+            return AutoModelForCausalLM.from_pretrained(self.folder, **options)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
+        # By no name: with one, and peft installed, transformers would add the adapter again.
+        return kind.from_pretrained(
+            None, state_dict=self.weights, generation_config=self.generation_config(), **options
+        )
+
+    def generation_config(self) -> GenerationConfig:
+        """The adapter's own, or else its base's."""
+        for folder in (self.path, self.folder):
+            if (folder / "generation_config.json").is_file():
+                return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return GenerationConfig.from_model_config(self.config)
+
+    def tokenizer(self) -> "PreTrainedTokenizerFast | None":
+        """The adapter's own goes before its base's, than which it may have more tokens.
+
+        Raises StartError where it has more than the model.
+        """
+        tokenizer = load_tokenizer(self.path)
+        if tokenizer is None or self.folder == self.path:
+            return tokenizer or load_tokenizer(self.folder)
+        rows = self.config.get_text_config().vocab_size
+        if len(tokenizer) > rows:
+            raise StartError(
+                f"the tokenizer in {self.path} has {len(tokenizer)} tokens, and the model {rows}:"
+                " the adapter was saved without the embedding that it was trained with; save it"
+                " with save_embedding_layers=True"
+            )
+        if tokenizer.chat_template is None and (own := load_tokenizer(self.folder)):
+            tokenizer.chat_template = own.chat_template
+        return tokenizer
+
+
+def _base_of(adapter: Adapter) -> Path:
+    """The folder of the model that an adapter names. Raises StartError where it is not here."""
+    for name in names_of_base(adapter):
+        if (Path(name).expanduser() / "config.json").is_file():
+            return Path(name).expanduser()
+    named = adapter.settings.get("base_model_name_or_path")
+    raise StartError(
+        f"the adapter in {adapter.folder} belongs to {named or 'a model that it does not name'},"
+        " which is not here; give its folder with --base"
+    )
