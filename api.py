@@ -98,9 +98,11 @@ try:
     from serving.command_line import command_line
     from serving.completions import CompletionReply, CompletionRequest
     from serving.connection import Connection
+    from serving.connection_limits import num_connectable
     from serving.dialects import CLASSIC, OPENAI, Dialect, ErrorDetail
     from serving.log_queue import flush_log, num_dropped, start_log, still_logged
     from serving.openai_shared import Completion
+    from serving.origins import foreign_origin, host_of, normalised, unknown_host
     from serving.parts import (
         Choice,
         Events,
@@ -140,6 +142,10 @@ class RequestError(Exception):
         super().__init__(message)
         self.argument = argument
         self.retry_after = retry_after
+
+
+class Forbidden(RequestError):
+    """The request comes from a web page of another site, or may do so."""
 
 
 class NotFound(RequestError):
@@ -192,6 +198,7 @@ ERRORS: Mapping[type[Exception], ErrorKind] = {
     Unauthorized: ErrorKind(
         401, "authentication_error", "invalid_api_key", {"WWW-Authenticate": "Bearer"}
     ),
+    Forbidden: ErrorKind(403, "permission_error", "forbidden"),
     NotFound: ErrorKind(404, INVALID, "not_found"),
     ModelNotFound: ErrorKind(404, INVALID, "model_not_found"),
     MethodNotAllowed: ErrorKind(405, INVALID, "method_not_allowed"),
@@ -300,6 +307,9 @@ class Settings(BaseSettings):
     cors_origins: str = Field(
         "", description="origins whose web pages may call, separated by commas, or *"
     )
+    allowed_hosts: str = Field(
+        "", description="names by which callers without a key reach it, separated by commas, or *"
+    )
     chat_page: bool = Field(True, description="serve the chat page at /chat")
     max_batch: int = Field(64, ge=1, le=1024, description="most requests computed at once")
     max_waiting: int = Field(256, ge=1, description="most requests queued; further ones get 429")
@@ -321,6 +331,16 @@ class Settings(BaseSettings):
     @property
     def keys(self) -> tuple[str, ...]:
         return split_list(self.api_key.get_secret_value())
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Those whose pages may call, as browsers spell them."""
+        return tuple(map(normalised, split_list(self.cors_origins)))
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The server's names that are known."""
+        return tuple(map(host_of, (*split_list(self.allowed_hosts), *self.origins)))
 
 
 def flag_of(name: str) -> str:
@@ -530,7 +550,10 @@ def extra_responses(dialect: Dialect, content: str = JSON_TYPE) -> dict[int | st
     error = dialect.error_model
     return {
         200: {"content": {content: {}}},
-        "4XX": {"model": error, "description": "Refused: 400, 401, 404, 405, 408, 413, 415 or 429"},
+        "4XX": {
+            "model": error,
+            "description": "Refused: 400, 401, 403, 404, 405, 408, 413, 415 or 429",
+        },
         "5XX": {"model": error, "description": "Not served: 500, 503 or 504"},
     }
 
@@ -787,6 +810,33 @@ class APIKeyMiddleware:
     def _has_key(self, scope: Scope) -> bool:
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         return is_valid_key(given.strip().encode("latin-1"), self.keys) and kind.lower() == "bearer"
+
+
+class OriginMiddleware:
+    """Refuses what a web page of another site sends, whose browser may reach us where it cannot.
+
+    Without a key, also requests for a name that such a page may have (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, refuse: Callable[..., ASGIApp]):
+        self.app, self.refuse = app, refuse
+        self.origins, self.hosts = settings.origins, settings.hosts
+        self.has_key = bool(settings.keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (why := self._refusal(Headers(scope=scope), scope)):
+            return await self.refuse(scope, Forbidden(why))(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def _refusal(self, headers: Headers, scope: Scope) -> str | None:
+        if origin := foreign_origin(headers, scope["method"], self.origins):
+            return f"web pages of {printable(origin)!r} may not call; --cors-origins names those"
+        if not self.has_key and (host := unknown_host(headers, self.hosts)):
+            return (
+                f"{printable(host)!r} is no known name of this server, which has no key: set one"
+                " with CHAT_API_KEY, or name it with --allowed-hosts"
+            )
+        return None
 
 
 def too_large() -> BodyTooLarge:
@@ -1253,11 +1303,12 @@ def build_app(
         app.add_middleware(
             APIKeyMiddleware, keys=settings.keys, page=settings.chat_page, refuse=service.refuse
         )
+    app.add_middleware(OriginMiddleware, settings=settings, refuse=service.refuse)
     app.add_middleware(RequestIDMiddleware)
-    if settings.cors_origins:
+    if settings.origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=split_list(settings.cors_origins),
+            allow_origins=settings.origins,
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=["X-Request-ID", "Retry-After"],
@@ -1391,6 +1442,8 @@ def main() -> None:
         http=Connection,
         ws="none",
         timeout_graceful_shutdown=CLOSE_TIMEOUT,
+        # Also how many connections are accepted before any of them is looked at.
+        backlog=min(2048, num_connectable() // 4),
     )
     Server(config, app.state.service).run(sockets)
     flush_log()

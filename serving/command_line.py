@@ -18,7 +18,15 @@ GROUPS = {
         "cache_memory",
         "reuse",
     ),
-    "Server": ("host", "port", "root_path", "api_key", "cors_origins", "chat_page"),
+    "Server": (
+        "host",
+        "port",
+        "root_path",
+        "api_key",
+        "cors_origins",
+        "allowed_hosts",
+        "chat_page",
+    ),
     "Limits": ("max_batch", "max_waiting", "prefill_chunk", "request_timeout", "drain_timeout"),
     "Logging": ("log_level", "log_json", "log_prompts"),
 }

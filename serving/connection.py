@@ -10,20 +10,19 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from serving.request_parser import RequestParser
+from serving.connection_limits import Flow, Turns, most_waiting
+from serving.request_parser import MAX_HEADER_BYTES, RequestParser
 
-# Limits on what precedes the body.
-MAX_HEADER_BYTES = 64 * 2**10
+# Most seconds for what precedes the body.
 HEADER_TIMEOUT = 30.0
 # Longer than clients and load balancers reuse idle connections, commonly 5 and 60 seconds; whoever
 # reuses one at the moment in which it is closed is told of a reset connection.
 KEEP_ALIVE = 75
-# Connections whose next request has not come wholly; a further one takes the place of the oldest.
-MAX_CONNECTIONS = 1024
 # Most seconds in which a client may take nothing of an answer; as nginx's send_timeout.
 SEND_TIMEOUT = 60.0
 # Seconds until the second byte is sent to a client that may be gone; then thrice as long for each.
 PROBE_AFTER = 0.02
+
 
 # Of each server the connections that wait for their client, first who has waited longest.
 WAITING: WeakKeyDictionary[ServerState, OrderedDict["Connection", None]] = WeakKeyDictionary()
@@ -46,6 +45,8 @@ class Connection(H11Protocol):
         # h11 bounds with it whatever comes in lines: headers, trailers, and sizes of chunks.
         self.conn = RequestParser(h11.SERVER, MAX_HEADER_BYTES)
         self.waiting = WAITING.setdefault(self.server_state, OrderedDict())
+        self.turns = Turns.of(self.server_state)
+        self.turn: asyncio.TimerHandle | None = None  # to read further chunks
         self.has_begun = False  # some of the next request's bytes have come
         self.at_eof = False  # the client sends nothing more
         self.probe: asyncio.TimerHandle | None = None
@@ -62,9 +63,10 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow: Flow = Flow(transport)
         self.timer = self.loop.call_later(HEADER_TIMEOUT, transport.close)
         self.waiting[self] = None
-        if len(self.waiting) > MAX_CONNECTIONS:
+        if len(self.waiting) > most_waiting(num_answering=len(self.server_state.tasks)):
             oldest, _ = self.waiting.popitem(last=False)
             oldest.transport.abort()
 
@@ -78,6 +80,17 @@ class Connection(H11Protocol):
         if self.is_answering and self.cycle.more_body and self.cycle.body:
             self.flow.pause_reading()  # until the application asks for more
         self._go_on_reading()
+
+    def handle_events(self) -> None:
+        """Handle what has come; of many small chunks some, and the others in turns to come."""
+        begun = self.loop.time()
+        super().handle_events()
+        now = self.loop.time()
+        if not self.conn.has_more_chunks or self.flow.held or self.transport.is_closing():
+            return
+        self.flow.pause_reading()
+        self.flow.held = True
+        self.turn = self.loop.call_at(self.turns.next(now, now - begun), self._read_on)
 
     def on_response_complete(self) -> None:
         self.has_begun = False
@@ -110,16 +123,15 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.timer.cancel()
         self.waiting.pop(self, None)
-        if self.stall:
-            self.stall.cancel()
-        if self.probe:
-            self.probe.cancel()
+        for timer in filter(None, (self.stall, self.probe, self.turn)):
+            timer.cancel()
         super().connection_lost(exc)
 
     def _should_upgrade(self) -> bool:
         return False  # without uvicorn's warning: Java's client offers HTTP/2 each time
 
     def send_400_response(self, msg: str) -> None:
+        msg = self.conn.refusal or msg
         # uvicorn would send it into an answer that has begun, and an answer after it.
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
@@ -128,6 +140,15 @@ class Connection(H11Protocol):
         if self.is_answering:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+
+    def _read_on(self) -> None:
+        """Read further chunks of those that have come, and further bytes once there are none."""
+        self.flow.held = False
+        self.conn.go_on()
+        self.handle_events()
+        self._set_timer()
+        if not self.flow.held:
+            self.flow.resume_reading()
 
     @property
     def _owes_an_answer(self) -> bool:

@@ -22,7 +22,16 @@ from engine.guided import bounded_compiler, guide
 from engine.prompt import template_renderer
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.tools import grammar
-from serving import body_limits, connection, fields, log_queue, openai_shared, tool_fields
+from serving import (
+    body_limits,
+    connection,
+    connection_limits,
+    fields,
+    log_queue,
+    openai_shared,
+    request_parser,
+    tool_fields,
+)
 from serving.openai_shared import with_few_logprobs
 from serving.tool_fields import check_arguments
 from tests.api.test_security import answered, peer, told
@@ -30,12 +39,19 @@ from tests.conftest import ROOT, TEMPLATE, chat_model, ready, serve, wait_for
 
 STATED = {
     "headers, and what stands between them and the body": (
-        f"{connection.MAX_HEADER_BYTES // 2**10} KiB"
+        f"{request_parser.MAX_HEADER_BYTES // 2**10} KiB"
     ),
+    "headers, or trailers, in number": f"{request_parser.MAX_HEADERS}",
+    "sizes and extensions of a body's chunks, and its trailers": (
+        f"{request_parser.MAX_HEADER_BYTES // 2**10} KiB"
+    ),
+    "time in which bodies are read of more than 64 chunks, a body at a time": "a quarter",
     "time to send the headers": f"{connection.HEADER_TIMEOUT:g} seconds",
     "an idle connection": f"{connection.KEEP_ALIVE} seconds",
     "time in which a client takes nothing of an answer": f"{connection.SEND_TIMEOUT:g} seconds",
-    "connections without a whole request": f"{connection.MAX_CONNECTIONS:,}",
+    "connections without a whole request": (
+        f"{connection_limits.MAX_CONNECTIONS:,}, or half of what a small `ulimit -n` leaves"
+    ),
     "bodies of all requests that are here, without the first 64 KiB of each": (
         f"{body_limits.MAX_BYTES_IN_ALL // 2**20} MiB"
     ),
@@ -269,9 +285,72 @@ def test_what_stands_in_a_text_is_no_item(text):
     body_limits.check_items(json.dumps({"prompt": text, "history": [["a", text]]}).encode())
 
 
+def in_chunks(body: bytes) -> bytes:
+    pieces = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    return b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + pieces
+
+
+def test_body_in_chunks_of_a_byte(server):
+    with peer(server, 60) as asking:
+        asking.sendall(in_chunks(padded(3000)) + b"0\r\n\r\n")
+        assert answered(asking)[0] == 200
+        asking.sendall(head(15) + padded(15))  # and the connection is as good as before
+        assert answered(asking)[0] == 200
+
+
+def test_body_in_too_many_chunks_is_refused_with_the_reason(server):
+    with peer(server, 60) as asking, suppress(ConnectionError):
+        asking.sendall(in_chunks(padded(60_000)))
+        assert b"send larger chunks" in told(asking)
+
+
+def test_chunks_of_a_byte_leave_time_to_others(server, monkeypatch):
+    """Others are answered between them, however many there are, and whatever has the key."""
+    monkeypatch.setattr(connection_limits, "REST", 10**6)
+    with peer(server) as slow:
+        slow.sendall(in_chunks(padded(3000)) + b"0\r\n\r\n")
+        for _ in range(3):
+            assert httpx.get(f"{server}/health").status_code == 200
+        slow.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            slow.recv(1)
+
+
+def test_turns_of_chunks_are_one_at_a_time():
+    assert connection_limits.REST == 3
+    turns = connection_limits.Turns()
+    assert [turns.next(10.0, 1.0) for _ in range(3)] == [13.0, 17.0, 21.0]
+    assert turns.next(100.0, 2.0) == 106.0
+
+
+@pytest.mark.parametrize("key", ["wrong", "sesame"])
+def test_chunks_that_wait_are_not_read(runner, tokenizer, monkeypatch, key):
+    """What has come is kept, and no more is taken, whether anybody wants the body or not."""
+    monkeypatch.setattr(connection_limits, "REST", 10**6)
+    load = lambda settings: chat_model(runner, tokenizer)  # noqa: E731
+    begin = in_chunks(b" ").replace(b"Host", b"Authorization: Bearer %s\r\nHost" % key.encode())
+    with serve(load, api_key="sesame") as url, peer(ready(url), 0.5) as asking:
+        asking.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+        with pytest.raises(TimeoutError):
+            asking.sendall(begin + b"1\r\nx\r\n" * 2**21)
+
+
+def test_connections_under_a_small_limit_of_files(server, monkeypatch):
+    """Half of what there is beside the process's own files, less those who are answered."""
+    limit = connection_limits.OTHER_FILES + 2 * 16
+    monkeypatch.setattr("resource.getrlimit", lambda _: (limit, limit))
+    assert connection_limits.num_connectable() == 16
+    with ExitStack() as stack:
+        peers = [stack.enter_context(peer(server)) for _ in range(17)]
+        assert httpx.get(f"{server}/health").status_code == 200
+        assert told(peers[0]) == b""
+        peers[-1].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answered(peers[-1])[0] == 200
+
+
 def test_connections_that_wait_at_their_bound(server, monkeypatch):
     """The oldest goes; one whose request has come whole does not count."""
-    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(connection_limits, "MAX_CONNECTIONS", 3)
     with ExitStack() as stack:
         peers = [stack.enter_context(peer(server)) for _ in range(3)]
         for each in peers:
@@ -284,7 +363,7 @@ def test_connections_that_wait_at_their_bound(server, monkeypatch):
 
 
 def test_connection_waits_anew_after_each_answer(server, monkeypatch):
-    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(connection_limits, "MAX_CONNECTIONS", 2)
     with peer(server) as first, peer(server) as second:
         for _ in range(2):
             first.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -305,7 +384,7 @@ def test_connection_that_is_answered_does_not_wait(server, runner, monkeypatch):
             asking.sendall((head(15) + padded(15)) * 2)
         asked = lambda health: health["running"] + health["waiting"]  # noqa: E731
         wait_for(lambda: asked(httpx.get(f"{server}/health").json()) == 2)
-        monkeypatch.setattr(connection, "MAX_CONNECTIONS", 2)
+        monkeypatch.setattr(connection_limits, "MAX_CONNECTIONS", 2)
         with peer(server) as third, peer(server) as fourth:
             wait_for(lambda: waiting() == 2)
             runner.free()
