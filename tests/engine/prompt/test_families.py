@@ -17,13 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import api
-from engine.checkpoint.checkpoint import (
-    NormalizeRows,
-    UngroupQKV,
-    best_placement,
-    device_summary,
-    load_model,
-)
+from engine.checkpoint.checkpoint import best_placement, device_summary, load_model
+from engine.checkpoint.llama_like import NormalizeRows, UngroupQKV
 from engine.checkpoint.model_config import context_length
 from engine.errors import ContextTooLong, StartError
 from engine.loading import load, start_runner
