@@ -90,7 +90,7 @@ try:
         TimedOut,
     )
     from hubs import DownloadError
-    from model_download import find_base, find_model, is_adapter
+    from model_download import find_base, find_model, is_adapter, name_of
     from serving import __version__
     from serving.body_limits import BodyBudget, BodyReservation, check_items
     from serving.chat import ChatCompletionReply, ChatCompletionRequest
@@ -237,6 +237,12 @@ def check_object(value: str) -> str:
     raise ValueError('must be a JSON object, such as {"enable_thinking": false}')
 
 
+def check_name(value: str) -> str:
+    if value.isprintable() and value == value.strip() and len(value) <= 200:
+        return value
+    raise ValueError("must be a name of at most 200 characters, without spaces around it")
+
+
 def split_list(text: str) -> tuple[str, ...]:
     return tuple(part for part in map(str.strip, text.split(",")) if part)
 
@@ -264,6 +270,9 @@ class Settings(BaseSettings):
         None,
         description="the model that the adapter in --model was trained on, where it is not found by"
         " the name that the adapter has for it",
+    )
+    served_model_name: Annotated[str, AfterValidator(check_name)] = Field(
+        "", description="what clients call the model; without it, as its folder is called"
     )
     check: bool = Field(
         False, description="load the model, print a summary and eight tokens, and exit"
@@ -453,6 +462,7 @@ def load_served(settings: Settings) -> ChatModel:
     folder = find_folder(settings)
     model = engine.load(
         folder,
+        name=settings.served_model_name or name_of(folder),
         dtype=settings.dtype,
         device_map=settings.device_map,
         quantize=settings.quantize,
@@ -1400,8 +1410,11 @@ def allow_many_files() -> None:
     with suppress(ImportError, OSError, ValueError):
         import resource
 
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # macOS states no limit, and grants no more than its OPEN_MAX.
+        for number in (most, max(now, 10_240)):
+            with suppress(OSError, ValueError):
+                return resource.setrlimit(resource.RLIMIT_NOFILE, (number, most))
 
 
 def bind_socket(host: str, port: int) -> socket.socket:

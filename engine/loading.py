@@ -180,6 +180,12 @@ def in_thread_of_its_own(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+def check_machine(device_map: str) -> None:
+    """Raise StartError if the libraries or the card cannot do what loading asks of them."""
+    check_versions()
+    check_gpus(device_map)
+
+
 @in_thread_of_its_own
 def load(
     folder: Path | str,
@@ -195,19 +201,20 @@ def load(
     prefill_chunk: int = 512,
     reuse: bool = True,
     timeout: float = 600.0,
+    name: str = "",
 ) -> ChatModel:
     """Load and check the checkpoint in a folder, and start its engine; takes seconds to minutes.
 
     `dtype` is auto (the checkpoint's) or a torch dtype's name; `device_map` auto, a device, or a
     JSON map of module to device; `quantize` none, 8bit or 4bit; `base` the folder of an adapter's
     model; `chat_template` Jinja, not the model's own; `cache_memory` auto, a size such as 4GiB, or
-    a fraction of free memory; `prefill_chunk` tokens; `timeout` in seconds. Raises StartError.
+    a fraction of free memory; `prefill_chunk` tokens; `timeout` in seconds; `name` by default the
+    folder's. Raises StartError.
     """
-    check_versions()
-    check_gpus(device_map)
+    check_machine(device_map)
     form = {"dtype": dtype, "device_map": device_map, "quantize": quantize}
     model, text, ends = read_model(folder, chat_template, base=base, **form)
-    name = Path(folder).absolute().name
+    name = name or Path(folder).absolute().name
     facts = settled_weights(model, name, dtype)
     engine = Engine(
         start_runner(model, cache_memory, max_batch),

@@ -9,6 +9,7 @@ GROUPS = {
     "Model": (
         "model",
         "base",
+        "served_model_name",
         "check",
         "dtype",
         "quantize",
@@ -34,6 +35,7 @@ GROUPS = {
 METAVARS = {
     "model": "NAME",
     "base": "NAME",
+    "served_model_name": "NAME",
     "host": "ADDRESS",
     "device_map": "DEVICE",
     "chat_template": "FILE",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -21,7 +22,7 @@ import api
 import model_download
 from hubs import DownloadError, demo, fetch_demo
 from hubs.repository import RECORD
-from tests.conftest import PATIENCE, ROOT, wait_for
+from tests.conftest import PATIENCE, ROOT, byte_tokenizer, tiny_llama, wait_for
 from tests.hub import Hub, serve_hub, serve_socks
 from tests.server_process import server_process
 
@@ -472,6 +473,31 @@ def test_server_answers_with_the_fetched_model(download, folder):
         answer = httpx.post(url, json={"prompt": "hello", "max_length": 4}, timeout=30)
     assert answer.status_code == 200
     assert answer.json()["usage"]["completion_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("place", "flags", "name"),
+    [
+        ("models--org--Tiny-1.0/snapshots/0a1b2c", (), "Tiny-1.0"),
+        ("org/Tiny-1___0", (), "Tiny-1.0"),
+        ("tiny", ("--served-model-name", "org/Other 1.0"), "org/Other 1.0"),
+    ],
+)
+def test_served_name_is_the_hubs(tmp_path, place: str, flags: tuple[str, ...], name: str):
+    tiny_llama().save_pretrained(tmp_path / place)
+    byte_tokenizer().save_pretrained(tmp_path / place)
+    port = free_port()
+    flags = ("--model", str(tmp_path / place), "--cache-memory", "16MiB", *flags)
+    flags = (*flags, "--host", "127.0.0.1", "--port", str(port), "--no-chat-page")
+    url = f"http://127.0.0.1:{port}"
+    with server_process(api.load_served, *flags) as server:
+        wait_for(lambda: is_ready(url) or not server.process.is_alive())
+        assert server.process.is_alive(), server.said()
+        (card,) = httpx.get(f"{url}/v1/models").json()["data"]
+        one = httpx.get(f"{url}/v1/models/{quote(name)}").json()
+        body = {"model": name, "prompt": "hi", "max_tokens": 2}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=30).json()
+    assert card["id"] == one["id"] == answer["model"] == name
 
 
 def is_ready(url: str) -> bool:

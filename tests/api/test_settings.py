@@ -258,3 +258,26 @@ def test_base_that_is_missing_stops_the_start(tmp_path):
         api.check_files(api.read_settings(["--model", str(tmp_path)]))
     with pytest.raises(StartError, match="there is no folder /no/where"):
         api.check_files(api.read_settings(["--model", str(tmp_path), "--base", "/no/where"]))
+
+
+@pytest.mark.parametrize("name", [" padded", "two\nlines", "x" * 201])
+def test_served_name_is_one_line(name):
+    with pytest.raises(SystemExit, match="--served-model-name: must be a name of at most 200"):
+        api.read_settings([f"--served-model-name={name}"])
+
+
+@pytest.mark.parametrize("now", [256, 20_000])
+def test_limit_of_files_on_macos(monkeypatch, now: int):
+    """Its hard limit is none, and to ask for that is an error."""
+    resource = pytest.importorskip("resource")
+    asked = []
+
+    def setrlimit(_: int, limits: tuple[int, int]) -> None:
+        if limits[0] == resource.RLIM_INFINITY:
+            raise ValueError("current limit exceeds maximum limit")
+        asked.append(limits)
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (now, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    api.allow_many_files()
+    assert asked == [(max(now, 10_240), resource.RLIM_INFINITY)]
