@@ -57,7 +57,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 try:
     import prometheus_client
@@ -83,6 +83,7 @@ try:
         EngineError,
         EngineStopped,
         InvalidInput,
+        ProcessUnavailable,
         QueueFull,
         StartError,
         StepFailed,
@@ -209,13 +210,14 @@ ERRORS: Mapping[type[Exception], ErrorKind] = {
     StepFailed: ErrorKind(500, "server_error", "step_failed"),
     NotServing: ErrorKind(503, "server_error", "not_serving"),
     EngineStopped: ErrorKind(503, "server_error", "not_serving"),
+    ProcessUnavailable: ErrorKind(503, "server_error", "not_serving"),
     TimedOut: ErrorKind(504, "server_error", "timed_out"),
 }
 
 
 def kind_of(error: Exception) -> ErrorKind:
     """The table's row for an error; one that it does not have is the server's own failure."""
-    return ERRORS.get(type(error), SERVER_FAILED)
+    return next((ERRORS[kind] for kind in type(error).__mro__ if kind in ERRORS), SERVER_FAILED)
 
 
 # ---- Settings ---------------------------------------------------------------
@@ -745,6 +747,8 @@ MAX_BODY = 8 * 2**20
 BODY_TIMEOUT = 120.0
 # Seconds after which a step that has not ended is taken for one that never will.
 STEP_TIMEOUT = 60.0
+# Seconds that a step of the model has to end, once all else has.
+STOP_TIMEOUT = 2.0
 # Seconds after which to try again while there are too many requests that are not in the batch yet.
 BUSY_RETRY = 5
 
@@ -968,6 +972,8 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
     finally:
         gone.cancel()
         task.cancel()
+        # What is cancelled has an end of its own, and is not left to come to it some time.
+        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 class JSONText(JSONResponse):
@@ -1043,12 +1049,17 @@ class ChatService:
         return counted
 
     def _status(self) -> str:
+        if self._model and self._is_dead(self._model):
+            return "dead"
         if self.draining:
             return "draining"
-        if self._model is None:
-            return "loading"
-        stuck = self._model.seconds_in_step > STEP_TIMEOUT
-        return "dead" if self._model.failure or stuck else "ready"
+        return "ready" if self._model else "loading"
+
+    @staticmethod
+    def _is_dead(model: ChatModel) -> bool:
+        """Whether it has failed, or computes or renders nothing any more; not if it was closed."""
+        has_failed = model.failure is not None and not isinstance(model.failure, EngineStopped)
+        return has_failed or model.seconds_in_step > STEP_TIMEOUT or not model.can_render
 
     def model(self, name: str | None = None) -> ChatModel:
         """The loaded model. Raises NotServing, or ModelNotFound if it has another name."""
@@ -1192,9 +1203,11 @@ class ChatService:
         return self._drain_deadline is not None
 
     def start_draining(self) -> None:
-        """Refuse new requests, and give running ones until the deadline."""
+        """Refuse new requests, and give running ones until the deadline.
+
+        In a signal's handler, so it takes no lock that may be held just then, as the log's is.
+        """
         self._drain_deadline = time.monotonic() + self.settings.drain_timeout
-        log.info("stopping when running requests are finished; signal again to stop at once")
 
     def drained(self, busy: bool) -> bool:
         """Whether to stop now: no request is running, or the deadline has passed."""
@@ -1202,12 +1215,27 @@ class ChatService:
             return False
         return not busy or time.monotonic() >= self._drain_deadline
 
-    async def close(self) -> None:
-        """Close the engine; requests that are still generating get an error."""
+    async def close(self) -> bool:
+        """Close the engine; requests that are still generating get an error.
+
+        False if a step of the model has not ended after STOP_TIMEOUT, and perhaps never will.
+        """
         self.workers.close()
         self.compilers.close()
-        if self._model:
-            await asyncio.to_thread(self._model.close)
+        if self._model is None:
+            return True
+        # A thread of its own, for which nobody waits, unlike for those of the event loop.
+        model, loop, closed = self._model, asyncio.get_running_loop(), asyncio.Event()
+
+        def close() -> None:
+            model.close()
+            with suppress(RuntimeError):  # the loop is closed: it has taken too long
+                loop.call_soon_threadsafe(closed.set)
+
+        threading.Thread(target=close, name="closing", daemon=True).start()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(closed.wait(), STOP_TIMEOUT)
+        return closed.is_set()
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -1385,23 +1413,35 @@ def page_config(model: ChatModel) -> dict[str, Any]:
 CLOSE_TIMEOUT = 5
 
 
+def leave(status: int) -> NoReturn:
+    """End the process at once; Python's own end would wait for the model's threads."""
+    engine.end_children()
+    os._exit(status)
+
+
 class Server(uvicorn.Server):
     """On the first signal it finishes the running requests, on the second it exits."""
 
     def __init__(self, config: uvicorn.Config, service: ChatService):
         super().__init__(config)
         self.service = service
+        self.is_told = False  # that it is stopping
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         # uvicorn's own handler would close the socket at once, and re-raise the signal at exit.
         if self.service.draining:
-            os._exit(128 + sig)
+            leave(128 + sig)
         self.service.start_draining()
 
     async def on_tick(self, counter: int) -> bool:
+        if self.service.draining and not self.is_told:
+            self.is_told = True
+            log.info("stopping when running requests are finished; signal again to stop at once")
         if self.service.drained(busy=bool(self.server_state.tasks)):
-            await self.service.close()
             self.should_exit = True
+            if not await self.service.close():
+                log.warning("a step of the model has not ended; stopping without it")
+                self.force_exit = True
         return await super().on_tick(counter)
 
 
@@ -1461,7 +1501,7 @@ def main() -> None:
     Server(config, app.state.service).run(sockets)
     flush_log()
     # A loading model cannot be interrupted, and torch would abort at interpreter exit.
-    os._exit(0)
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ also keeps the renderer's work off the server's interpreter lock.
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-from engine import ChildEnded, ChildProcess
+from engine import ChildEnded, ChildProcess, ProcessUnavailable
 
 # Seconds for one text.
 RENDER_TIMEOUT = 5.0
@@ -51,5 +51,7 @@ class Renderer:
     def _render(self, text: str) -> str:
         try:
             return str(self.process.ask(text, RENDER_TIMEOUT))
+        except ProcessUnavailable as error:
+            raise Refused(503, str(error)) from None
         except ChildEnded:
             raise Refused(422, "the text takes too long to render; show it as it is") from None

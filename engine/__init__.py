@@ -18,12 +18,13 @@ In a notebook, whose cells run in an event loop already, write `await main()` as
 
 from typing import TYPE_CHECKING, Any
 
-from engine.child_process import ChildEnded, ChildProcess, answer_questions
+from engine.child_process import ChildEnded, ChildProcess, answer_questions, end_children
 from engine.errors import (
     ContextTooLong,
     EngineError,
     EngineStopped,
     InvalidInput,
+    ProcessUnavailable,
     QueueFull,
     StartError,
     StepFailed,
@@ -51,6 +52,7 @@ __all__ = [
     "FinishReason",
     "InvalidInput",
     "Message",
+    "ProcessUnavailable",
     "Prompt",
     "QueueFull",
     "SamplingParams",
@@ -61,6 +63,7 @@ __all__ = [
     "Token",
     "ToolCallParser",
     "answer_questions",
+    "end_children",
     "load",
 ]
 

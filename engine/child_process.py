@@ -4,9 +4,13 @@ Some libraries take minutes, or gigabytes, for a text that was made for it, and 
 thread. Questions and answers are JSON, a line each.
 """
 
+import atexit
 import json
+import logging
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
@@ -14,17 +18,32 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakSet
 
 import psutil
+
+from engine.errors import ProcessUnavailable
+
+log = logging.getLogger("chat")
 
 # Seconds for the process to start, and to prepare what all of its answers need.
 START_TIMEOUT = 60.0
 # A process is ended after so many times its seconds, however few of them it had the processor.
 MOST_TIMES = 10
+# Most seconds that are waited for a process that was ended.
+END_TIMEOUT = 5.0
+# Seconds after which a process that did not start is tried again, if anybody looks.
+RETRY_S = 5.0
+# Variables that are none of a child's business.
+SECRETS = re.compile(r"^CHAT_|(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
 
 
 class ChildEnded(Exception):
     """The process gave no answer: it was ended after some time, or has died of the question."""
+
+
+class ChildKilled(ChildEnded):
+    """The process was ended by others, as where the system has no memory left."""
 
 
 class ChildProcess:
@@ -37,11 +56,13 @@ class ChildProcess:
     def __init__(self, module: str, setup: Any = None):
         self.module, self.setup = module, setup
         self.process: subprocess.Popen[str] | None = None
+        self.failed_at: float | None = None  # when it last did not start, by time.monotonic()
         self._closed = False
         self._lock = threading.Lock()
+        EVERY.add(self)
 
     def start(self) -> None:
-        """Start the process if it does not run. Raises OSError, or ChildEnded."""
+        """Start the process if it does not run. Raises ProcessUnavailable."""
         with self._lock:
             self._start()
 
@@ -49,26 +70,71 @@ class ChildProcess:
         """The answer; raises ChildEnded if there is none after so many seconds of the processor.
 
         Those in which other programs have it do not count, or a busy machine would refuse what an
-        idle one answers. Raises OSError if the process cannot be started.
+        idle one answers. Once it is ended by others it is asked anew. Raises ProcessUnavailable if
+        it cannot be started, or is ended again.
         """
         with self._lock:
             self._start()
-            return self._answer(question, seconds)
+            try:
+                return self._answer(question, seconds)
+            except ChildKilled:
+                log.warning("%s was killed; it is started again", self.module)
+            self._start()
+            try:
+                return self._answer(question, seconds)
+            except ChildKilled:
+                raise self._unavailable("was killed twice") from None
+
+    def is_able(self) -> bool:
+        """Whether it started when it was last needed; it is tried again, for whoever asks next."""
+        process, failed_at = self.process, self.failed_at
+        has_died = process is not None and process.poll() is not None
+        is_due = failed_at is not None and time.monotonic() - failed_at > RETRY_S
+        if (has_died or is_due) and not self._lock.locked():
+            threading.Thread(target=self._try_again, name="restart", daemon=True).start()
+        return failed_at is None
 
     def close(self) -> None:
         """End the process, whatever it is doing, for good."""
         self._closed = True
+        self.end()
+
+    def end(self) -> None:
+        """End the process, whatever it is doing."""
         if process := self.process:
             process.kill()
-        with self._lock:  # whoever has it gets no answer any more
+        # Whoever has it gets no answer any more; but nobody waits for who only starts it.
+        if self._lock.acquire(timeout=END_TIMEOUT):
             self._end()
+            self._lock.release()
 
     def _start(self) -> None:
         if self.process and self.process.poll() is not None:
             self._end()  # it died while it had nothing to do
-        if self.process is None and not self._closed:
+        if self.process is not None:
+            return
+        if self._closed:
+            raise ChildEnded
+        try:
             self.process = start_module(self.module)
             self._answer(self.setup, START_TIMEOUT)
+        except (OSError, ChildEnded) as error:
+            if self._closed:
+                raise ChildEnded from None
+            self.failed_at = time.monotonic()
+            raise self._unavailable(f"does not start ({error or 'it ended'})") from error
+        self.failed_at = None
+
+    def _try_again(self) -> None:
+        with suppress(ChildEnded, ProcessUnavailable):
+            self.start()
+
+    def _unavailable(self, what: str) -> ProcessUnavailable:
+        log.error("%s %s", self.module, what)
+        return ProcessUnavailable(
+            "a process that this request needs does not run, the server's log says why; try again"
+            f" in {ProcessUnavailable.retry_after} seconds"
+        )
 
     def _answer(self, question: Any, seconds: float) -> Any:
         process = self.process
@@ -77,7 +143,7 @@ class ChildProcess:
         assert process.stdin
         assert process.stdout
         try:
-            with time_bounded(process, seconds):
+            with time_bounded(process, seconds) as expired:
                 if self._closed:
                     process.kill()
                 process.stdin.write(json.dumps([seconds, question]) + "\n")
@@ -85,8 +151,14 @@ class ChildProcess:
                 # Empty, which is no JSON, if the process ended.
                 return json.loads(process.stdout.readline())
         except (OSError, ValueError):
+            # Of itself it has ended by now, or does so soon.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+            was_killed = process.poll() == -signal.SIGKILL
             self._end()
-            raise ChildEnded from None
+            if was_killed and not (expired.is_set() or self._closed):
+                raise ChildKilled("it was killed") from None
+            raise ChildEnded(f"it ended with {process.returncode}") from None
 
     def _end(self) -> None:
         process, self.process = self.process, None
@@ -96,9 +168,12 @@ class ChildProcess:
 
 
 @contextmanager
-def time_bounded(process: subprocess.Popen[str], seconds: float) -> Iterator[None]:
-    """End the process if within the block it uses the processor for so many seconds."""
-    answered = threading.Event()
+def time_bounded(process: subprocess.Popen[str], seconds: float) -> Iterator[threading.Event]:
+    """End the process if within the block it uses the processor for so many seconds.
+
+    The event says whether it was ended so.
+    """
+    answered, expired = threading.Event(), threading.Event()
     begun = cpu_seconds(process)
 
     def watch() -> None:
@@ -107,12 +182,13 @@ def time_bounded(process: subprocess.Popen[str], seconds: float) -> Iterator[Non
         while not answered.wait(left):
             left = seconds - (cpu_seconds(process) - begun)
             if left < 0.01 or time.monotonic() > latest:  # the clocks' own step is as long
+                expired.set()
                 return process.kill()
 
     watcher = threading.Thread(target=watch, name="watcher", daemon=True)
     watcher.start()
     try:
-        yield
+        yield expired
     finally:
         answered.set()
         watcher.join()
@@ -128,8 +204,9 @@ def cpu_seconds(process: subprocess.Popen[str]) -> float:
 
 
 def start_module(module: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not SECRETS.search(name)}
     # The same modules as here, wherever they were found; -P: but none from the current folder.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUTF8": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUTF8": "1"}
     return subprocess.Popen(
         [sys.executable, "-P", "-m", module],
         env=environment,
@@ -140,6 +217,16 @@ def start_module(module: str) -> subprocess.Popen[str]:
         encoding="utf-8",
         process_group=0,  # Ctrl-C is for the server, which has answers to finish
     )
+
+
+EVERY: WeakSet[ChildProcess] = WeakSet()
+
+
+@atexit.register
+def end_children() -> None:
+    """End all processes, for a program that ends; also for one that does so without Python."""
+    for child in list(EVERY):
+        child.end()
 
 
 # ---- In the process

@@ -35,6 +35,12 @@ class EngineStopped(EngineError):
     """The engine was closed, or has died."""
 
 
+class ProcessUnavailable(EngineError):
+    """A process that this request needs does not start, or is ended by others again and again."""
+
+    retry_after = 5
+
+
 class TimedOut(EngineError):
     """The request took longer than the engine's timeout."""
 

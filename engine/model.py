@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import ContextTooLong, EngineError, InvalidInput
 from engine.prompt.families import Message
+from engine.prompt.template_renderer import renderer
 from engine.prompt.truncation import drop_turns, turns_to_drop
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta, Prompt
@@ -67,6 +68,11 @@ class ChatModel:
     def failure(self) -> BaseException | None:
         """What the engine died of."""
         return self.engine.failure
+
+    @property
+    def can_render(self) -> bool:
+        """Whether the process that renders chat templates starts; if not, it is tried again."""
+        return renderer().is_able()
 
     @property
     def seconds_in_step(self) -> float:

@@ -87,7 +87,8 @@ def _run_pip(command: list[str], workplace: Path) -> int:
 
     with open(workplace / "pip.log", "wb") as written:
         # pip fetches into the temporary folder, where the file can be seen to grow.
-        places = os.environ | {"TMPDIR": str(workplace)}
+        places = {name: x for name, x in os.environ.items() if not name.startswith("CHAT_")}
+        places |= {"TMPDIR": str(workplace)}
         pip = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, env=places)
     with (
         open(workplace / "pip.log", encoding="utf-8", errors="replace") as said,

@@ -43,7 +43,7 @@ class Dialect(NamedTuple):
     error_model: type[BaseModel]
     spell_error: Callable[[ErrorDetail], dict[str, Any]]
     # In a stream: what keeps an idle connection alive, and what comes behind the last event.
-    keepalive: str = ": keep-alive\n\n"
+    keepalive: str = ": keep-alive\n"
     end: str = "data: [DONE]\n\n"
 
 

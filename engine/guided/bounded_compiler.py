@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from engine.child_process import ChildEnded, ChildProcess, answer_questions
-from engine.errors import InvalidInput
+from engine.errors import InvalidInput, ProcessUnavailable
 from engine.guided.guide import Guide, GuideCompiler, spell_schema
 
 # Seconds to compile one schema, and bytes beyond what the process has when it is ready.
@@ -49,7 +49,8 @@ class TrialCompiler:
 
     def warm_up(self) -> None:
         """Build here and there what every schema needs, which takes seconds, before one comes."""
-        with suppress(InvalidInput):  # it was closed meanwhile
+        # It was closed meanwhile; or else who needs it is told.
+        with suppress(InvalidInput, ProcessUnavailable):
             self.compile({})
 
     def close(self) -> None:

@@ -175,6 +175,7 @@ def run(arguments: list[str]) -> str:
     """What a program prints. Raises Unavailable if it fails, SubprocessError if it hangs."""
     done = subprocess.run(
         arguments,
+        env={name: value for name, value in os.environ.items() if not name.startswith("CHAT_")},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -5,7 +5,6 @@ other modules, but `{{ 'a' * 10**10 }}`, or two loops one in the other, would ta
 run for ever; so may a request that a template was not written for.
 """
 
-import atexit
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -22,10 +21,8 @@ MAX_REASON = 500
 
 @cache
 def renderer() -> ChildProcess:
-    """The process, one for all templates; it ends with this program."""
-    process = ChildProcess("engine.prompt.template_renderer")
-    atexit.register(process.close)
-    return process
+    """The process, one for all templates."""
+    return ChildProcess("engine.prompt.template_renderer")
 
 
 def render_template(
@@ -33,7 +30,8 @@ def render_template(
 ) -> str:
     """What a chat template makes of messages and other variables, as transformers renders it.
 
-    Raises InvalidInput if it refuses them, TemplateTooCostly if it takes too much.
+    Raises InvalidInput if it refuses them, TemplateTooCostly if it takes too much, and
+    ProcessUnavailable if there is no process for it.
     """
     # As transformers' tokenizers do it, for templates that write out whatever is there.
     messages = [{k: v for k, v in message.items() if v is not None} for message in messages]

@@ -280,8 +280,9 @@ class Engine:
         late = [seq for seq in everyone if seq.deadline < now and not seq.done]
         for seq in late:
             seq.done = True
-        error = TimedOut(f"the request took longer than {self.timeout:g} seconds")
-        return [(seq, error) for seq in late]
+        why = f"the request took longer than {self.timeout:g} seconds"
+        # One each: whoever raises an exception adds to its traceback.
+        return [(seq, TimedOut(why)) for seq in late]
 
     def _copy_rows(self, source: Span, start: int, count: int) -> bool:
         """Copy a span's first rows; False if that failed and they must be recomputed."""

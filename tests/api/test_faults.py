@@ -19,10 +19,12 @@ from benchmark import free_port
 from safetensors.torch import load_file, save_file
 
 import api
+from engine import child_process
 from engine.checkpoint.checkpoint import explained
 from engine.errors import StartError, StepFailed
 from engine.loading import load as load_now
 from engine.model import ChatModel
+from engine.prompt import template_renderer
 from engine.prompt.families import Message
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.sampling_params import SamplingParams
@@ -324,6 +326,28 @@ def test_step_that_does_not_end_is_told_as_dead_and_as_ready_once_it_ends(
     runner.free()
     asker.join(20)
     assert health() == "ready"
+
+
+def test_template_process_that_does_not_start_is_a_503_and_seen(server, monkeypatch):
+    """And it serves again as soon as the process does start, without a request that tries it."""
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    ask = lambda: httpx.post(f"{server}/v1/chat/completions", json=chat)  # noqa: E731
+    health = lambda: httpx.get(f"{server}/health").json()["status"]  # noqa: E731
+    assert ask().status_code == 200
+    monkeypatch.setattr(child_process, "RETRY_S", 0.1)
+    with monkeypatch.context() as broken:
+        broken.setattr(template_renderer.renderer(), "module", "engine.prompt.gone")
+        template_renderer.renderer().process.kill()
+        for _ in range(2):
+            refused = ask()
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+            assert refused.json()["error"]["code"] == "not_serving"
+            assert "gone" not in refused.text
+        assert health() == "dead"
+        completion = httpx.post(f"{server}/v1/completions", json={"prompt": "x"})
+        assert completion.status_code == 200  # which needs no template
+    wait_for(lambda: health() == "ready")
+    assert ask().status_code == 200
 
 
 def test_idle_server_is_not_dead(server, monkeypatch):

@@ -1,6 +1,7 @@
 """A server that is told to stop loses nothing that it has begun."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from benchmark import free_port
 import api
 from engine import ChatModel
 from engine.prompt.tokenizer import ChatTokenizer
+from serving.log_queue import LogQueue
 from tests.conftest import PATIENCE, ROOT, ScriptedRunner, byte_tokenizer, chat_model, wait_for
 from tests.server_process import ServerProcess, forking, server_process
 
@@ -39,6 +41,11 @@ def wait_less() -> None:
         return config(*args, **options | {"timeout_graceful_shutdown": GRACE})
 
     uvicorn.Config = impatient
+
+
+def wait_less_for_steps() -> None:
+    wait_less()
+    api.STEP_TIMEOUT = 0.5
 
 
 class Leash:
@@ -240,6 +247,38 @@ def test_a_server_needs_no_folder_to_write_in():
         assert httpx.post(url, json={"prompt": "x"}).json()["response"] == "x" * 20
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 0
+
+
+def test_a_step_that_never_ends_is_left_at_the_deadline():
+    """It is told as dead, also while the server stops."""
+    leash = Leash()
+    leash.encoding.set()
+    with started("--drain-timeout", "1", leash=leash, before=wait_less_for_steps) as (process, url):
+        leash.let_steps(2)
+        client = Client(url)
+        wait_for(lambda: status(url) == "dead")
+        begun = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert status(url) == "dead"
+        assert process.wait(PATIENCE) == 0
+        assert time.monotonic() - begun < PATIENCE / 4
+        assert "has not ended; stopping without it" in process.said()
+        client.join(PATIENCE)
+    assert client.cut_off
+
+
+def test_handler_of_signals_takes_no_lock():
+    """A signal may come while its thread holds the log's, which nobody may take twice."""
+    service = api.ChatService(api.Settings(), lambda _: None)
+    server = api.Server(uvicorn.Config(lambda *_: None), service)
+    handler = LogQueue(logging.NullHandler())
+    logging.getLogger().addHandler(handler)
+    try:
+        with handler.lines.mutex:
+            server.handle_exit(signal.SIGTERM, None)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert service.draining
 
 
 def test_a_second_signal_ends_at_once():
