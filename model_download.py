@@ -24,7 +24,16 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from hubs import HUBS, DownloadError, fetch_demo, fetch_repository, find_gguf, is_whole
-from hubs.layouts import base_of, find_checkpoints, hub_id_of, is_adapter, name_of, training_steps
+from hubs.layouts import (
+    base_of,
+    find_checkpoints,
+    gguf_models,
+    hub_id_of,
+    is_adapter,
+    is_gguf,
+    name_of,
+    training_steps,
+)
 from hubs.reference import HUB_ID, Reference, read_reference
 
 __all__ = ["KNOWN", "MODELS", "fetch", "find_base", "find_model", "is_adapter", "name_of"]
@@ -109,16 +118,13 @@ def _no_such_name(name: str) -> str:
     )
 
 
-GGUF = "is a GGUF file, which is not supported; fetch the model in safetensors, by its hub id"
-
-
 def find_model(name: str) -> Path:
     """The folder of a model or of an adapter, given as a path or by its name under models/.
 
     Fetches the demo. Raises DownloadError with the remedy.
     """
     for place in _places(name):
-        if is_adapter(place):
+        if is_adapter(place) or is_gguf(place):
             return place
         if reason := _why_no_checkpoint(place):
             raise DownloadError(reason)
@@ -126,7 +132,7 @@ def find_model(name: str) -> Path:
         if len(found) > 1:
             several = ", ".join(map(str, found))
             raise DownloadError(f"{name} holds several models; give --model one of {several}")
-        if found:
+        if found := found or gguf_models(place):
             return found[0]
     if name == "demo":
         return fetch_demo(MODELS / "demo")
@@ -178,11 +184,11 @@ def _known(path: str) -> str:
 def _why_no_checkpoint(place: Path) -> str | None:
     """What a file or folder is that looks like a model and cannot be served as it is."""
     steps = training_steps(place)
-    ggufs = [place] if place.suffix.lower() == ".gguf" else sorted(place.glob("*.gguf"))
     if find_checkpoints(place):
         return None
-    if ggufs and ggufs[0].is_file():
-        return f"{ggufs[0]} {GGUF}"
+    if len(ggufs := gguf_models(place)) > 1:
+        several = ", ".join(map(str, ggufs))
+        return f"{place} holds several GGUF files; give --model one of {several}"
     if steps:
         return f"{place} is the output of a training run; give --model {steps[-1]}, or another step"
     return None

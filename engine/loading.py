@@ -214,7 +214,7 @@ def load(
     check_machine(device_map)
     form = {"dtype": dtype, "device_map": device_map, "quantize": quantize}
     model, text, ends = read_model(folder, chat_template, base=base, **form)
-    name = name or Path(folder).absolute().name
+    name = name or name_of(Path(folder))
     facts = settled_weights(model, name, dtype)
     engine = Engine(
         start_runner(model, cache_memory, max_batch),
@@ -227,6 +227,12 @@ def load(
         timeout=timeout,
     )
     return chat_model(name, text, engine, facts)
+
+
+def name_of(path: Path) -> str:
+    """What a model is called: as its folder, or as its GGUF file without the ending."""
+    path = path.absolute()
+    return path.stem if path.suffix.lower() == ".gguf" else path.name
 
 
 def read_model(

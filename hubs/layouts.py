@@ -25,6 +25,18 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return []
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether it is a GGUF file."""
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def gguf_models(folder: Path) -> list[Path]:
+    """The models in a folder that are a GGUF file each; of one in several parts, the first."""
+    files = sorted(path for path in folder.glob("*.[gG][gG][uU][fF]") if path.is_file())
+    other = r"mmproj|imatrix|-(?!00001)\d{5}-of-\d{5}\."
+    return [path for path in files if not re.search(other, path.name, re.IGNORECASE)]
+
+
 def training_steps(folder: Path) -> list[Path]:
     """The checkpoints of a training run, in their order."""
     # By number, as 1000 has one digit more than 500.

@@ -55,12 +55,24 @@ def test_adapter_that_lies_beside_its_merged_model_is_passed_over(models, tmp_pa
     assert find_model(str(folder)) == folder
 
 
-def test_gguf_file_is_told_as_one(models, tmp_path):
+def test_gguf_file_is_found(models, tmp_path):
     file = tmp_path / "tiny-Q4_K_M.gguf"
     file.touch()
-    for name in (file, tmp_path):
-        assert refusal(str(name)).startswith(f"{file} is a GGUF file")
+    (tmp_path / "mmproj-tiny.gguf").touch()
+    assert find_model(str(file)) == find_model(str(tmp_path)) == file
+    other = tmp_path / "tiny-Q8_0.gguf"
+    other.touch()
+    assert f"holds several GGUF files; give --model one of {file}, {other}" in refusal(
+        str(tmp_path)
+    )
+    assert find_model(str(other)) == other
     assert find_model(str(checkpoint(tmp_path / "whole"))) == tmp_path / "whole"
+
+
+def test_gguf_file_in_parts_is_found_by_its_first(models, tmp_path):
+    for number in (1, 2, 3):
+        (tmp_path / f"large-{number:05}-of-00003.gguf").touch()
+    assert find_model(str(tmp_path)) == tmp_path / "large-00001-of-00003.gguf"
 
 
 def test_training_output_names_its_last_step(models, tmp_path):

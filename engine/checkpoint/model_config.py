@@ -1,17 +1,14 @@
 """What a checkpoint's config.json says, and whether the engine can run such a model."""
 
 from importlib.metadata import version
-from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
+from engine.checkpoint.formats import settings_of, why_unreadable
 from engine.errors import StartError
-
-# What the tools for AWQ and GPTQ wrote beside config.json before they wrote into it.
-QUANTISERS_FILES = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
 
 
 def load_config(folder: Path) -> Any:
@@ -79,41 +76,13 @@ def plain_attention(config: Any) -> str:
 
 
 def check_quantisation(config: Any, folder: Path) -> None:
-    """Raise StartError if the weights are quantised in a way that cannot be loaded."""
-    method = quantisation_of(config, folder)
-    if method is None:
-        return
-    original = "take the model that it was made from, with --quantize 8bit or 4bit to make it small"
-    if method != "bitsandbytes":
+    """Raise StartError if the weights are quantised in a way that cannot be read."""
+    settings = settings_of(config, folder)
+    if settings and (kind := why_unreadable(settings)):
         raise StartError(
-            f"the weights in {folder} are quantised with {method}, which is not supported;"
-            f" {original}"
+            f"the weights in {folder} are quantised with {kind}, which is not supported; take the"
+            " model that it was made from, with --quantize 8bit or 4bit to make it small"
         )
-    # transformers would leave a mixture's experts, nearly all of its weights, as they are.
-    if any(hasattr(config, name) for name in ("num_local_experts", "n_routed_experts")):
-        raise StartError(
-            f"the weights in {folder} are quantised with bitsandbytes, which is not supported for"
-            f" mixtures of experts; {original}"
-        )
-    if find_spec("bitsandbytes") is None:
-        raise StartError(
-            f"the weights in {folder} are quantised with bitsandbytes, which is not installed; run"
-            f" `pip install bitsandbytes`, or {original}"
-        )
-
-
-def quantisation_of(config: Any, folder: Path) -> str | None:
-    """By which method a checkpoint's weights are quantised; None if they are not."""
-    for name in ("quantization_config", "compression_config"):
-        settings = getattr(config, name, None)
-        if isinstance(settings, dict):
-            named = settings.get("quant_method") or name.removesuffix("_config")
-            of_old = any(settings.get(bits) for bits in ("load_in_4bit", "load_in_8bit"))
-            method = "bitsandbytes" if of_old else str(named)
-            return method.upper() if len(method) <= 4 else method
-    found = (m for file, m in QUANTISERS_FILES.items() if (folder / file).is_file())
-    method = next(found, "")
-    return method.upper() or None
 
 
 def context_length(config: Any) -> int:

@@ -8,7 +8,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Gene
 
 from engine.checkpoint.adapter_merge import merge_adapter
 from engine.checkpoint.adapters import Adapter, is_adapter, names_of_base, read_adapter
-from engine.checkpoint.model_config import load_config, plain_attention
+from engine.checkpoint.formats import settings_of, unpacked
+from engine.checkpoint.formats.gguf import GGUFFile
+from engine.checkpoint.model_config import check_architecture, load_config, plain_attention
 from engine.checkpoint.stored import Stored, stored_weights
 from engine.errors import StartError
 from engine.prompt.tokenizer import load_tokenizer
@@ -30,14 +32,30 @@ class Source:
         self.path = path
         self.adapter = read_adapter(path) if is_adapter(path) else None
         self.folder = path if self.adapter is None else base or _base_of(self.adapter)
-        self.config: Any = load_config(self.folder)
+        self.gguf = GGUFFile(self.folder) if self.folder.suffix.lower() == ".gguf" else None
+        self.config: Any
         self.weights: dict[str, Stored] | None = None
-        # Beside a merged model its adapter may lie, which transformers would add again by peft.
-        if self.adapter or (self.folder / "adapter_config.json").is_file():
-            self.weights = stored_weights(self.folder)
+        if self.gguf:
+            self.config, self.weights = self.gguf.config(), self.gguf.weights()
+            self.config.dtype = self.gguf.dtype()
+            check_architecture(self.config)
+        else:
+            self._open_folder()
         if self.adapter and self.weights is not None:
             log.info("merging its adapter into the model in %s", self.folder)
             self.weights = merge_adapter(self.weights, self.adapter, self.config)
+
+    def _open_folder(self) -> None:
+        self.config = load_config(self.folder)
+        settings = settings_of(self.config, self.folder)
+        # Beside a merged model its adapter may lie, which transformers would add again by peft.
+        if settings or self.adapter or (self.folder / "adapter_config.json").is_file():
+            self.weights = stored_weights(self.folder)
+        if settings and self.weights is not None:
+            self.weights = unpacked(self.weights, settings)
+            for name in ("quantization_config", "compression_config"):
+                if hasattr(self.config, name):
+                    delattr(self.config, name)
 
     def read(self, **options: Any) -> tuple[Any, dict[str, Any]]:
         """The model, and what of its tensors was not there or of another shape."""
@@ -55,9 +73,15 @@ class Source:
             return AutoModelForCausalLM.from_pretrained(self.folder, **options)
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
         # By no name: with one, and peft installed, transformers would add the adapter again.
-        return kind.from_pretrained(
+        model, report = kind.from_pretrained(
             None, state_dict=self.weights, generation_config=self.generation_config(), **options
         )
+        factors = self.gguf.frequency_factors() if self.gguf else None
+        if factors is not None:
+            rope = model.model.rotary_emb
+            rope.inv_freq /= factors.to(rope.inv_freq)
+            rope.original_inv_freq = rope.inv_freq.clone()
+        return model, report
 
     def generation_config(self) -> GenerationConfig:
         """The adapter's own, or else its base's."""
@@ -71,9 +95,9 @@ class Source:
 
         Raises StartError where it has more than the model.
         """
-        tokenizer = load_tokenizer(self.path)
+        tokenizer = None if self.gguf and self.path == self.folder else load_tokenizer(self.path)
         if tokenizer is None or self.folder == self.path:
-            return tokenizer or load_tokenizer(self.folder)
+            return tokenizer or self._tokenizer_of_base()
         rows = self.config.get_text_config().vocab_size
         if len(tokenizer) > rows:
             raise StartError(
@@ -81,9 +105,12 @@ class Source:
                 " the adapter was saved without the embedding that it was trained with; save it"
                 " with save_embedding_layers=True"
             )
-        if tokenizer.chat_template is None and (own := load_tokenizer(self.folder)):
+        if tokenizer.chat_template is None and (own := self._tokenizer_of_base()):
             tokenizer.chat_template = own.chat_template
         return tokenizer
+
+    def _tokenizer_of_base(self) -> "PreTrainedTokenizerFast | None":
+        return self.gguf.tokenizer() if self.gguf else load_tokenizer(self.folder)
 
 
 def _base_of(adapter: Adapter) -> Path:

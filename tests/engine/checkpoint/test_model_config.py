@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from engine.checkpoint.checkpoint import load_model
-from engine.checkpoint.model_config import context_length, load_config
+from engine.checkpoint.model_config import context_length
 from engine.errors import StartError
 from engine.loading import load
 from tests.conftest import TINY, byte_tokenizer, greedy, tiny_llama
@@ -44,38 +44,29 @@ def with_settings(folder: Path, **settings: object) -> Path:
 @pytest.mark.parametrize(
     ("settings", "method"),
     [
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "AWQ"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "FP8"),
-        ({"quantization_config": {"quant_method": "exl2", "bits": 4.0}}, "EXL2"),
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
-        ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
-        ({"compression_config": {"format": "pack-quantized"}}, "compression"),
+        ({"quant_method": "exl2", "bits": 4.0}, "EXL2"),
+        ({"quant_method": "aqlm"}, "AQLM"),
+        ({"quant_method": "quanto"}, "quanto"),
+        ({"bits": 4}, "a method that config.json does not name"),
+        ({"quant_method": "awq", "version": "gemv"}, "AWQ of the version gemv"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "GPTQ in the layout marlin"),
+        (
+            {"quant_method": "compressed-tensors", "format": "marlin-24"},
+            "compressed-tensors in the layout marlin-24",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-bitmask"}},
+            "compressed-tensors in the layout sparse-bitmask",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "transform_config": {"a": 1}},
+            "compressed-tensors with transforms",
+        ),
     ],
 )
-def test_quantised_weights_are_refused_by_the_methods_name(tmp_path, monkeypatch, settings, method):
-    monkeypatch.setattr("engine.checkpoint.model_config.find_spec", lambda name: None)
-    with pytest.raises(StartError, match=rf"quantised with {method}.*model that it was made from"):
-        load(with_settings(tmp_path, **settings))
-
-
-@pytest.mark.parametrize(
-    ("name", "method"), [("quant_config.json", "AWQ"), ("quantize_config.json", "GPTQ")]
-)
-def test_quantisers_own_file_tells_as_much(tmp_path, name, method):
-    folder = with_settings(tmp_path)
-    (folder / name).write_text("{}")
-    with pytest.raises(StartError, match=f"quantised with {method}"):
-        load_config(folder)
-
-
-def test_bitsandbytes_passes_where_it_is_installed_but_not_for_a_mixture(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.checkpoint.model_config.find_spec", lambda name: object())
-    quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
-    assert load_config(with_settings(tmp_path, **quantised))
-    with pytest.raises(StartError, match="mixtures of experts"):
-        load_config(with_settings(tmp_path, num_local_experts=4, **quantised))
+def test_unreadable_weights_are_refused_by_name(tmp_path, settings, method):
+    with pytest.raises(StartError, match=rf"quantised with {method}, .*that it was made from"):
+        load(with_settings(tmp_path, quantization_config=settings))
 
 
 @pytest.mark.parametrize(
