@@ -1,6 +1,10 @@
 """The command line of api.py: each setting is a flag, and --help shows them in groups."""
 
 import argparse
+import difflib
+import os
+import re
+import sys
 from typing import Any
 
 from pydantic_settings import BaseSettings, CliSettingsSource
@@ -114,3 +118,55 @@ def command_line(settings: type[BaseSettings], version: str) -> CliSettingsSourc
         groups[group_of(name)].add_argument(*flags, **options)
 
     return CliSettingsSource(settings, root_parser=parser, add_argument_method=add)
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_flags(settings: type[BaseSettings], arguments: list[str]) -> None:
+    """Exit with one sentence at the first flag that there is not, as argparse shows its usage."""
+    known = [*map(flag_of, settings.model_fields), "-h", "--help", "--version"]
+    known += [
+        "--no" + flag_of(name)[1:]
+        for name, setting in settings.model_fields.items()
+        if setting.annotation is bool
+    ]
+    if arguments and not arguments[0].startswith("-"):
+        sys.exit(f"api.py: {arguments[0]!r} is no flag; did you mean --model {arguments[0]}?")
+    for flag in (argument.partition("=")[0] for argument in arguments):
+        if flag in known or not re.match("--?[a-zA-Z]", flag):
+            continue
+        names = {name.strip("-"): name for name in known}
+        hint = "--help lists them."
+        if similar := difflib.get_close_matches(flag.strip("-"), names, 1):
+            hint = f"did you mean {names[similar[0]]}?"
+        sys.exit(f"api.py: there is no flag {flag}; {hint}")
+
+
+# Of pydantic's errors, what the value must be.
+KINDS = {
+    "int_parsing": "a whole number",
+    "float_parsing": "a number",
+    "bool_parsing": "true or false",
+}
+
+
+def setting_error(problem: Any, arguments: list[str]) -> str:
+    """What is wrong with a setting, under the name by which it was given."""
+    field_name, value = str(problem["loc"][0]), problem["input"]
+    reason = re.sub("^Input should", "must", problem["msg"].removeprefix("Value error, "))
+    if kind := KINDS.get(problem["type"]):
+        reason = f"must be {kind}"
+    if field_name == "port":
+        reason = "must be a whole number from 1 to 65535"
+    told = f"{reason}, not {value!r}"
+    name, variable = flag_of(field_name), f"CHAT_{field_name.upper()}"
+    if variable not in os.environ or any(a.partition("=")[0] == name for a in arguments):
+        return f"{name}: {told}"
+    if str(value).startswith("tcp://"):
+        told += (
+            "; Kubernetes sets this variable for a Service called chat: set enableServiceLinks:"
+            " false in the pod, or give the Service another name"
+        )
+    return f"{variable}: {told}"
