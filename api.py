@@ -8,6 +8,7 @@
                                    status and time out
     POST /v1/chat/completions      the same model in OpenAI's dialect; /v1/completions and
                                    /v1/models beside it
+    POST /v1/messages              the same in Anthropic's dialect, and its count_tokens
     POST /tokenize, /detokenize    token ids of a text or messages, and back
     GET  /chat                     a chat page; a browser that asks for / is sent there
     GET  /health                   what it is doing: loading, ready, draining or dead
@@ -101,6 +102,14 @@ try:
     from serving.connection_limits import num_connectable
     from serving.dialects import CLASSIC, OPENAI, Dialect, ErrorDetail
     from serving.log_queue import flush_log, num_dropped, start_log, still_logged
+    from serving.messages import (
+        CountTokensRequest,
+        CountTokensResponse,
+        MessagesRequest,
+        MessagesResponse,
+        ThreadUnsupported,
+    )
+    from serving.messages_reply import ANTHROPIC, MessagesReply
     from serving.openai_shared import Completion
     from serving.origins import foreign_origin, host_of, normalised, unknown_host
     from serving.parts import (
@@ -120,7 +129,7 @@ try:
         TokenizeRequest,
         TokenizeResponse,
     )
-    from serving.unknown_fields import printable
+    from serving.unknown_fields import IgnoredFields, printable
     from serving.workers import Workers
 except ImportError as missing:
     sys.exit(f"api.py cannot start ({missing}); run `pip install -r requirements.txt`.")
@@ -193,6 +202,7 @@ INVALID = "invalid_request_error"
 SERVER_FAILED = ErrorKind(500, "server_error", "internal_error")
 ERRORS: Mapping[type[Exception], ErrorKind] = {
     InvalidInput: ErrorKind(400, INVALID, "invalid_value"),
+    ThreadUnsupported: ErrorKind(400, INVALID, "thread_unsupported_request"),
     ContextTooLong: ErrorKind(400, INVALID, "context_length_exceeded"),
     TemplateTooCostly: ErrorKind(400, INVALID, "invalid_value"),
     Unauthorized: ErrorKind(
@@ -491,6 +501,10 @@ ENDPOINTS = {
             "/v1/chat/completions", ChatCompletionRequest, ChatCompletionReply, Completion, OPENAI
         ),
         Endpoint("/v1/completions", CompletionRequest, CompletionReply, Completion, OPENAI),
+        Endpoint("/v1/messages", MessagesRequest, MessagesReply, MessagesResponse, ANTHROPIC),
+        Endpoint(
+            "/v1/messages/count_tokens", CountTokensRequest, None, CountTokensResponse, ANTHROPIC
+        ),
         Endpoint("/tokenize", TokenizeRequest, None, TokenizeResponse, CLASSIC),
         Endpoint("/detokenize", DetokenizeRequest, None, DetokenizeResponse, CLASSIC),
     )
@@ -501,6 +515,8 @@ def dialect_of(path: str) -> Dialect:
     """In which dialect a path's errors are told, if there is nothing there too."""
     if path in ENDPOINTS:
         return ENDPOINTS[path].dialect
+    if path.startswith("/v1/messages"):
+        return ANTHROPIC
     return OPENAI if path.startswith("/v1/") else CLASSIC
 
 
@@ -568,6 +584,8 @@ class RequestInfo:
     route: str
     reservation: BodyReservation  # what its body takes of what there is for all
     dialect: Dialect
+    headers: dict[str, str]  # of the response, whatever it will be
+    ignored: IgnoredFields
     arrived: float = field(default_factory=time.monotonic)
     choices: list[Choice] = field(default_factory=list)
     # How it ended: served, or an error's code, or else its client left.
@@ -577,6 +595,7 @@ class RequestInfo:
     field_of: Callable[[str | None], str | None] = lambda argument: argument
 
 
+MAX_IGNORED_LOGGED = 1024  # names of fields, each of them once
 LATENCY_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 # Gauges, and the counts of ChatService that they show.
 GAUGES = {
@@ -599,6 +618,8 @@ class Metrics:
         self.requests = count(
             "requests", "Requests that ended", ["route", "outcome", "finish_reason"]
         )
+        self.ignored_fields = count("ignored_fields", "Fields that were left out", ["route"])
+        self.ignored_names: set[str] = set()
         self.prompt_tokens = count("prompt_tokens", "Tokens of prompts")
         self.cached_tokens = count("prefix_cache_hits", "Tokens of prompts found in the cache")
         self.generation_tokens = count("generation_tokens", "Tokens of answers")
@@ -611,6 +632,14 @@ class Metrics:
             gauge.set_function(partial(count_of, counted))
         dropped = prometheus_client.Gauge("log_lines_dropped", "Lines nobody read", **mine)
         dropped.set_function(num_dropped)
+
+    def record_ignored(self, info: RequestInfo, names: list[str]) -> None:
+        """Count the fields that were left out, and log each name once."""
+        self.ignored_fields.labels(info.route).inc(len(names))
+        new = [name for name in names if name not in self.ignored_names]
+        if new and len(self.ignored_names) < MAX_IGNORED_LOGGED:
+            self.ignored_names.update(new)
+            log.warning("request_id=%s ignored fields: %s", info.id, ", ".join(new))
 
     def record_prompt(self, info: RequestInfo, body: SamplingFields) -> None:
         """Log the text of a request if --log-prompts is set."""
@@ -698,6 +727,7 @@ STEP_TIMEOUT = 60.0
 STOP_TIMEOUT = 2.0
 # Seconds after which to try again while there are too many requests that are not in the batch yet.
 BUSY_RETRY = 5
+MAX_IGNORED_SHOWN = 16  # names of fields in a header
 
 
 def log_failure(error: Exception) -> None:
@@ -738,9 +768,12 @@ class RequestIDMiddleware:
             request_id = uuid.uuid4().hex
         path = path_of(scope)
         route = path if path in ENDPOINTS else "other"  # as a label in the metrics
-        send = with_headers(send, {"X-Request-ID": request_id})
+        dialect = dialect_of(path)
+        headers = {"X-Request-ID": request_id, dialect.request_id_header: request_id}
+        ignored = IgnoredFields(strict="handling=strict" in Headers(scope=scope).get("prefer", ""))
+        send = with_headers(send, headers)
         with self.budget.reserve() as reservation:
-            info = RequestInfo(request_id, route, reservation, dialect_of(path))
+            info = RequestInfo(request_id, route, reservation, dialect, headers, ignored)
             scope.setdefault("state", {})["info"] = info
             await self.app(scope, receive, send)
 
@@ -769,8 +802,12 @@ class APIKeyMiddleware:
         return path == "/health" or (self.page and at_page and read)
 
     def _has_key(self, scope: Scope) -> bool:
-        kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        return is_valid_key(given.strip().encode("latin-1"), self.keys) and kind.lower() == "bearer"
+        headers = Headers(scope=scope)
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        bearer = given.strip() if kind.lower() == "bearer" else ""
+        # Anthropic's SDKs send it in a header of its own.
+        sent = (bearer, headers.get("x-api-key", "").strip())
+        return any(is_valid_key(key.encode("latin-1"), self.keys) for key in sent)
 
 
 class OriginMiddleware:
@@ -884,10 +921,11 @@ def parse_json(body: bytes) -> Any:
 
 async def read_body(request: Request, schema: type[BodyT]) -> BodyT:
     """Read, parse and validate a request's body."""
+    info = request_info(request.scope)
     body = await read_bytes(request)
     try:
-        async with request_info(request.scope).reservation.budget.exclusive_parse(len(body)):
-            return schema.model_validate(parse_json(body))
+        async with info.reservation.budget.exclusive_parse(len(body)):
+            return schema.model_validate(parse_json(body), context=info.ignored)
     except ValidationError as error:
         raise validation_error(error) from None
 
@@ -952,9 +990,10 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def format_event(event: dict[str, Any]) -> str:
+def format_event(event: dict[str, Any], named: bool = False) -> str:
     """Format an event. ASCII, because some clients split lines at U+2028 and U+0085."""
-    return f"data: {json.dumps(event)}\n\n"
+    name = f"event: {event['type']}\n" if named else ""
+    return f"{name}data: {json.dumps(event)}\n\n"
 
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -1068,6 +1107,7 @@ class ChatService:
         info.field_of = body.field_of
         workers = self.compilers if body.has_schema else self.workers
         prompts = await while_connected(request, workers.run(partial(body.prepare, model)))
+        self.tell_ignored(info)
         reply = reply_of(model, body, prompts)
         info.choices = choices_of(len(prompts), body.num_answers)
         deltas = model.answer_all(prompts, body.num_answers, arrived=info.arrived)
@@ -1078,7 +1118,7 @@ class ChatService:
             first = await while_connected(request, anext(events))
             info.streaming = True
             return EventStream(first, events)
-        await while_connected(request, collect(deltas, info.choices))
+        await while_connected(request, collect(deltas, info.choices, reply))
         # Decoding many tokens for logprobs can take seconds.
         response = await while_connected(
             request, self.workers.run(lambda: JSONText(reply.full_response(info.choices)))
@@ -1094,17 +1134,28 @@ class ChatService:
         try:
             async with aclosing(events):
                 async for event in events:
-                    yield info.dialect.keepalive if event is None else format_event(event)
+                    if event is None:
+                        yield info.dialect.keepalive
+                    else:
+                        yield format_event(event, info.dialect.names_events)
             info.outcome = "served"
             yield info.dialect.end
         except Exception as error:
             if not info.streaming:
                 raise
             log_failure(error)
-            yield format_event(failure(self.error_payload(scope, error)))
+            told = failure(self.error_payload(scope, error))
+            yield format_event(told, info.dialect.names_events)
         finally:
             if info.streaming:
                 self.metrics.record(info)
+
+    def tell_ignored(self, info: RequestInfo) -> None:
+        """Tell the client and the operator which fields of a request were left out."""
+        names = [re.sub(r"[^\w.-]", "?", name, flags=re.ASCII) for name in info.ignored.names]
+        if names:
+            info.headers["X-Ignored-Fields"] = ", ".join(names[:MAX_IGNORED_SHOWN])
+            self.metrics.record_ignored(info, names)
 
     async def answer_at_once(self, request: Request, schema: type[InstantRequest]) -> Response:
         """Read the body, and respond with what needs no generation."""
@@ -1116,6 +1167,7 @@ class ChatService:
             await self.wait_for_queue(request, model)
             work = self.workers.run(partial(body.result, model))
             response = JSONText(await while_connected(request, work))
+            self.tell_ignored(info)
         info.outcome = "served"
         self.metrics.record(info)
         return response
@@ -1127,14 +1179,15 @@ class ChatService:
         info.outcome = kind.code
         message = "the server failed; its log says why" if kind is SERVER_FAILED else str(error)
         param = info.field_of(getattr(error, "argument", None))
-        detail = ErrorDetail(kind.status, kind.type, kind.code, message, param, info.id)
+        details = getattr(error, "details", None)
+        detail = ErrorDetail(kind.status, kind.type, kind.code, message, param, info.id, details)
         return info.dialect.spell_error(detail)
 
     def error_response(self, scope: Scope, error: Exception) -> JSONText:
         payload = self.error_payload(scope, error)
         kind = kind_of(error)
         # Unexpected errors are handled outside RequestIDMiddleware, so set its header here too.
-        headers = {"X-Request-ID": request_info(scope).id, **kind.headers}
+        headers = {**request_info(scope).headers, **kind.headers}
         if seconds := getattr(error, "retry_after", None):
             headers["Retry-After"] = str(seconds)
         return JSONText(payload, kind.status, headers)

@@ -14,7 +14,21 @@ class InvalidInput(EngineError):
 
 
 class ContextTooLong(InvalidInput):
-    """Prompt and answer do not fit: in the model's context, or in the KV cache."""
+    """Prompt and answer do not fit: in the model's context, or in the KV cache.
+
+    `num_tokens` are the prompt's, if they were counted; it may have `most`, if that is known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        argument: str | None = None,
+        *,
+        num_tokens: int | None = None,
+        most: int | None = None,
+    ):
+        super().__init__(message, argument)
+        self.num_tokens, self.most = num_tokens, most
 
 
 class TemplateTooCostly(EngineError):

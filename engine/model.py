@@ -221,6 +221,22 @@ class ChatModel:
             return False
 
     @cached_property
+    def has_system_turns(self) -> bool:
+        """Whether the format takes a system turn in the midst of a conversation, and shows it."""
+        word = "qzasystem"
+        asked = {"role": "user", "content": "hi"}
+        turns: list[Message] = [
+            asked,
+            {"role": "assistant", "content": "hello"},
+            asked,
+            {"role": "system", "content": word},
+        ]
+        try:
+            return word in self.tokenizer.backend.decode(self.encode(turns)).split("hello")[-1]
+        except EngineError:
+            return False
+
+    @cached_property
     def can_infill(self) -> bool:
         """Whether the model has tokens for filling in what is missing between two texts."""
         try:
@@ -258,6 +274,8 @@ class ChatModel:
                 f"{self._limit}. The prompt has {len(ids)} tokens and the answer may have {wanted};"
                 " shorten the prompt or the history, or ask for a shorter answer",
                 argument="max_new_tokens" if 0 < room < wanted else "prompt",
+                num_tokens=len(ids),
+                most=min(self.prompt_length, self.context_length),
             )
         self._check_ids(ids, "prompt")
         self._check_ids([i for i, _ in params.logit_bias], "logit_bias")

@@ -43,6 +43,7 @@ class Delta:
     completion_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
     queue_time: float = 0.0  # seconds until it had a place in the batch
+    stop_string: str | None = None  # that ended the answer
     prompt_logprobs: tuple[Token, ...] = ()  # of the prompt's tokens from the second on, if asked
 
 

@@ -1,7 +1,5 @@
 """POST /v1/chat/completions: https://platform.openai.com/docs/api-reference/chat/create."""
 
-import secrets
-import string
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
@@ -9,9 +7,9 @@ from pydantic import AfterValidator, Field
 from engine import CallPart, ChatModel, Delta, InvalidInput, Prompt, Token
 from serving.conversation import Conversation, Turns
 from serving.fields import ClosedModel, check_json
+from serving.inner_request import InnerRequest
 from serving.openai_shared import OpenAIReply, OpenAIRequest
-from serving.parts import Choice, OutputParser
-from serving.reasoning import ReasoningParser
+from serving.parts import Choice, OutputParser, new_call_id, output_parser
 from serving.tool_fields import NamedTool, Tool, ToolChoice
 from serving.unknown_fields import printable
 
@@ -105,56 +103,35 @@ class ChatCompletionRequest(Conversation, OpenAIRequest):
         given = {name: value for name, value in super().overrides().items() if name != "logprobs"}
         if self.logprobs:
             given["logprobs"] = self.top_logprobs or 0
-        if self.usable_tools:
-            # A penalty that a model has by default would keep it from quoting the tools' JSON.
-            given.setdefault("repetition_penalty", 1.0)
         return given
 
     def tokenize(self, model: ChatModel) -> list[Prompt]:
         schema = self.response_format.to_schema() if self.response_format else None
         tools = [tool.model_dump(exclude_none=True) for tool in self.usable_tools]
-        if (tools or schema is not None) and (self.ignore_eos or self.min_tokens):
-            name = "ignore_eos" if self.ignore_eos else self.field_of("min_tokens")
-            raise InvalidInput(
-                f"{name} cannot go with tools or a JSON answer, which ends by itself", name
-            )
-        prompt = model.prepare(
-            [message.as_turn() for message in self.messages],
-            self.overrides(),
+        if tools or schema is not None:
+            self.check_ends_by_itself()
+        named = self.tool_choice if isinstance(self.tool_choice, NamedTool) else None
+        inner = InnerRequest(
+            messages=[message.as_turn() for message in self.messages],
+            sampling=self.overrides(),
             whole_context=self.has_no_limit or not model.states_length,
-            template_kwargs=self.chat_template_kwargs,
-            continue_final=self.continues(self.messages),
+            continues=self.continues(self.messages),
+            template_kwargs=self.chat_template_kwargs or {},
             tools=tools,
+            callable=frozenset({named.function.name}) if named else None,
+            must_call=named is not None or self.tool_choice == "required",
+            parallel=self.parallel_tool_calls is not False and named is None,
+            schema=schema,
         )
-        if tools:
-            return [self._with_tools(model, prompt, tools)]
-        return [prompt if schema is None else model.guided(prompt, schema)]
-
-    def _with_tools(self, model: ChatModel, prompt: Prompt, tools: list[Any]) -> Prompt:
-        named = isinstance(self.tool_choice, NamedTool)
-        if isinstance(self.tool_choice, NamedTool):
-            name = self.tool_choice.function.name
-            tools = [tool for tool in tools if tool["function"]["name"] == name]
-        return model.with_tools(
-            prompt,
-            tools,
-            required=named or self.tool_choice == "required",
-            parallel=self.parallel_tool_calls is not False and not named,
-        )
-
-
-# Of letters and digits, and so many: the templates of some models demand it.
-CALL_ID_LENGTH = 9
+        return [inner.prepare(model)]
 
 
 def chunk_of(part: CallPart) -> dict[str, Any]:
     """A part of a call as OpenAI's API streams it: its id and name first, then the arguments."""
     if part.name is None:
         return {"index": part.index, "function": {"arguments": part.arguments}}
-    letters = string.ascii_letters + string.digits
-    number = "".join(secrets.choice(letters) for _ in range(CALL_ID_LENGTH))
     function = {"name": part.name, "arguments": part.arguments}
-    return {"index": part.index, "id": number, "type": "function", "function": function}
+    return {"index": part.index, "id": new_call_id(), "type": "function", "function": function}
 
 
 def whole_calls(parts: list[CallPart]) -> list[dict[str, Any]]:
@@ -177,7 +154,7 @@ class ChatCompletionReply(OpenAIReply):
     def __init__(self, model: ChatModel, body: ChatCompletionRequest, prompts: list[Prompt]):
         super().__init__(model, body, prompts)
         self.prompt = prompts[0]
-        self.said = body.messages[-1].content if self.prompt.continues else None
+        self.continued = body.messages[-1].content if self.prompt.continues else None
         self.parsers = [self._parser() for _ in range(body.num_answers)]
 
     def whole(self, choice: Choice) -> dict[str, Any]:
@@ -210,19 +187,7 @@ class ChatCompletionReply(OpenAIReply):
         return {"index": choice.index, "delta": message, "logprobs": self._logprobs(tokens)}
 
     def _parser(self) -> OutputParser:
-        calls = self.model.tool_parser(self.prompt.tools) if self.prompt.calls_tools else None
-        return OutputParser(self._thought_parser(), calls)
-
-    def _thought_parser(self) -> ReasoningParser | None:
-        """Parts an answer; None where nobody thinks, as in JSON."""
-        markers = self.model.tokenizer.thinking_markers
-        if markers is None or (self.prompt.guide and not self.prompt.calls_tools):
-            return None
-        if self.said is None:
-            inside = self.model.tokenizer.thinks(self.prompt.ids)
-        else:
-            inside = self.said.rfind(markers[0]) > self.said.rfind(markers[1])
-        return ReasoningParser(markers, inside)
+        return output_parser(self.model, self.prompt, self.continued)
 
     def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
         if not tokens:

@@ -35,6 +35,7 @@ class ErrorDetail(NamedTuple):
     message: str
     param: str | None
     request_id: str
+    details: dict[str, Any] | None = None  # what an SDK looks for
 
 
 class Dialect(NamedTuple):
@@ -45,6 +46,8 @@ class Dialect(NamedTuple):
     # In a stream: what keeps an idle connection alive, and what comes behind the last event.
     keepalive: str = ": keep-alive\n"
     end: str = "data: [DONE]\n\n"
+    names_events: bool = False  # in a stream, by their type
+    request_id_header: str = "X-Request-ID"  # where the SDKs look for it too
 
 
 def local_time() -> str:

@@ -3,14 +3,16 @@
 There is one generation path: a full response is built from the same deltas as a stream.
 """
 
+import secrets
+import string
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from engine import ChatModel, Delta, FinishReason, Prompt, Token, ToolCallParser
+from engine import CallPart, ChatModel, Delta, FinishReason, Prompt, Token, ToolCallParser
 from serving.reasoning import ParsedMessage, ReasoningParser
 
 # An event is an object, or None for what keeps a connection alive.
@@ -26,6 +28,7 @@ class Choice:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)  # only with logprobs
     finish_reason: FinishReason | Literal["tool_calls"] | None = None
+    stop_string: str | None = None  # that ended it
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
@@ -46,6 +49,7 @@ class Choice:
         self.last_token = time.monotonic()
         self.first_token = self.first_token or self.last_token
         self.finish_reason = delta.finish_reason
+        self.stop_string = delta.stop_string
         self.prompt_tokens = delta.prompt_tokens
         self.completion_tokens = delta.completion_tokens
         self.cached_tokens = delta.cached_tokens
@@ -78,6 +82,9 @@ def cached_tokens_of(choices: list[Choice]) -> int:
 class Reply(ABC):
     """Formats the answer of one endpoint."""
 
+    def take(self, delta: Delta, choice: Choice) -> None:  # noqa: B027 - most need no more
+        """A delta of an answer that is not streamed, which has been added to the choice."""
+
     @abstractmethod
     def events(self, delta: Delta, choice: Choice) -> list[dict[str, Any]]:
         """What a stream tells of a delta, which has already been added to the choice."""
@@ -98,10 +105,12 @@ class Reply(ABC):
 ReplyFactory = Callable[[ChatModel, Any, list[Prompt]], Reply]  # of a checked body
 
 
-async def collect(deltas: AsyncGenerator[Delta], choices: list[Choice]) -> None:
+async def collect(deltas: AsyncGenerator[Delta], choices: list[Choice], reply: Reply) -> None:
     async with aclosing(deltas):
         async for delta in deltas:
             choices[delta.index].add(delta)
+            if not is_keepalive(delta):
+                reply.take(delta, choices[delta.index])
 
 
 async def events_of(deltas: AsyncGenerator[Delta], choices: list[Choice], reply: Reply) -> Events:
@@ -125,6 +134,16 @@ class OutputParser:
         self.thoughts = thoughts
         self.calls = calls
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether what comes next belongs to a thought, or to the marker behind it."""
+        return self.thoughts is not None and self.thoughts.state == "thought"
+
+    @property
+    def is_within_call(self) -> bool:
+        """Whether what came last is a call whose arguments go on."""
+        return self.calls is not None and self.calls.num_calls > 0 and not self.calls.has_calls
+
     def push(self, text: str, choice: Choice) -> ParsedMessage:
         """The next text of a choice, to which it has been added; the last if that has ended.
 
@@ -144,3 +163,112 @@ class OutputParser:
         if choice.finish_reason == "stop" and self.calls.has_calls:
             choice.finish_reason = "tool_calls"
         return ParsedMessage(reasoning, content, parts)
+
+
+def output_parser(model: ChatModel, prompt: Prompt, continued: str | None = None) -> OutputParser:
+    """What parts an answer; `continued` is the text from which it goes on, if any."""
+    calls = model.tool_parser(prompt.tools) if prompt.calls_tools else None
+    markers = model.tokenizer.thinking_markers
+    if markers is None or (prompt.guide and not prompt.calls_tools):
+        return OutputParser(None, calls)  # nobody thinks, as in JSON
+    if continued is None:
+        inside = model.tokenizer.thinks(prompt.ids)
+    else:
+        inside = continued.rfind(markers[0]) > continued.rfind(markers[1])
+    return OutputParser(ReasoningParser(markers, inside), calls)
+
+
+# Of letters and digits, and so many: the templates of some models demand it.
+CALL_ID_LENGTH = 9
+
+
+def new_call_id() -> str:
+    letters = string.ascii_letters + string.digits
+    return "".join(secrets.choice(letters) for _ in range(CALL_ID_LENGTH))
+
+
+# ---- A stream of parts: a thought, a text, and calls, in this order, each of which may be absent
+
+PartKind = Literal["thought", "text", "call"]
+
+
+@dataclass(eq=False)
+class Part:
+    """A part of an answer, as it grows."""
+
+    kind: PartKind
+    index: int  # among the answer's parts
+    name: str = ""  # of the tool that is called
+    call_id: str = ""
+    text: str = ""  # of a call, its arguments as JSON
+    is_whole: bool = False  # it has ended, and was not cut off
+    tokens: list[Token] = field(default_factory=list)  # only with logprobs
+
+
+class PartEvent(NamedTuple):
+    """A part begins, has more text, or ends."""
+
+    kind: Literal["begin", "more", "end"]
+    part: Part
+    text: str = ""
+    tokens: Sequence[Token] = ()
+
+
+class PartStream:
+    """Tells of the parts of an answer; each is open until the next begins."""
+
+    def __init__(self, parser: OutputParser):
+        self.parser = parser
+        self.parts: list[Part] = []
+        self.thought_tokens = 0  # until the thought ended
+
+    def push(self, delta: Delta, choice: Choice) -> list[PartEvent]:
+        """What a delta brings, which has been added to the choice."""
+        was_thinking = self.parser.is_thinking
+        said = self.parser.push(delta.text, choice)
+        tokens = [delta.token] if delta.token else []
+        events: list[PartEvent] = []
+        if said.reasoning:
+            events += self._more("thought", said.reasoning)
+        if was_thinking or said.reasoning or self.parser.is_thinking:
+            self.thought_tokens = choice.completion_tokens
+        if said.content:
+            events += self._more("text", said.content, tokens)
+        for call in said.calls:
+            events += self._call(call)
+        if choice.finish_reason is not None:
+            events += self._end(not self.parser.is_within_call)
+        return events
+
+    @property
+    def _open(self) -> Part | None:
+        return self.parts[-1] if self.parts and not self.parts[-1].is_whole else None
+
+    def _more(self, kind: PartKind, text: str, tokens: Sequence[Token] = ()) -> list[PartEvent]:
+        events = []
+        part = self._open
+        if part is None or part.kind != kind:
+            events = self._begin(kind)
+        part = self.parts[-1]
+        part.text += text
+        part.tokens += tokens
+        return [*events, PartEvent("more", part, text, tokens)]
+
+    def _call(self, call: CallPart) -> list[PartEvent]:
+        events = []
+        if call.name is not None:
+            events = self._begin("call", call.name)
+        return events + (self._more("call", call.arguments) if call.arguments else [])
+
+    def _begin(self, kind: PartKind, name: str = "") -> list[PartEvent]:
+        events = self._end(True)
+        part = Part(kind, len(self.parts), name, new_call_id() if kind == "call" else "")
+        self.parts.append(part)
+        return [*events, PartEvent("begin", part)]
+
+    def _end(self, is_whole: bool) -> list[PartEvent]:
+        part = self._open
+        if part is None:
+            return []
+        part.is_whole = is_whole or part.kind != "call"
+        return [PartEvent("end", part)]

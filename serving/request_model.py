@@ -10,12 +10,13 @@ from pydantic import (
     ModelWrapValidatorHandler,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
 from engine import ChatModel, InvalidInput, Prompt, SamplingParams
 from serving.fields import Biases, EndIds, StopStrings, StrictModel, Text
-from serving.unknown_fields import asks_for_nothing, refusal_of
+from serving.unknown_fields import IgnoredFields, asks_for_nothing, refusal_of
 
 LENGTH_NAMES = ("max_length", "max_new_tokens", "max_tokens", "max_completion_tokens", "n_predict")
 
@@ -47,20 +48,25 @@ class RequestModel(StrictModel):
     model: Text | None = Field(None, description="absent is the one that is served")
 
     _sent: dict[str, str] = PrivateAttr(default_factory=dict)  # a field's name in the request
+    _ignored: IgnoredFields = PrivateAttr(default_factory=IgnoredFields)
 
     @model_validator(mode="wrap")
     @classmethod
-    def check_body(cls, body: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+    def check_body(
+        cls, body: Any, validate: ModelWrapValidatorHandler[Self], info: ValidationInfo
+    ) -> Self:
         if not isinstance(body, dict):
             return validate(body)
-        sent = cls.names_sent(body)
+        ignored = info.context if isinstance(info.context, IgnoredFields) else IgnoredFields()
+        sent = cls.names_sent(body, ignored)
         request = validate({name: body[name] for name in sent.values()})
         request._sent = {field: name for field, name in sent.items() if body[name] is not None}
+        request._ignored = ignored
         request.check()
         return request
 
     @classmethod
-    def names_sent(cls, body: dict[str, Any]) -> dict[str, str]:
+    def names_sent(cls, body: dict[str, Any], ignored: IgnoredFields) -> dict[str, str]:
         """By which name each field is in a body. Raises InvalidInput for what is none.
 
         A field may be there by several names if they say the same.
@@ -69,8 +75,7 @@ class RequestModel(StrictModel):
         sent: dict[str, str] = {}
         for name, value in body.items():
             if name not in names:
-                if not asks_for_nothing(name, value):
-                    raise refusal_of(name, names)
+                cls.check_unknown(name, value, ignored)
                 continue
             first = sent.setdefault(names[name], name)
             # NaN is not even equal to itself.
@@ -80,6 +85,12 @@ class RequestModel(StrictModel):
                 raise InvalidInput(f"{first} and {name} mean the same; send one of them", name)
             sent[names[name]] = name
         return sent
+
+    @classmethod
+    def check_unknown(cls, name: str, value: Any, ignored: IgnoredFields) -> None:
+        """Raise InvalidInput for a field that the call does not have, if it asks for something."""
+        if not asks_for_nothing(name, value):
+            raise refusal_of(name, cls.names())
 
     def check(self) -> None:
         """What must hold between the fields. Raises InvalidInput."""
@@ -182,6 +193,14 @@ class SamplingFields(RequestModel):
         if self.do_sample is False:
             given["temperature"] = 0.0
         return given
+
+    def check_ends_by_itself(self) -> None:
+        """Raise InvalidInput if the request says when an answer ends that a grammar ends."""
+        if self.ignore_eos or self.min_tokens:
+            name = "ignore_eos" if self.ignore_eos else self.field_of("min_tokens")
+            raise InvalidInput(
+                f"{name} cannot go with tools or a JSON answer, which ends by itself", name
+            )
 
     def prepare(self, model: ChatModel) -> list[Prompt]:
         """Tokenize the request's prompts. Raises InvalidInput if it cannot be served."""

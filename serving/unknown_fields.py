@@ -7,6 +7,7 @@ sampling parameter of somebody's cannot slip by.
 """
 
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -192,6 +193,38 @@ REMEDIES = {
 }
 # A name is shown and compared no further.
 MAX_NAME = 64
+
+
+MAX_IGNORED = 64  # different ones in a body
+
+
+@dataclass
+class IgnoredFields:
+    """The fields of a body that wish for what the answer does without, by their names.
+
+    Where the client asks for strict handling (RFC 7240), such a wish is refused instead.
+    """
+
+    strict: bool = False
+    names: list[str] = field(default_factory=list)
+
+    def has(self, name: str) -> bool:
+        return name in self.names
+
+    def add(self, name: str) -> None:
+        """Note a field. Raises InvalidInput in strict handling, or if there are very many."""
+        if name in self.names:
+            return
+        shown = printable(name)
+        if self.strict:
+            raise InvalidInput(
+                f"{shown} is not supported, and Prefer: handling=strict asks to be told; leave it"
+                " out",
+                shown.partition(".")[0],
+            )
+        if len(self.names) == MAX_IGNORED:
+            raise InvalidInput(f"there are more than {MAX_IGNORED} unknown fields", shown)
+        self.names.append(name)
 
 
 def asks_for_nothing(name: str, value: Any) -> bool:

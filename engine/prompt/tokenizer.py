@@ -253,6 +253,7 @@ class ChatTokenizer:
                 f"This model's maximum context length is {self.most_tokens} tokens. The prompt"
                 " has many more; shorten the prompt or the history",
                 "prompt",
+                most=self.most_tokens,
             )
 
     @cached_property

@@ -23,7 +23,7 @@ class Detokenizer:
         shown_ids: Collection[int] = (),
     ):
         self.tokenizer, self.stop, self.shown_ids = tokenizer, stop, shown_ids
-        self.stopped = False
+        self.stop_string: str | None = None  # that was found
         self._most, self._firsts = max(map(len, stop), default=0), {s[0] for s in stop}
         self._shown: list[int] = []
         self._pending: list[int] = []
@@ -38,12 +38,16 @@ class Detokenizer:
         if token in self.shown_ids:
             return self.flush() + text
         self._held += text
-        starts = [at for at in map(self._held.find, self.stop) if at >= 0]
+        starts = [(at, stop) for stop in self.stop if (at := self._held.find(stop)) >= 0]
         if starts:
-            self.stopped = True
-            self._held = self._held[: min(starts)]
+            at, self.stop_string = min(starts)
+            self._held = self._held[:at]
             return self.flush()
         return self._release(len(self._held) - self._partial_stop())
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop_string is not None
 
     def flush(self) -> str:
         """The text held back, once no more ids come."""

@@ -103,6 +103,7 @@ class AnswerText:
             completion_tokens=self.num_tokens,
             cached_tokens=self.answer.num_reused,
             queue_time=self.answer.admitted - self.answer.arrived,
+            stop_string=self.detokenizer.stop_string,
             prompt_logprobs=scores,
         )
 
