@@ -21,8 +21,9 @@ from ray.serve.request_router import PendingRequest, RunningReplica
 import api
 from engine import ChatModel
 from serving.log_queue import start_log
+from serving.settings import Settings, read_settings
 
-Load = Callable[[api.Settings], ChatModel]
+Load = Callable[[Settings], ChatModel]
 
 
 class ClusterSettings(BaseSettings):
@@ -62,7 +63,7 @@ class Chat:
 
     app: FastAPI  # by serve.ingress
 
-    def __init__(self, settings: api.Settings, load: Load):
+    def __init__(self, settings: Settings, load: Load):
         self.settings, self.load = settings, load
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
@@ -78,7 +79,7 @@ class Chat:
             raise api.NotServing("the engine is dead")
 
 
-def build(settings: api.Settings, cluster: ClusterSettings, load: Load = api.load_served) -> Any:
+def build(settings: Settings, cluster: ClusterSettings, load: Load = api.load_served) -> Any:
     """What `serve run` takes: so many servers with these settings."""
     deployment = serve.deployment(
         name="chat",
@@ -105,4 +106,4 @@ def build(settings: api.Settings, cluster: ClusterSettings, load: Load = api.loa
 
 
 # Without the page, which keeps its state in one server, while Serve sends each call anywhere.
-app = build(api.read_settings(["--no-chat-page"]), ClusterSettings())
+app = build(read_settings(["--no-chat-page"]), ClusterSettings())

@@ -34,6 +34,7 @@ ORDER = [
     "serving.request_parser",
     "serving.origins",
     "serving.command_line",
+    "serving.settings",
     "serving.connection_limits",
     "serving.connection",
     "serving.log_queue",
