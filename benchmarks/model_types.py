@@ -40,7 +40,7 @@ from engine.checkpoint.model_config import load_config
 from engine.kernels.cpu import why_missing
 from engine.layers.autotune import measure_forms
 from engine.layers.weight_format import PACKED, Form, convert
-from engine.runner.runner import create_runner
+from engine.runner.create import create_runner
 from engine.sequence import Span
 
 VOCABULARY = 260
@@ -57,6 +57,7 @@ SIZES: list[tuple[str, int]] = [
     (r"kv_lora_rank|mamba_n_heads|linear_num_value_heads|mamba_num_heads", 16),
     (r"q_lora_rank|qk_nope_head_dim|v_head_dim|head_dim|global_head_dim|swa_head_dim", 16),
     (r"swa_v_head_dim|kv_channels|attention_head_dim|index_head_dim|d_kv", 16),
+    (r"linear_(key|value)_head_dim|linear_head_dim|linear_num_(key_)?heads", 8),
     (r"qk_rope_head_dim|rotary_dim", 8),
     (r"num_key_value_heads|num_kv_heads|swa_num_key_value_heads|num_query_groups", 2),
     (r"(\w+_)?num_attention_heads|n_heads?|num_heads|(en|de)coder_attention_heads", 4),
@@ -97,6 +98,20 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": SHARED_KEYS,
     "gemma4_unified_text": SHARED_KEYS,
+    "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention"] * 2},
+    "nemotron_h": {"time_step_min": 1e-9},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "kimi_linear": {"n_group": 1, "topk_group": 1, "num_experts_per_token": 2},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_mem_blocks": 1,
+        "time_step_min": 1e-9,
+    },
+    "bailing_hybrid": {"n_group": 1, "topk_group": 1, "num_experts_per_token": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "zaya": {"num_experts_per_tok": 1},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "hunyuan_v1_dense": WITH_HEADS,
     "hunyuan_v1_moe": WITH_HEADS,

@@ -29,7 +29,8 @@ from engine.prompt.families import checkpoint_defaults, states_length
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.relative_error import relative_error
 from engine.runner.cpu_threads import cores_settled_behind
-from engine.runner.runner import Runner, create_runner, input_device
+from engine.runner.create import create_runner
+from engine.runner.runner import Runner, input_device
 from engine.scheduling.engine import Engine
 from engine.sequence import Span
 
@@ -63,6 +64,7 @@ def self_check(runner: Runner, alone: list[torch.Tensor]) -> float:
             span.num_cached += new
             # max would pass over the NaN that broken weights give.
             worst = max(relative_error(row, plain[span.num_cached - 1].to(row)), worst)
+    runner.forget(spans)
     # A wrong answer is far off. Both sides have the same weights, so fewer bits allow no more.
     check_error(runner.model, worst, tolerance_of(runner.model))
     return worst
@@ -89,7 +91,8 @@ def logits_alone(model: Any, wanted: list[torch.Tensor]) -> list[torch.Tensor]:
     differ by more than two batches of one may. Raises StartError if they are not near the wanted.
     """
     runner = Runner(model, 16)
-    found = [runner.forward([(Span(ids, 0, all_logits=True), len(ids))]) for ids in probes(model)]
+    spans = [Span(ids, 0, all_logits=True) for ids in probes(model)]
+    found = [runner.forward([(span, len(span.tokens))]) for span in spans]
     for logits, own in zip(found, wanted, strict=True):
         check_error(model, relative_error(logits, own.to(logits)), 2 * tolerance_of(model))
     return found
@@ -100,7 +103,7 @@ def start_runner(model: Any, cache_memory: str = "auto", max_batch: int = 64) ->
     try:
         alone = [reference_logits(model, ids) for ids in probes(model)]
         most = max_batch * context_length(model.config)
-        runner = create_runner(model, cache_memory, most)
+        runner = create_runner(model, cache_memory, most, max_batch)
     except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
         raise not_supported(model.config, f"its code fails in a batch: {error}") from error
     if not computes_exactly(model):

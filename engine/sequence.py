@@ -58,6 +58,7 @@ class Prompt:
     dropped_turns: int = 0
     continues: bool = False  # the answer goes on from the prompt's text
     tools: tuple[Any, ...] = ()  # that the answer may call, in OpenAI's shape
+    num_stable: int | None = None  # tokens with which the next turn begins, too; None if unknown
     shown_ids: frozenset[int] = frozenset()  # special tokens that are text in the answer
 
     @property
@@ -80,6 +81,10 @@ class Span:
     all_logits: bool = False  # the logits of all its tokens are wanted, not only of the last
     # The chained hashes of the tokens' whole blocks, as far as anybody has asked for them.
     block_hashes: list[int] = field(default_factory=list, repr=False)
+    # The slots of the states of its layers that keep one, by how many tokens they are of, and after
+    # how many one is to be kept for others.
+    states: dict[int, int] = field(default_factory=dict, repr=False)
+    kept_states: set[int] = field(default_factory=set, repr=False)
 
     @property
     def pending(self) -> int:
@@ -97,8 +102,10 @@ class Sequence(Span):
     open_ended: bool = False  # no length was stated: rows are reserved bit by bit
     guide: "Guide | None" = None
     done: bool = False  # ended, or its client has left; may be set from another thread
+    spoilt: bool = False  # it failed: nothing that it computed is for others
     finish_reason: FinishReason | None = None
     prompt_scores: list[Token] = field(default_factory=list)  # with params.prompt_logprobs
+    num_stable: int | None = None  # of the prompt's tokens, as Prompt has it
     num_reused: int = 0  # of the prompt's tokens, found in the prefix cache
     times_overtaken: int = 0  # by smaller ones, while it waited for room
     waiting_for: "Sequence | None" = None  # whose prefill it lets go first, to copy the prefix

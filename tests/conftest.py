@@ -170,6 +170,8 @@ class ScriptedRunner:
     stands for every prompt.
     """
 
+    states = None
+
     vocabulary = 260
     device = torch.device("cpu")
 

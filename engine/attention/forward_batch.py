@@ -37,6 +37,7 @@ class Step:
     """The inputs of one forward pass; a plain object, which accelerate's hooks leave alone."""
 
     pool: "Pool"  # by the runner
+    states: Any = None  # by the runner, where layers keep states
 
     def __init__(self, work: Work, way: Way = "copied"):
         self.way = way
@@ -47,6 +48,7 @@ class Step:
         for n, (span, new) in enumerate(work):
             wanted += range(ends[n] - (new if span.all_logits else 1), ends[n])
         work = [work[n] for n in order]
+        self.work: Work = work  # in the order of the packed row
         places = [(span.start, span.num_cached + n) for span, new in work for n in range(new)]
         # Python lists first: a step has too few tokens for tensor operations to be faster.
         self.ids = torch.tensor([i for span, n in work for i in span.tokens[span.num_cached :][:n]])
@@ -83,7 +85,7 @@ class Step:
     def enter(self, layer_idx: int, scoring: Scoring) -> "LayerRows":
         """The rows of a layer whose attention is computed now, once in a step."""
         self.attended += 1
-        layer = self.pool.layers[layer_idx]
+        layer = self.pool.layer(layer_idx)
         layer.scoring = scoring
         return layer
 
@@ -159,9 +161,13 @@ class LayerRows:
 class Pool:
     """The KV cache of every sequence; each layer's rows are created on first use."""
 
-    def __init__(self, num_layers: int, rows: int):
+    def __init__(self, layers: list[int], rows: int):
         self.rows = rows
-        self.layers = [LayerRows(rows) for _ in range(num_layers)]
+        self.by_index = {n: LayerRows(rows) for n in layers}
+        self.layers = [*self.by_index.values()]
+
+    def layer(self, layer_idx: int) -> LayerRows:
+        return self.by_index[layer_idx]
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy `count` rows of every layer."""

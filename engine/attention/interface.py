@@ -29,9 +29,21 @@ def packed_attention(
     """
     scoring = Scoring(scaling, module.attention_window, kwargs.get("softcap"), kwargs.get("s_aux"))
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    layer_idx = layer_of(module, step.states)
     if keeps_latent(module):
         return attend_latents(step, module, query, key, value, scoring)[None], None
-    return attend_rows(step, module.layer_idx, query, key, value, scoring)[None], None
+    return attend_rows(step, layer_idx, query, key, value, scoring)[None], None
+
+
+def layer_of(module: Any, states: Any) -> int:
+    """The layer that an attention module computes, of which some share a module.
+
+    `states` stands in for the model's cache, if it has one: it was told the layer last.
+    """
+    known: int | None = getattr(module, "layer_idx", None)
+    if known in (None, -1) and states is not None:
+        return int(states.layer_idx)
+    return -1 if known is None else known
 
 
 def attend_rows(

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
-from engine.checkpoint.model_config import context_length, not_supported
+from engine.attention.interface import layer_of
+from engine.checkpoint.model_config import (
+    NEITHER,
+    cache_argument,
+    context_length,
+    keeps_states,
+    layer_types,
+    not_supported,
+)
+from engine.checkpoint.state_probe import StateProbe
 from engine.errors import StartError
 
 log = logging.getLogger("chat")
@@ -55,6 +64,8 @@ class Trial:
     def __init__(self) -> None:
         self.masks: dict[Any, Mask | None] = {}  # by attention module
         self.calls = 0
+        self.layers: list[int] = []  # that attend
+        self.states = StateProbe()
 
     def attend(
         self,
@@ -74,6 +85,7 @@ class Trial:
         if options.get("is_causal") is False:
             raise StartError("its attention is not causal")
         self.masks[module] = mask
+        self.layers.append(layer_of(module, self.states))
         return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 
@@ -120,15 +132,21 @@ def try_attention(model: Any, device: torch.device | str) -> Trial:
     """What the layers ask for, by a forward pass of two tokens. Leaves its attention changed."""
     AttentionInterface.register("trial", trial_attention)
     AttentionMaskInterface.register("trial", trial_mask)
-    model.set_attn_implementation("trial")
-    if model.config.get_text_config()._attn_implementation != "trial":
-        raise StartError("its attention is code of its own, not transformers' common one")
     trial = Trial()
+    kinds = layer_types(model.config)
+    if "full_attention" in kinds or "hybrid" in kinds or not keeps_states(model.config):
+        model.set_attn_implementation("trial")
+        if model.config.get_text_config()._attn_implementation != "trial":
+            raise StartError("its attention is code of its own, not transformers' common one")
     places = torch.arange(2, device=device)[None]
     given = {"input_ids": places, "position_ids": places, "logits_to_keep": places[0]}
     if places.is_meta:  # transformers would else look into the positions for packed texts
         given["attention_mask"] = torch.ones_like(places)
-    model(**given, use_cache=False, step=trial)
+    if not keeps_states(model.config):
+        model(**given, use_cache=False, step=trial)
+        return trial
+    with trial.states:
+        model(**given, **{cache_argument(model): trial.states}, use_cache=False, step=trial)
     return trial
 
 
@@ -139,14 +157,25 @@ def attention_windows(
 
     Raises StartError for what the engine does not do. Leaves the model's attention changed.
     """
+    return probe_layers(model, context, device)[0]
+
+
+def probe_layers(
+    model: Any, context: int, device: torch.device | str
+) -> tuple[dict[Any, int | None], Trial]:
+    """The same, and what was found out beside it: which layers attend, and which keep a state."""
     try:
         trial = try_attention(model, device)
-        number = model.config.get_text_config().num_hidden_layers
-        reached = sorted(getattr(module, "layer_idx", -1) for module in trial.masks)
-        if trial.calls != number or reached != list(range(number)):
+        config = model.config.get_text_config()
+        number = config.num_hidden_layers
+        kinds = getattr(config, "layer_types", None) or [""] * number
+        neither = [n for n, kind in enumerate(kinds) if kind in NEITHER]
+        reached = sorted({*trial.layers, *trial.states.layers, *neither})
+        if len(trial.layers) != len({*trial.layers}) or reached != list(range(number)):
             raise StartError(f"its {number} layers do not compute attention once each")
         masks = trial.masks.items()
-        return {module: window_of(mask, context) if mask else None for module, mask in masks}
+        windows = {module: window_of(mask, context) if mask else None for module, mask in masks}
+        return windows, trial
     except StartError as error:
         raise not_supported(model.config, str(error)) from error
 

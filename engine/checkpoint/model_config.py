@@ -54,18 +54,43 @@ def check_architecture(config: Any) -> None:
         raise not_supported(
             config, "it is no causal language model, which answers by continuing its prompt"
         )
-    takes = signature(kind.forward).parameters
-    if missing := sorted({"position_ids", "logits_to_keep", "kwargs"} - takes.keys()):
+    try:
+        layers = layer_types(config)
+    except ValueError as error:  # of several texts' configurations it takes none
+        raise not_supported(config, "it is made of several models") from error
+    needed = {"position_ids", "logits_to_keep", "kwargs"}
+    if layers and not layers - WITHOUT_POSITIONS:
+        needed -= {"position_ids"}
+    if missing := sorted(needed - signature(kind.forward).parameters.keys()):
         names = " and no ".join(missing)
         raise not_supported(
             config, f"its forward pass takes no {names}, so that requests cannot share a step"
         )
-    try:
-        layers = getattr(config.get_text_config(), "layer_types", None) or ()
-    except ValueError as error:  # of several texts' configurations it takes none
-        raise not_supported(config, "it is made of several models") from error
-    if other := sorted({*layers} - {"full_attention", "sliding_attention"}):
+    if other := sorted(layers - ATTENTION - STATES - NEITHER):
         raise not_supported(config, f"it has layers of {' and '.join(other)}")
+
+
+# Kinds of layers, by transformers' names: those that attend, that keep a state, that do neither.
+ATTENTION = {"full_attention", "sliding_attention"}
+STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+NEITHER = {"mlp", "moe"}
+WITHOUT_POSITIONS = {"linear_attention", "conv"} | NEITHER
+
+
+def layer_types(config: Any) -> set[str]:
+    """The kinds of a model's layers, as far as its configuration tells them."""
+    return {*(getattr(config.get_text_config(), "layer_types", None) or ())}
+
+
+def keeps_states(config: Any) -> bool:
+    """Whether some layers keep a state in place of rows of keys and values."""
+    return bool(layer_types(config) & STATES)
+
+
+def cache_argument(model: Any) -> str:
+    """By which name a model's forward pass takes its cache."""
+    takes = signature(type(model).forward).parameters
+    return "past_key_values" if "past_key_values" in takes else "cache_params"
 
 
 def plain_attention(config: Any) -> str:

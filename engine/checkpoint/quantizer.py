@@ -72,6 +72,7 @@ def kept(model: Any) -> Iterator[Any]:
     for module in model.modules():
         if hasattr(module, "expand_kv"):
             yield getattr(module, "kv_b_proj", None)
+        yield getattr(module, "dt_proj", None)  # Mamba's code takes its weights
         # Beside a mixture's experts stand its routers.
         if any(has_fused_experts(child) for child in module.children()):
             yield from (child for child in module.children() if type(child) is torch.nn.Linear)

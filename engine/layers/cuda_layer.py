@@ -159,7 +159,7 @@ def attention_of(module: Any, given: dict[str, Any]) -> CudaAttention | None:
         return None
     attention = CudaAttention(module, scoring)
     step = copy(given["step"])
-    layer = step.pool.layers[module.layer_idx]
+    layer = step.pool.layer(module.layer_idx)
     wanted = layer.keys.clone()
     attention(**given | {"step": step})
     return attention if is_alike(layer.keys, wanted) else None

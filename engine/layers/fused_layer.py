@@ -151,9 +151,9 @@ def fuse_layers(model: Any, run: Callable[[], Any]) -> None:
 
 def scoring_of(module: Any, given: dict[str, Any]) -> Scoring | None:
     """How attention scored keys in this step, if whole heads are turned by what it is given."""
-    if not {"position_embeddings", "step"} <= given.keys():
+    if not {"position_embeddings", "step"} <= given.keys() or not given["position_embeddings"]:
         return None
     if given["position_embeddings"][0].shape[-1] != module.head_dim:
         return None
-    scoring: Scoring = given["step"].pool.layers[module.layer_idx].scoring
+    scoring: Scoring = given["step"].pool.layer(module.layer_idx).scoring
     return scoring

@@ -43,9 +43,11 @@ def has_fused_experts(module: Any) -> bool:
 def replaceable(model: Any) -> dict[str, Any]:
     """The linear layers and stacks of experts that may change their form, by their names.
 
-    MLA's up-projection is not among them: attention reads its matrix.
+    MLA's up-projection is not among them: attention reads its matrix. Nor is Mamba's for steps of
+    time, of which its code takes the weights.
     """
     absorbed = {f"{name}.kv_b_proj" for name, module in model.named_modules() if can_absorb(module)}
+    absorbed |= {name for name, _ in model.named_modules() if name.endswith(".dt_proj")}
     return {
         name: module
         for name, module in model.named_modules()

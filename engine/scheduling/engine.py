@@ -59,7 +59,9 @@ class Engine:
     ):
         self.runner, self.tokenizer, self.end_ids = runner, tokenizer, frozenset(end_ids)
         self.max_waiting, self.timeout = max_waiting, timeout
-        self.cache = SpanCache(runner.rows, self._copy_rows, reuse)
+        self.cache = SpanCache(runner.rows, self._copy_rows, reuse, runner.states)
+        if runner.states:
+            max_batch = min(max_batch, runner.states.most_sequences)
         self.scheduler: Scheduler[Answer] = Scheduler(self.cache, max_batch, prefill_chunk)
         self.failure: BaseException | None = None
         self.last_step = time.monotonic()  # when the last step ended, or work came after idleness
@@ -151,6 +153,7 @@ class Engine:
             end_ids=ends.union(params.stop_token_ids),
             guide=prompt.guide.copy() if prompt.guide else None,
             open_ended=prompt.open_ended,
+            num_stable=prompt.num_stable,
             outbox=outbox,
             index=index,
             deadline=deadline,
@@ -212,7 +215,7 @@ class Engine:
         items: list[Item] = []
         for answer, outcome in self._compute(self.scheduler.plan()):
             if isinstance(outcome, EngineError):
-                answer.done = True
+                answer.done = answer.spoilt = True
                 items.append((answer, outcome))
                 continue
             if outcome:
@@ -232,6 +235,7 @@ class Engine:
         """
         if not work:
             return []
+        self.cache.free_slots(work)
         try:
             logits = self.runner.forward(work)
             tokens = self._sample(work, logits)

@@ -1,26 +1,20 @@
 """Who owns which rows of the KV cache, and which of them a new prompt can take over.
 
 Running sequences own spans of rows; what finished ones have computed is kept until its room is
-needed, least recently used first. Prefixes are found by the chained hashes of their blocks, as in
-vLLM's automatic prefix caching, in a few look-ups however many there are.
+needed, least recently used first. Where layers keep a state, a prefix is taken over only as far as
+one of its states reaches.
 """
 
-import secrets
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from itertools import islice
-from typing import Generic, TypeVar
 
-from engine.sequence import Sequence, Span
+from engine.attention.state_pool import StatePool
+from engine.scheduling.kept_states import KeptStates
+from engine.scheduling.prefix_index import PrefixIndex, block_hashes, common_prefix, in_blocks
+from engine.sequence import Sequence, Span, Work
 
-# Tokens in a hashed block. A shorter prefix is computed again rather than kept or copied.
-BLOCK = 16
-# Where the chain of hashes begins: unknown to callers, so that none can make hashes collide.
-SEED = secrets.randbits(62)
 # Most prefixes of finished requests that are kept.
 MAX_PREFIXES = 256
-# Spans that share a block are compared token by token; of many, so many of the newest.
-MAX_COMPARED = 16
 
 
 class Allocator:
@@ -65,67 +59,6 @@ class Allocator:
         self.gaps.insert(at, (start, size))
 
 
-def block_hashes(span: Span, count: int) -> list[int]:
-    """The hashes of a span's first `count` blocks, each over all tokens up to its end."""
-    hashes = span.block_hashes
-    for n in range(len(hashes), count):
-        before = hashes[-1] if hashes else SEED
-        hashes.append(hash((before, *span.tokens[n * BLOCK : (n + 1) * BLOCK])))
-    return hashes[:count]
-
-
-S = TypeVar("S", bound=Span)
-
-
-class PrefixIndex(Generic[S]):
-    """Finds spans that begin with the same blocks as a given one."""
-
-    def __init__(self) -> None:
-        self.spans: dict[int, dict[S, None]] = {}  # by a block's hash, in order of arrival
-        self.num_blocks: dict[S, int] = {}  # that each span has here
-
-    def add(self, span: S, num_tokens: int) -> None:
-        """Let the blocks of a span's first `num_tokens` tokens be found from now on."""
-        known = self.num_blocks.get(span, 0)
-        count = num_tokens // BLOCK
-        if count > known:
-            for key in block_hashes(span, count)[known:]:
-                self.spans.setdefault(key, {})[span] = None
-            self.num_blocks[span] = count
-
-    def remove(self, span: S) -> None:
-        for key in block_hashes(span, self.num_blocks.pop(span, 0)):
-            sharing = self.spans.get(key, {})
-            sharing.pop(span, None)  # of two blocks with one hash it went with the first
-            if not sharing:
-                self.spans.pop(key, None)
-
-    def longest(self, span: Span) -> int:
-        """How many of a span's blocks another one begins with, its last token left out."""
-        hashes = block_hashes(span, (len(span.tokens) - 1) // BLOCK)
-        # Who has a block has all before it.
-        return bisect_left(hashes, True, key=lambda key: key not in self.spans)
-
-    def sharing(self, span: Span, count: int) -> list[S]:
-        """Some of those that share a span's first `count` blocks, the newest first."""
-        found = self.spans.get(block_hashes(span, count)[-1], {}) if count else {}
-        return list(islice(reversed(found), MAX_COMPARED))
-
-
-def common_prefix(cached: Span, tokens: list[int], known: int) -> int:
-    """How many of the cached tokens are a prefix of the given ones, if at least `known` are.
-
-    Never all of the given ones, since the last one's logits are wanted.
-    """
-    if cached.tokens[:known] != tokens[:known]:  # the hashes collided
-        return 0
-    most = min(cached.num_cached, len(tokens) - 1)
-    count = min(known, most)
-    while count < most and cached.tokens[count] == tokens[count]:
-        count += 1
-    return count
-
-
 class SpanCache:
     """The rows of the KV cache: places sequences in it, and keeps what finished ones computed.
 
@@ -133,17 +66,22 @@ class SpanCache:
     whether it succeeded; if not, they are computed again.
     """
 
-    def __init__(self, rows: int, copy_rows: Callable[[Span, int, int], bool], reuse: bool = True):
+    def __init__(
+        self,
+        rows: int,
+        copy_rows: Callable[[Span, int, int], bool],
+        reuse: bool = True,
+        states: StatePool | None = None,
+    ):
         self.rows, self.reuse = rows, reuse
+        self.states = KeptStates(states, reuse)
         self.copy_rows = copy_rows
         self.allocator = Allocator(rows)
         self.kept: dict[Span, None] = {}  # of finished requests, least recently used first
-        self.computed = PrefixIndex[
-            Span
-        ]()  # kept spans, and running ones as far as they are computed
-        self.prefilling = PrefixIndex[
-            Sequence
-        ]()  # the prompts of running ones that are being computed
+        # Kept spans, and running ones as far as they are computed.
+        self.computed = PrefixIndex[Span]()
+        # The prompts of running ones that are being computed.
+        self.prefilling = PrefixIndex[Sequence]()
 
     @property
     def num_used(self) -> int:
@@ -164,13 +102,16 @@ class SpanCache:
                     self.kept[source] = self.kept.pop(source)
                 if self.copy_rows(source, start, shared):
                     seq.num_cached = shared
+                    self.states.share(source, shared, seq)
         if not seq.admitted:  # a readmitted sequence finds its own rows, which is no reuse
             seq.num_reused = seq.num_cached
+        self.states.plan(seq, self.computed.longest(seq))
         self.advance(seq)
         return True
 
     def advance(self, seq: Sequence) -> None:
         """Let what a sequence has computed by now be found by others."""
+        self.states.advance(seq)
         if not self.reuse:
             return
         self.computed.add(seq, seq.num_cached)
@@ -188,6 +129,8 @@ class SpanCache:
         if not self.prefilling.num_blocks or seq.all_logits:
             return None
         coming = self.prefilling.longest(seq)
+        if self.states.pool:
+            return self.states.coming(seq, self.prefilling, coming)
         if coming <= self.computed.longest(seq):
             return None
         return self.prefilling.sharing(seq, coming)[0]
@@ -205,34 +148,47 @@ class SpanCache:
         old = Span(seq.tokens, seq.start, seq.room, seq.num_cached)
         seq.start, seq.room = start, seq.wanted_room
         if not self.copy_rows(old, seq.start, old.num_cached):
-            self._forget(seq)
+            self.computed.remove(seq)
+            self.prefilling.remove(seq)
+            self.states.drop(seq)
             seq.num_cached = 0
         self.allocator.release(old.start, old.room)
         return True
 
     def release(self, seq: Sequence) -> None:
         """Free a sequence's rows, except for those kept as a prefix."""
-        self._forget(seq)
-        count = seq.num_cached if self.reuse and seq.num_cached >= BLOCK else 0
+        self.computed.remove(seq)
+        self.prefilling.remove(seq)
+        keeps = self.reuse and not seq.spoilt and in_blocks(seq.num_cached)
+        count = seq.num_cached if keeps else 0
         if count:
-            hashes = block_hashes(seq, count // BLOCK)
+            hashes = block_hashes(seq, count)
             prefix = Span(seq.tokens[:count], seq.start, count, count, block_hashes=hashes)
             self.kept[prefix] = None
             self.computed.add(prefix, count)
+            self.states.hand_over(seq, prefix)
+        self.states.drop(seq)
         if len(self.kept) > MAX_PREFIXES:
             self._evict(next(iter(self.kept)))
         if seq.room > count:
             self.allocator.release(seq.start + count, seq.room - count)
         seq.room = seq.num_cached = 0
 
+    def free_slots(self, work: Work) -> None:
+        """Free as many slots for states as a step takes, giving up kept prefixes for them."""
+        for prefix in self.states.free(work, self.kept):
+            self._evict(prefix)
+
     def _longest_prefix(self, seq: Sequence) -> tuple[int, Span | None]:
         """The most tokens of a sequence that a span holds already, and that span."""
         if not self.reuse or seq.all_logits:
             return 0, None
-        blocks = self.computed.longest(seq)
+        if self.states.pool:
+            return self.states.index.longest(seq)
+        known = self.computed.longest(seq)
         longest, source = 0, None
-        for span in self.computed.sharing(seq, blocks):
-            count = common_prefix(span, seq.tokens, blocks * BLOCK)
+        for span in self.computed.sharing(seq, known):
+            count = common_prefix(span, seq.tokens, known)
             if count > longest:
                 longest, source = count, span
         return longest, source
@@ -247,6 +203,7 @@ class SpanCache:
         seq.start, seq.room, seq.num_cached = prefix.start, seq.wanted_room, shared
         del self.kept[prefix]
         self.computed.remove(prefix)
+        self.states.hand_over(prefix, seq)
         return True
 
     def _reserve(self, size: int, spare: Span | None = None) -> int | None:
@@ -271,8 +228,5 @@ class SpanCache:
     def _evict(self, span: Span) -> None:
         del self.kept[span]
         self.computed.remove(span)
+        self.states.drop(span)
         self.allocator.release(span.start, span.room)
-
-    def _forget(self, seq: Sequence) -> None:
-        self.computed.remove(seq)
-        self.prefilling.remove(seq)

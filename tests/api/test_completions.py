@@ -5,7 +5,7 @@ import openai
 import pytest
 import torch
 
-from engine.runner.runner import create_runner
+from engine.runner.create import create_runner
 from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve, tiny_llama
 
 TEXT = "/v1/completions"

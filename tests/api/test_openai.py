@@ -13,7 +13,7 @@ import torch
 from engine import ChatModel
 from engine.guided.guide import GuideCompiler
 from engine.prompt.tokenizer import ChatTokenizer
-from engine.runner.runner import create_runner
+from engine.runner.create import create_runner
 from engine.sampling_params import SamplingParams
 from serving import chat, parts
 from tests.conftest import chat_model, ready, serve, tiny_llama, wait_for

@@ -153,7 +153,7 @@ def test_a_span_that_is_reused_unread_is_noticed(report, tokenizer, monkeypatch)
 
     # As if all prompts were alike, whatever their tokens are.
     monkeypatch.setattr(
-        "engine.scheduling.kv_cache.hash", lambda tokens: len(tokens), raising=False
+        "engine.scheduling.prefix_index.hash", lambda tokens: len(tokens), raising=False
     )
     monkeypatch.setattr("engine.scheduling.kv_cache.common_prefix", unread)
     heard = leaked(report, tokenizer)

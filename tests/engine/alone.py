@@ -11,7 +11,7 @@ from engine.checkpoint.model_config import context_length
 from engine.kernels.cpu import why_missing
 from engine.layers.weight_format import Form, convert
 from engine.loading import probes, reference_logits
-from engine.runner.runner import create_runner
+from engine.runner.create import create_runner
 from tests.conftest import ROOT, greedy
 from tests.engine.stand_ins import as_on_a_card
 

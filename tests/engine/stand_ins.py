@@ -116,7 +116,7 @@ def with_kernels(patch):
 def as_on_a_card(patch, attention=flash_attention, capturing=capture):
     """Let the CPU pass for a card, by the stand-ins above."""
     with_kernels(patch)
-    patch.setattr("engine.runner.runner.why_not_in_place", lambda layers: None)
+    patch.setattr("engine.runner.create.why_not_in_place", lambda layers: None)
     patch.setattr("engine.attention.in_place.flash_attention", attention)
     patch.setattr("engine.runner.cuda_graph.capture", capturing)
     patch.setattr(torch.cuda, "graph_pool_handle", lambda: None)

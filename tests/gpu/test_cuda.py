@@ -21,7 +21,8 @@ from engine.checkpoint.model_config import context_length
 from engine.layers.autotune import settle_form
 from engine.layers.quantized import QuantizedLinear, pack
 from engine.loading import start_runner
-from engine.runner.runner import Runner, create_runner
+from engine.runner.create import create_runner
+from engine.runner.runner import Runner
 from engine.scheduling.engine import Engine
 from engine.scheduling.sampler import sample_tokens
 from engine.sequence import Span

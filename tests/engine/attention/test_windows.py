@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from engine.loading import attention_summary, start_runner
-from engine.runner.runner import Runner, create_runner
+from engine.runner.create import create_runner
+from engine.runner.runner import Runner
 from engine.scheduling.engine import Engine
 from tests.conftest import greedy
 from tests.engine.scheduling.test_batching import Told, tokens

@@ -10,7 +10,6 @@ from transformers import (
     GPTNeoConfig,
     Llama4TextConfig,
     MistralConfig,
-    Qwen3NextConfig,
     StableLmConfig,
 )
 from transformers.masking_utils import (
@@ -74,14 +73,9 @@ def test_attention_is_refused_before_any_weights_are_read(tmp_path, config, reas
         load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("config", "layers"),
-    [(Llama4TextConfig(), "chunked_attention"), (Qwen3NextConfig(), "linear_attention")],
-    ids=lambda value: getattr(value, "model_type", ""),
-)
-def test_other_kinds_of_layers_are_refused_by_their_names(tmp_path, config, layers):
-    config.save_pretrained(tmp_path)
-    with pytest.raises(StartError, match=f"is not supported: it has layers of {layers}"):
+def test_other_kinds_of_layers_are_refused_by_their_names(tmp_path):
+    Llama4TextConfig().save_pretrained(tmp_path)
+    with pytest.raises(StartError, match="not supported: it has layers of chunked_attention"):
         load_model(tmp_path)
 
 

@@ -30,7 +30,7 @@ from engine.layers.quantized import (
     unpack,
 )
 from engine.loading import reference_logits, start_runner
-from engine.runner.runner import cache_budget
+from engine.runner.cache_budget import cache_budget
 from tests.engine.alone import FIXTURES, needs_bitsandbytes, needs_kernels
 
 BOTH = ["8bit", pytest.param("4bit", marks=needs_bitsandbytes)]

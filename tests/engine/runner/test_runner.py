@@ -13,7 +13,9 @@ from engine.attention.forward_batch import LayerRows, Step
 from engine.attention.groups import Scoring
 from engine.checkpoint.model_config import context_length
 from engine.errors import StartError
-from engine.runner.runner import cache_budget, create_runner, padded_size, why_not_in_place
+from engine.runner.cache_budget import cache_budget
+from engine.runner.create import create_runner, why_not_in_place
+from engine.runner.runner import padded_size
 from engine.sequence import Span
 from tests.conftest import tiny_llama
 
@@ -89,7 +91,7 @@ def test_flash_attention_is_used_where_it_can_be(
     assert found is None if reason is None else reason in found
     layer.keys = layer.keys.as_subclass(torch.Tensor)
     assert why_not_in_place([layer]) == "layers on cpu"
-    monkeypatch.setattr("engine.runner.runner.flash_attention", None)
+    monkeypatch.setattr("engine.runner.create.flash_attention", None)
     assert "no FlashAttention" in why_not_in_place([layer])
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.errors import StepFailed
 from engine.model import ChatModel
-from engine.runner.runner import create_runner
+from engine.runner.create import create_runner
 from engine.sampling_params import SamplingParams
 from engine.scheduling.detokenizer import Detokenizer
 from engine.scheduling.engine import Engine
@@ -105,7 +105,7 @@ def check_batch(
     as_on_a_card(monkeypatch)
     monkeypatch.setattr("engine.scheduling.output.Detokenizer", Told)
     monkeypatch.setattr("engine.sequence.GROWTH", 5)
-    monkeypatch.setattr("engine.scheduling.kv_cache.BLOCK", 2)
+    monkeypatch.setattr("engine.scheduling.prefix_index.BLOCK", 2)
     runner = family.on_cards if way == "in place" else family.runner
     runner.way = way
     if way == "in place" and not runner.graphs:

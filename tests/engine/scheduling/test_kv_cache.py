@@ -87,7 +87,7 @@ def test_longest_prefix_is_found_among_many():
 
 def test_colliding_hashes_reuse_nothing(monkeypatch):
     """Rows are another's unless the tokens themselves are the same."""
-    monkeypatch.setattr("engine.scheduling.kv_cache.hash", lambda tokens: 1, raising=False)
+    monkeypatch.setattr("engine.scheduling.prefix_index.hash", lambda tokens: 1, raising=False)
     cache = cache_with(1000, Span([1] * 64, 0, 64, 64))
     cache.allocator.gaps = [(100, 900)]
     seq = sequence([2] * 64, max_new_tokens=10)

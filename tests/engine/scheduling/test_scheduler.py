@@ -259,7 +259,9 @@ def test_many_waiting_prompts_are_looked_up_by_few_hashes(monkeypatch):
     cache.computed.spans = Counted(cache.computed.spans)
     cache.prefilling.spans = Counted(cache.prefilling.spans)
     monkeypatch.setattr(
-        "engine.scheduling.kv_cache.hash", lambda tokens: pytest.fail("hashed again"), raising=False
+        "engine.scheduling.prefix_index.hash",
+        lambda tokens: pytest.fail("hashed again"),
+        raising=False,
     )
     scheduler.admit()
     assert len(scheduler.waiting) == 250
