@@ -185,7 +185,15 @@ class ChatModel:
         dropped = self._turns_to_drop(messages, answer, encode) if truncate else 0
         kept = drop_turns(messages, dropped)
         prompt = self._with_length(encode(kept), given, whole_context)
-        return replace(prompt, dropped_turns=dropped, continues=continue_final)
+        stable = None if continue_final else self._num_stable(prompt.ids, template_kwargs)
+        return replace(prompt, dropped_turns=dropped, continues=continue_final, num_stable=stable)
+
+    def _num_stable(self, ids: list[int], given: Mapping[str, Any] | None) -> int | None:
+        """How many of a prompt's tokens the next turn begins with, if that is of any use."""
+        if self.engine.cache.states.pool is None:
+            return None
+        variables = {**self.template_kwargs, **(given or {})}
+        return self.tokenizer.generation_prompt.num_before(ids, variables)
 
     def prepare_text(self, prompt: str | list[int], given: dict[str, Any]) -> Prompt:
         """The same for a text to continue, or its token ids, without a chat format."""

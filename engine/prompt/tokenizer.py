@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from engine.errors import ContextTooLong, InvalidInput, StartError
 from engine.prompt.families import PIECE_BREAK, Family, Message
+from engine.prompt.generation_prompt import GenerationPrompt
 from engine.prompt.special_tokens import SpecialTokens, token_ids
 from engine.prompt.template_renderer import render_template
 from engine.prompt.token_bound import MIN_CHARS, TokenBound
@@ -152,6 +153,7 @@ class ChatTokenizer:
         self._before = token_ids(self.plain, "a")
         self.most_tokens: int | None = None
         self.tools = ToolPrompt(family, self.special, self._render)
+        self.generation_prompt = GenerationPrompt(self._render, self._ids)
         # Of an answer with logprobs the same tokens are spelled over and over.
         self.spell = lru_cache(2**16)(self._spell)
 
@@ -183,8 +185,7 @@ class ChatTokenizer:
         else:
             text = self._render(quoted, add_generation_prompt=True, **given)
         self.check_length(text)
-        pieces = text.split(PIECE_BREAK)
-        return [i for piece in pieces if piece for i in self._special.encode(piece)]
+        return self._ids(text)
 
     def encode_text(self, text: str, begin: bool = True) -> list[int]:
         """The ids of a raw prompt, in which special tokens count.
@@ -264,6 +265,11 @@ class ChatTokenizer:
         """A token as the text that it adds to an answer, a leading space included."""
         decode = partial(self.backend.decode, skip_special_tokens=False)
         return decode([*self._before, token]).removeprefix(decode(self._before))
+
+    def _ids(self, text: str) -> list[int]:
+        """The ids of a rendered text."""
+        pieces = text.split(PIECE_BREAK)
+        return [i for piece in pieces if piece for i in self._special.encode(piece)]
 
     def _begin_ids(self) -> list[int]:
         """What stands before every text: BOS, or nothing."""

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import EngineError
+from engine.runner.runner import Runner
 from engine.sampling_params import SamplingParams
-from tests.conftest import wait_for
+from tests.conftest import byte_tokenizer, chat_model, wait_for
 from tests.engine.states import alone, check_slots, engine_for, plain_model, prepared, texts, tokens
 
 KINDS = ["qwen3_5_text", "lfm2", "falcon_h1", "mamba", "zaya"]
@@ -165,3 +166,34 @@ def test_mixers_are_found():
     attending = {kind: len(prepared(kind).attention_layers) for kind in KINDS}
     assert attending == {"qwen3_5_text": 2, "lfm2": 2, "falcon_h1": 4, "mamba": 0, "zaya": 4}
     assert plain_model("mamba").config.model_type == "mamba"
+
+
+THINKING = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'].split('</think>')[-1] }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+)
+
+
+def test_every_second_turn_hits():
+    """Whatever the length of the first, though the template leaves out what the answer thought."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = THINKING
+    model = chat_model(Runner(prepared("lfm2"), 1200, 77), tokenizer, context_length=256)
+
+    async def ask(messages):
+        prompt = model.prepare(messages, {"max_new_tokens": 6, "temperature": 0.0})
+        deltas = [delta async for delta in model.answer(prompt)]
+        return len(prompt.ids), deltas[-1].cached_tokens
+
+    async def turns(length):
+        first = [{"role": "user", "content": "x" * length}]
+        tokens, _ = await ask(first)
+        answered = {"role": "assistant", "content": "<think>hm</think>so"}
+        _, cached = await ask([*first, answered, {"role": "user", "content": "and?"}])
+        return cached - tokens
+
+    try:
+        # All of the first prompt but its last eight tokens, <|assistant|><think>.
+        assert [asyncio.run(turns(n)) for n in range(30, 46)] == [-8] * 16
+    finally:
+        model.close()
