@@ -26,6 +26,7 @@ from typing import NamedTuple, NoReturn
 from hubs import HUBS, DownloadError, fetch_demo, fetch_repository, find_gguf, is_whole
 from hubs.layouts import (
     base_of,
+    find_adapters,
     find_checkpoints,
     gguf_models,
     hub_id_of,
@@ -78,6 +79,12 @@ KNOWN = {
     "demo": Model("93 MB", "any CPU", {}),
 }
 
+# Where each name is fetched from. Some are not in the table of models yet.
+REPOS = {name: model.repos for name, model in KNOWN.items()} | {
+    "qwen3.5-0.8b": dict.fromkeys(BOTH, "Qwen/Qwen3.5-0.8B"),
+    "qwen3.5-4b": dict.fromkeys(BOTH, "Qwen/Qwen3.5-4B"),
+}
+
 
 def fetch(name: str, source: str | None = None, folder: Path = MODELS) -> Path:
     """Return a model's folder, `folder/name`, or its GGUF file, fetching what of it is not there.
@@ -101,8 +108,8 @@ def fetch(name: str, source: str | None = None, folder: Path = MODELS) -> Path:
 
 def _repos(name: str) -> tuple[dict[str, str], Reference]:
     """The repository on each hub of a model in the table, or of any other by its hub id."""
-    if name in KNOWN:
-        return KNOWN[name].repos, Reference(name)
+    if name in REPOS:
+        return REPOS[name], Reference(name)
     if wish := read_reference(name):
         return dict.fromkeys([wish.source] if wish.source else HUBS, wish.repo), wish
     raise DownloadError(_no_such_name(name))
@@ -110,7 +117,7 @@ def _repos(name: str) -> tuple[dict[str, str], Reference]:
 
 def _no_such_name(name: str) -> str:
     here = [folder.name for folder in MODELS.glob("*/")]
-    near = difflib.get_close_matches(name.lower(), [*KNOWN, *here], 1)
+    near = difflib.get_close_matches(name.lower(), [*REPOS, *here], 1)
     return (
         f"there is no model {name!r}; {f'did you mean {near[0]}? ' if near else ''}the names are"
         f" {', '.join(KNOWN)}, and any other model is named by its hub id, such as"
@@ -128,7 +135,7 @@ def find_model(name: str) -> Path:
             return place
         if reason := _why_no_checkpoint(place):
             raise DownloadError(reason)
-        found = find_checkpoints(place)
+        found = find_checkpoints(place) or find_adapters(place)
         if len(found) > 1:
             several = ", ".join(map(str, found))
             raise DownloadError(f"{name} holds several models; give --model one of {several}")
@@ -175,8 +182,8 @@ def find_base(adapter: Path, base: str | None = None) -> Path:
 def _known(path: str) -> str:
     """The name in the table of a model at a path, if it has one."""
     last = hub_id_of(path).rpartition("/")[2].casefold()
-    for name, model in KNOWN.items():
-        if last in {name, *(repo.rpartition("/")[2].casefold() for repo in model.repos.values())}:
+    for name, repos in REPOS.items():
+        if last in {name, *(repo.rpartition("/")[2].casefold() for repo in repos.values())}:
             return name
     return ""
 
@@ -203,7 +210,7 @@ def _why_not_found(name: str, place: Path) -> str:
         )
     if re.search(r"^[.~]|[/\\]", name) and not is_hub_id:
         return f"there is no folder {place.absolute()}; give --model the folder of a model"
-    if name in KNOWN or is_hub_id:
+    if name in REPOS or is_hub_id:
         get = f"fetch it with `python model_download.py {name}`"
         return f"there is no model {name!r} in {MODELS} yet; {get}"
     return f"{_no_such_name(name)}; or give --model the folder of a model"
@@ -249,13 +256,13 @@ def main() -> None:
     signal.signal(signal.SIGINT, stop)
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
-    wish = _read_arguments()
+    args = _read_arguments()
     try:
-        model = fetch(wish.name, wish.source, wish.dir.expanduser() if wish.dir else MODELS)
+        model = fetch(args.name, args.source, args.dir.expanduser() if args.dir else MODELS)
     except DownloadError as error:
         end(str(error))
     print(f"The model is in {model}")
-    name = model if wish.dir or "://" in wish.name else wish.name
+    name = model if args.dir or "://" in args.name else args.name
     if is_adapter(model):
         try:
             print(f"It is a LoRA adapter; its model is in {find_base(model)}")

@@ -36,6 +36,8 @@ def post(body: dict[str, Any], url: str, api_key: str) -> requests.Response:
         told = answer.json()["error"]["message"]
     except (ValueError, LookupError, TypeError):
         told = f"{answer.reason}, says something else at {url}"
+    if answer.status_code == 401 and api_key.startswith(('"', "'")):
+        told += "; your key begins with a quotation mark, leave it out"
     raise requests.HTTPError(f"{told} ({answer.status_code})", response=answer)
 
 
@@ -58,15 +60,15 @@ def main() -> None:
     parser.add_argument("prompt", nargs="?", help="the question; without one it is a chat")
     parser.add_argument("--url", default=URL, help=f"where the server is ({URL})")
     parser.add_argument("--api-key", default=KEY, help="one of its keys (CHAT_API_KEY)")
-    wish = parser.parse_args()
+    args = parser.parse_args()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     history: list[Any] = []
     failed = 0
     try:
-        for prompt in [wish.prompt] if wish.prompt else iter(lambda: input("> "), "exit"):
+        for prompt in [args.prompt] if args.prompt else iter(lambda: input("> "), "exit"):
             try:
-                history, failed = chat(prompt, history, wish.url, wish.api_key), 0
+                history, failed = chat(prompt, history, args.url, args.api_key), 0
             except requests.RequestException as error:
                 print(f"request.py: {error}", file=sys.stderr)
                 failed = 1

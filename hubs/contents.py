@@ -43,10 +43,10 @@ def is_plain(name: str) -> bool:
 def wanted(sizes: Mapping[str, int], quant: str = "") -> list[str]:
     """Those of a repository's files that serving needs, but for the shards that an index names.
 
-    `quant` names one GGUF file. Raises DownloadError where there is nothing, or not one, to take.
+    `quant` names one GGUF file, which may have several parts. Raises DownloadError where there is nothing, or not one, to take.
     """
     if quant:
-        return [gguf_file(sizes, quant), *_matching(LICENCE, sizes)]
+        return [*gguf_files(sizes, quant), *_matching(LICENCE, sizes)]
     for weights in WEIGHTS:
         if weights in sizes:
             return [*_matching(MODEL, sizes), weights]
@@ -54,7 +54,7 @@ def wanted(sizes: Mapping[str, int], quant: str = "") -> list[str]:
         if weights in sizes and "adapter_config.json" in sizes:
             return [*_matching(ADAPTER, sizes), weights]
     if any(name.lower().endswith(".gguf") for name in sizes):
-        return [gguf_file(sizes, ""), *_matching(LICENCE, sizes)]
+        return [*gguf_files(sizes, ""), *_matching(LICENCE, sizes)]
     large = sorted(sizes, key=lambda name: -sizes[name])[:1]
     raise DownloadError(
         "the repository has no weights in a format that the server reads; its largest file is"
@@ -76,37 +76,37 @@ def _matching(pattern: str, names: Iterable[str]) -> list[str]:
 
 # ---- GGUF -------------------------------------------------------------------
 
-SPLIT = r"-\d{5}-of-\d{5}$"
+# Of a model in several files, the number of one and how many there are.
+PARTS = r"(-\d{5}-of-\d{5})?\.gguf$"
 QUANT = r"(?:^|[-._])((?:UD-)?(?:I?Q\d|TQ\d|B?FP?\d|MXFP\d|NVFP\d)\w*)$"
 
 
 def quant_of(name: str) -> str:
     """How a GGUF file's name says that it is quantised, as Q4_K_M; else the name."""
-    stem = re.sub(SPLIT, "", name.rpartition("/")[2][: -len(".gguf")])
+    stem = re.sub(PARTS, "", name.rpartition("/")[2], flags=re.IGNORECASE)
     found = re.search(QUANT, stem, re.IGNORECASE)
     return re.sub(r"^FP", "F", found[1].upper()) if found else stem
 
 
-def gguf_file(sizes: Mapping[str, int], quant: str) -> str:
-    """The GGUF file that is named, or the only one there is. Raises DownloadError otherwise."""
-    # Of the others, one is for pictures, and one was made on the way.
-    files = [
-        name
-        for name in sorted(sizes)
-        if name.lower().endswith(".gguf") and not re.search("mmproj|imatrix", name, re.IGNORECASE)
-    ]
-    whole = [name for name in files if not re.search(SPLIT, name[: -len(".gguf")])]
-    found = [name for name in files if _is_meant(name, quant)] if quant else files
-    if len(found) == 1 and found[0] in whole:
+def gguf_files(sizes: Mapping[str, int], quant: str) -> list[str]:
+    """The parts of the GGUF file that is named, or of the only one. Raises DownloadError."""
+    models: dict[str, list[str]] = {}
+    for name in sorted(sizes):
+        # Of the others, one is for pictures, and one was made on the way.
+        if name.lower().endswith(".gguf") and not re.search("mmproj|imatrix", name, re.IGNORECASE):
+            models.setdefault(re.sub(PARTS, "", name, flags=re.IGNORECASE), []).append(name)
+    found = [parts for parts in models.values() if not quant or _is_meant(parts[0], quant)]
+    if len(found) == 1:
         return found[0]
-    listing = ", ".join(f"{quant_of(name)} ({sizes[name] / 1e9:.2g} GB)" for name in whole)
-    have = f"it has {listing or 'none in one file'}"
+    listing = ", ".join(
+        f"{quant_of(parts[0])} ({sum(sizes[part] for part in parts) / 1e9:.2g} GB)"
+        for parts in models.values()
+    )
+    have = f"it has {listing or 'none'}"
     if not quant:
         raise DownloadError(
             f"name one of the repository's GGUF files, as in ORG/NAME:QUANT; {have}"
         )
-    if found and found[0] not in whole:
-        raise DownloadError(f"{quant} comes in several files, which is not supported; {have}")
     several = "more than one" if found else "no"
     raise DownloadError(f"the repository has {several} GGUF file {quant!r}; {have}")
 

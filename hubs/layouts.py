@@ -37,6 +37,15 @@ def gguf_models(folder: Path) -> list[Path]:
     return [path for path in files if not re.search(other, path.name, re.IGNORECASE)]
 
 
+def find_adapters(folder: Path) -> list[Path]:
+    """The LoRA adapters in a folder, which may be one or a hub's cache."""
+    for layout in LAYOUTS:
+        configs = folder.glob(f"{layout}adapter_config.json")
+        if found := sorted(c.parent for c in configs if is_adapter(c.parent)):
+            return found
+    return []
+
+
 def training_steps(folder: Path) -> list[Path]:
     """The checkpoints of a training run, in their order."""
     # By number, as 1000 has one digit more than 500.
@@ -78,5 +87,5 @@ def name_of(model: Path) -> str:
     """The name of a model's folder or GGUF file, as it was before it lay in a hub's cache."""
     model = model.absolute()
     if model.suffix.lower() == ".gguf":
-        return model.stem
+        return re.sub(r"-\d{5}-of-\d{5}$", "", model.stem)
     return hub_id_of(model.as_posix()).rpartition("/")[2]

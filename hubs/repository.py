@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hubs.clients import HUBS, Hub, size_of
-from hubs.contents import INDEX, gguf_file, is_plain, shards, wanted
+from hubs.contents import INDEX, gguf_files, is_plain, shards, wanted
 from hubs.environment import check_environment
 from hubs.errors import AGAIN, DownloadError, sentence
 
@@ -45,10 +45,10 @@ def is_whole(target: Path, quant: str = "") -> bool:
 
 
 def find_gguf(folder: Path, quant: str) -> Path | None:
-    """The GGUF file of that name in a folder, if there is one."""
+    """The GGUF file of that name in a folder, or its first part, if there is one."""
     files = {file.relative_to(folder).as_posix(): size_of(file) for file in folder.rglob("*.gguf")}
     with suppress(DownloadError):
-        return folder / gguf_file(files, quant)
+        return folder / gguf_files(files, quant)[0]
     return None
 
 

@@ -28,6 +28,7 @@ class Hub:
     def __init__(self, folder: Path):
         self.folder = folder
         self.sent: Counter[str] = Counter()
+        self.asked: Counter[str] = Counter()  # repositories
         self.break_after: dict[str, int] = {}  # a file ends after so many bytes, and is then gone
         self.damaged: set[str] = set()  # a file that is not what the listing says
         self.refuse_list = self.refuse_files = 0  # the status instead of an answer
@@ -53,11 +54,15 @@ class Answers(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         match url.path.strip("/").split("/"):
-            case ["api", "v1", "models", _, _, "repo", "files"] if query["Revision"] == "master":
+            case ["api", "v1", "models", owner, name, "repo", "files"] if (
+                query["Revision"] == "master"
+            ):
+                self.hub.asked[f"{owner}/{name}"] += 1
                 self.listing(self.modelscope_listing())
             case ["api", "v1", "models", _, _, "repo"] if query["Revision"] == "master":
                 self.file(query["FilePath"])
-            case ["api", "models", _, _] if query["blobs"]:
+            case ["api", "models", owner, name] if query["blobs"]:
+                self.hub.asked[f"{owner}/{name}"] += 1
                 self.listing(self.huggingface_listing())
             case [_, _, "resolve", revision, *path] if revision == REVISION:
                 self.redirect("/elsewhere/" + "/".join(path))

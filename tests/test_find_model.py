@@ -50,6 +50,14 @@ def test_adapter_is_found(models, tmp_path):
     assert find_model("mine") == models / "mine"
 
 
+def test_adapter_in_a_cache_is_found(models, tmp_path):
+    folder = adapter(tmp_path / "models--org--lora" / "snapshots" / "0a1b2c")
+    assert find_model(str(tmp_path)) == folder
+    assert find_model(str(tmp_path / "models--org--lora")) == folder
+    other = adapter(tmp_path / "models--org--lora" / "snapshots" / "3d4e5f")
+    assert f"give --model one of {folder}, {other}" in refusal(str(tmp_path))
+
+
 def test_adapter_that_lies_beside_its_merged_model_is_passed_over(models, tmp_path):
     folder = checkpoint(adapter(tmp_path / "mine"))
     assert find_model(str(folder)) == folder
@@ -99,7 +107,7 @@ def test_folder_without_a_checkpoint_is_told_as_one(models, tmp_path):
     assert said == f"{tmp_path} holds no config.json with weights; give --model a model's folder"
 
 
-@pytest.mark.parametrize("name", ["llama-3-8b", "Qwen/Qwen2.5-7B-Instruct"])
+@pytest.mark.parametrize("name", ["llama-3-8b", "qwen3.5-0.8b", "Qwen/Qwen2.5-7B-Instruct"])
 def test_name_that_can_be_downloaded_says_how(models, name):
     assert f"`python model_download.py {name}`" in refusal(name)
 

@@ -103,7 +103,7 @@ def test_name_that_leads_elsewhere_somewhere(name):
 )
 def test_quantisation_in_a_files_name(name, quant):
     assert quant_of(name) == quant
-    assert taken(name.replace("-00001-of-00003", ""), "other-Q1_0.gguf", quant=quant.lower())
+    assert taken(name, "other-Q1_0.gguf", quant=quant.lower()) == [name]
 
 
 def test_gguf_file_is_meant_by_one_name():
@@ -122,6 +122,14 @@ def test_gguf_file_is_meant_by_one_name():
     with pytest.raises(DownloadError, match="more than one GGUF file 'Q8_0'"):
         taken(*files, "c-Q8_0.gguf", quant="Q8_0")
     assert taken("only-Q8_0.gguf", "mmproj-x.gguf") == ["only-Q8_0.gguf"]
+
+
+def test_gguf_file_in_parts_is_one():
+    parts = [f"b/x-Q8_0-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    assert taken(*parts) == parts
+    assert taken(*parts, "x-Q4_0.gguf", quant="Q8_0") == parts
+    with pytest.raises(DownloadError, match=r"Q8_0 \(3e-09 GB\), Q4_0 \(1e-09 GB\)$"):
+        taken(*parts, "x-Q4_0.gguf")
 
 
 # ---- How models are named
@@ -182,6 +190,7 @@ def test_what_names_no_model(text):
         ("/c/my__model", "my__model"),
         ("/c/llama-3-8b", "llama-3-8b"),
         ("/c/x-Q4_K_M.gguf", "x-Q4_K_M"),
+        ("/c/x-Q4_K_M-00001-of-00002.gguf", "x-Q4_K_M"),
         ("/c/models--a--b-GGUF/snapshots/0a/x-Q4_0.GGUF", "x-Q4_0"),
     ],
 )

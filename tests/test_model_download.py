@@ -448,6 +448,12 @@ def test_default_source_is_the_first_hub_and_default_folder_models(monkeypatch, 
     )
 
 
+def test_name_outside_the_table_is_fetched_too(download, folder, repository, hub):
+    download(check=True, name="qwen3.5-0.8b")
+    assert whole(folder.parent / "qwen3.5-0.8b", repository)
+    assert set(hub.asked) == {"Qwen/Qwen3.5-0.8B"}
+
+
 @pytest.mark.parametrize("name", ["llama", "../llama", "a/b/c", "/llama"])
 def test_unknown_name_is_refused_with_the_known_ones(name):
     with pytest.raises(DownloadError, match=rf"no model '{name}'; .*llama-3-8b, xverse.*hub id"):
@@ -629,9 +635,9 @@ def ggufs(hub: Hub, tmp_path: Path) -> Path:
 
 def test_gguf_files_are_listed(download, ggufs):
     said = sentence(download(name="org/Some-GGUF"))
-    assert "as in ORG/NAME:QUANT; it has Q4_K_M (4e-09 GB), Q8_0 (1e-08 GB)" in said
-    assert "no GGUF file 'Q5_K_M'; it has Q4_K_M" in sentence(download(name="org/Some:Q5_K_M"))
-    assert "bf16 comes in several files" in sentence(download(name="org/Some:bf16"))
+    sizes = "BF16 (6e-09 GB), Q4_K_M (4e-09 GB), Q8_0 (1e-08 GB)"
+    assert f"as in ORG/NAME:QUANT; it has {sizes}" in said
+    assert "no GGUF file 'Q5_K_M'; it has BF16" in sentence(download(name="org/Some:Q5_K_M"))
 
 
 def test_one_gguf_file_is_fetched_by_name(download, folder, ggufs, hub):
@@ -641,6 +647,9 @@ def test_one_gguf_file_is_fetched_by_name(download, folder, ggufs, hub):
     assert run.out.endswith(f"api.py --model {target / four}\n")
     download(check=True, name="org/Some-GGUF@Q8_0")
     assert names(target) == {four, "Some-1.5B-Instruct-Q8_0.gguf", "LICENSE"}
+    first = next((ggufs / "BF16").glob("*-00001-*")).relative_to(ggufs)
+    assert download(check=True, name="org/Some-GGUF:bf16").out.endswith(f"{target / first}\n")
+    assert len(names(target)) == 5
     hub.refuse_list = 500
     again = download(check=True, name=f"org/Some-GGUF:{four}").out
     assert "nothing is left to fetch" in again

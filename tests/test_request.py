@@ -178,6 +178,9 @@ def test_key_is_taken_from_flag_or_variable(runner, tokenizer):
         ready(url)
         assert "Authorization: Bearer" in failed(run("hi", "--url", url))
         assert "(401)" in failed(run("hi", "--url", url, "--api-key", "wrong"))
+        for quoted in ('"sesame"', "'sesame,芝麻'"):
+            message = failed(run("hi", "--url", url, CHAT_API_KEY=quoted))
+            assert "begins with a quotation mark, leave it out (401)" in message
         assert run("hi", "--url", url, "--api-key", "芝麻").stdout == "hello\n"
         # The server's own variable, which may hold several.
         assert run("hi", "--url", url, CHAT_API_KEY="sesame,芝麻").stdout == "hello\n"
