@@ -43,7 +43,8 @@ def is_plain(name: str) -> bool:
 def wanted(sizes: Mapping[str, int], quant: str = "") -> list[str]:
     """Those of a repository's files that serving needs, but for the shards that an index names.
 
-    `quant` names one GGUF file, which may have several parts. Raises DownloadError where there is nothing, or not one, to take.
+    `quant` names one GGUF file, which may have several parts. Raises DownloadError where there is
+    nothing, or not one, to take.
     """
     if quant:
         return [*gguf_files(sizes, quant), *_matching(LICENCE, sizes)]
