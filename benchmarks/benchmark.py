@@ -7,6 +7,7 @@
     python benchmarks/benchmark.py --checkout FOLDER    and ours from another checkout
     python benchmarks/benchmark.py --also quantize=8bit quantize=4bit    and ours set otherwise
     python benchmarks/benchmark.py --prefill 2000    prompts of about so many tokens, read once each
+    python benchmarks/benchmark.py --beside-prompt 2000    a stream, while such a prompt is read
     python benchmarks/benchmark.py --engine          and beside it, our engine without HTTP
     python benchmarks/benchmark.py --url URL [--openai MODEL]    a server that runs already
     python benchmarks/benchmark.py --conversation    first text of each turn, with reuse and without
@@ -36,6 +37,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -566,6 +568,83 @@ def rush(server: Server, count: int, tokens: int, deadline: float = 900) -> Rush
     return Rush(count, ends, seconds, health)
 
 
+# ---- A stream beside a long prompt
+
+
+@dataclass
+class Beside:
+    """A stream's tokens a second alone and while a prompt is read, and the prompt's seconds."""
+
+    alone: float
+    meanwhile: float
+    longest_gap: float
+    prompt_alone: float
+    prompt_beside: float
+
+    def __str__(self) -> str:
+        return (
+            f"a stream beside a prompt: {self.meanwhile:.1f} tokens/s, {self.alone:.1f} alone"
+            f" ({self.meanwhile / self.alone:.2f}); longest gap {1000 * self.longest_gap:.0f} ms\n"
+            f"the prompt: {self.prompt_beside:.2f} s, {self.prompt_alone:.2f} s alone"
+            f" ({self.prompt_beside / self.prompt_alone:.2f})"
+        )
+
+
+Counts = Callable[[int, int], AsyncIterator[int]]  # of a prompt's number, and tokens
+
+
+async def read_prompt(counts: Counts, number: int) -> tuple[float, float]:
+    """When a prompt was sent, and when its only token came."""
+    began = time.perf_counter()
+    async for _ in counts(number, 1):
+        pass
+    return began, time.perf_counter()
+
+
+async def beside_prompt(server: Server, pages: int, tokens: int) -> Beside:
+    """One stream, beside which a prompt of so many sentences is read; and the prompt alone."""
+    async with session(server.url) as client:
+
+        def counts(number: int, tokens: int) -> AsyncIterator[int]:
+            if server.model:
+                return openai(client, number, tokens, server.model)
+            return classic(client, number, tokens)
+
+        return await measure_beside(counts, pages, tokens)
+
+
+async def measure_beside(counts: Counts, pages: int, tokens: int) -> Beside:
+    global PAGES
+    PAGES = pages
+    number = time.time_ns() % 10**9  # one that no cache of prefixes has
+    began, ended = await read_prompt(counts, number)
+    prompt_alone = ended - began
+    PAGES = 0
+    times: list[float] = []
+    enough = asyncio.Event()
+
+    async def stream() -> None:
+        async for _ in counts(number + 1, tokens):
+            times.append(time.perf_counter())
+            if len(times) == 40:
+                enough.set()
+
+    reading = asyncio.create_task(stream())
+    await enough.wait()
+    alone = (len(times) - 1) / (times[-1] - times[0])
+    PAGES = pages
+    began, ended = await read_prompt(counts, number + 2)
+    if reading.done():
+        raise SystemExit("the stream ended before the prompt was read; give more --tokens")
+    PAGES = 0
+    reading.cancel()
+    await asyncio.wait([reading])
+    during = [began, *(when for when in times if began <= when <= ended), ended]
+    gaps = [b - a for a, b in pairwise(during)]
+    rate = (len(during) - 2) / (ended - began)
+    return Beside(alone, rate, max(gaps), prompt_alone, ended - began)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--against", action="store_true", help="measure the rivals too")
@@ -573,6 +652,7 @@ def main() -> None:
     parser.add_argument("--url", help="a server that runs already")
     parser.add_argument("--openai", help="its model, if it speaks OpenAI's dialect")
     parser.add_argument("--conversation", type=int, nargs="?", const=10, help="turns (10)")
+    parser.add_argument("--beside-prompt", type=int, help="tokens of a prompt beside a stream")
     parser.add_argument("--rush", type=int, help="requests at once")
     parser.add_argument("--llama-server", help="llama.cpp's program of that name")
     parser.add_argument("--gguf", nargs="+", default=[], help="the model for it, in files")
@@ -600,6 +680,11 @@ def main() -> None:
             server = Server("given", options.url, options.openai)
         else:
             server = stack.enter_context(ours("chat-api", options.model))
+        if options.beside_prompt:
+            pages = options.beside_prompt // 9
+            for _ in range(options.repeats):
+                print(asyncio.run(beside_prompt(server, pages, max(options.tokens, 600))))
+            return
         if options.rush:
             return print(rush(server, options.rush, options.tokens))
         targets: list[Target] = [server]

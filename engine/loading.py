@@ -31,6 +31,7 @@ from engine.relative_error import relative_error
 from engine.runner.cpu_threads import cores_settled_behind
 from engine.runner.create import create_runner
 from engine.runner.runner import Runner, input_device
+from engine.runner.step_costs import step_costs
 from engine.scheduling.engine import Engine
 from engine.sequence import Span
 
@@ -138,17 +139,26 @@ def kernel_summary(runner: Runner) -> str:
     return f"{kernel} in place, {graphs}"
 
 
-def facts_of(
-    text: ChatTokenizer, runner: Runner, context: int, ends: frozenset[int]
-) -> dict[str, str]:
+def measured_costs(runner: Runner, prefill_chunk: int) -> dict[int, float]:
+    """What steps cost, of as many tokens as a step may compute of prompts.
+
+    Where attention has masks or scores as large as chunk times context, few, for their memory.
+    """
+    most = min(prefill_chunk, context_length(runner.model.config))
+    return step_costs(runner, most if runner.way in ("in place", "latents") else min(most, 512))
+
+
+def facts_of(text: ChatTokenizer, engine: Engine, context: int) -> dict[str, str]:
     """What a developer asks of a loaded model."""
+    runner = engine.runner
     exact = computes_exactly(runner.model)
     beside = "the model's own forward pass" if exact else "those of each sequence alone"
     return {
         "prompt": text.family.name if text.family else "its own chat template",
         "devices": device_summary(runner.model),
         "context": context_summary(runner, context),
-        "end ids": f"{sorted(ends)}",
+        "end ids": f"{sorted(engine.end_ids)}",
+        "step": f"up to {engine.scheduler.budget.most} tokens of prompts",
         "attention": attention_summary(runner),
         "self-check": f"relative error {runner.difference:.1e} of a batch's logits, against"
         f" {beside}",
@@ -201,7 +211,7 @@ def load(
     cache_memory: str = "auto",
     max_batch: int = 64,
     max_waiting: int = 256,
-    prefill_chunk: int = 512,
+    prefill_chunk: int = 4096,
     reuse: bool = True,
     timeout: float = 600.0,
     name: str = "",
@@ -211,24 +221,18 @@ def load(
     `dtype` is auto (the checkpoint's) or a torch dtype's name; `device_map` auto, a device, or a
     JSON map of module to device; `quantize` none, 8bit or 4bit; `base` the folder of an adapter's
     model; `chat_template` Jinja, not the model's own; `cache_memory` auto, a size such as 4GiB, or
-    a fraction of free memory; `prefill_chunk` tokens; `timeout` in seconds; `name` by default the
-    folder's. Raises StartError.
+    a fraction of free memory; `prefill_chunk` the most; `timeout` in seconds; `name` by default
+    the folder's. Raises StartError.
     """
     check_machine(device_map)
     form = {"dtype": dtype, "device_map": device_map, "quantize": quantize}
     model, text, ends = read_model(folder, chat_template, base=base, **form)
     name = name or name_of(Path(folder))
     facts = settled_weights(model, name, dtype)
-    engine = Engine(
-        start_runner(model, cache_memory, max_batch),
-        text.plain,
-        ends,
-        max_batch=max_batch,
-        max_waiting=max_waiting,
-        reuse=reuse,
-        prefill_chunk=prefill_chunk,
-        timeout=timeout,
-    )
+    limits = {"max_batch": max_batch, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
+    runner = start_runner(model, cache_memory, max_batch)
+    costs = measured_costs(runner, prefill_chunk)
+    engine = Engine(runner, text.plain, ends, reuse=reuse, timeout=timeout, costs=costs, **limits)
     return chat_model(name, text, engine, facts)
 
 
@@ -271,7 +275,7 @@ def chat_model(name: str, text: ChatTokenizer, engine: Engine, facts: dict[str, 
         context_length=context,
         prompt_length=min(context, getattr(model.config, "max_tokenizer_truncation", context)),
         vocabulary=len(model.get_input_embeddings().weight),
-        facts=facts | facts_of(text, runner, context, engine.end_ids),
+        facts=facts | facts_of(text, engine, context),
         summary={
             "model": f"{facts['model']}, {weights}, on {device_summary(model)}",
             "context": context_summary(runner, context),

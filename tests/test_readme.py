@@ -496,7 +496,7 @@ def demo(demo_model):
 
 # What is measured at each start, and what follows from it.
 MEASURED = re.compile(
-    r"[\d.]+e-\d+|\b\d+ ms|\d+ and (?=\d+ ms)|KV cache: [\d,]+"
+    r"[\d.]+e-\d+|\b\d+ ms|\d+ and (?=\d+ ms)|KV cache: [\d,]+|(?<=up to )\d+(?= tokens of)"
     r"|(?<=weights: )[\w ,.]+|(?<=parameters, )[\w ,.]+(?=, on )"
     # In half precision, which a busy start may choose, these are others.
     r"|(?<=attention:    )[a-z ]+(?= over)|(?<=of a batch's logits, against ).+"

@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
@@ -54,6 +54,7 @@ class Engine:
         max_batch: int = 64,
         max_waiting: int = 256,
         prefill_chunk: int = 512,
+        costs: Mapping[int, float] | None = None,
         timeout: float = 600.0,
         reuse: bool = True,
     ):
@@ -62,7 +63,7 @@ class Engine:
         self.cache = SpanCache(runner.rows, self._copy_rows, reuse, runner.states)
         if runner.states:
             max_batch = min(max_batch, runner.states.most_sequences)
-        self.scheduler: Scheduler[Answer] = Scheduler(self.cache, max_batch, prefill_chunk)
+        self.scheduler: Scheduler[Answer] = Scheduler(self.cache, max_batch, prefill_chunk, costs)
         self.failure: BaseException | None = None
         self.last_step = time.monotonic()  # when the last step ended, or work came after idleness
         self._inbox: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
@@ -212,8 +213,12 @@ class Engine:
     def _step(self) -> list[Item]:
         """Compute the next step; returns what it brought."""
         self.scheduler.make_room()
+        work = self.scheduler.plan()
+        began = time.monotonic()
+        outcomes = self._compute(work)
+        self.scheduler.note(work, time.monotonic() - began)
         items: list[Item] = []
-        for answer, outcome in self._compute(self.scheduler.plan()):
+        for answer, outcome in outcomes:
             if isinstance(outcome, EngineError):
                 answer.done = answer.spoilt = True
                 items.append((answer, outcome))

@@ -7,6 +7,7 @@ from math import inf
 from typing import Generic, TypeVar
 
 from engine.scheduling.kv_cache import SpanCache
+from engine.scheduling.step_budget import StepBudget
 from engine.sequence import Sequence
 
 # Most smaller requests that may overtake one that waits for room.
@@ -46,8 +47,15 @@ class Scheduler(Generic[S]):
     Places and prompts' tokens are divided among requests, however many sequences each of them has.
     """
 
-    def __init__(self, cache: SpanCache, max_batch: int = 64, prefill_chunk: int = 512):
-        self.cache, self.max_batch, self.prefill_chunk = cache, max_batch, prefill_chunk
+    def __init__(
+        self,
+        cache: SpanCache,
+        max_batch: int = 64,
+        prefill_chunk: int = 512,
+        costs: Mapping[int, float] | None = None,
+    ):
+        self.cache, self.max_batch = cache, max_batch
+        self.budget = StepBudget(prefill_chunk, costs)
         # Most places of one request: those who come later find some.
         self.max_places = max_batch - max_batch // 8
         self.waiting: deque[S] = deque()
@@ -93,7 +101,8 @@ class Scheduler(Generic[S]):
         wanted: Counter[Hashable] = Counter()
         for seq, most in chunks.items():
             wanted[seq.request] += most
-        left = fair_shares(self.prefill_chunk, wanted)
+        decoding = len(running) - len(chunks)
+        left = fair_shares(self.budget.prompt_tokens(decoding), wanted)
         work = []
         for seq in running:
             count = 1
@@ -103,6 +112,11 @@ class Scheduler(Generic[S]):
             if count:
                 work.append((seq, count))
         return work
+
+    def note(self, work: list[tuple[S, int]], seconds: float) -> None:
+        """Note how long the work took, by which the next steps are planned."""
+        prompts = sum(count for _, count in work if count > 1)
+        self.budget.note(sum(count == 1 for _, count in work), prompts, seconds)
 
     def advance(self, work: list[tuple[S, int]]) -> None:
         """Note that the work has been computed."""
