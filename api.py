@@ -461,6 +461,8 @@ GAUGES = {
     "num_requests_waiting": "num_waiting",
     "cache_tokens": "cache_tokens",
     "cache_tokens_used": "cache_tokens_used",
+    "state_slots": "state_slots",
+    "state_slots_used": "state_slots_used",
 }
 
 

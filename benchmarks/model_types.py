@@ -259,7 +259,8 @@ def compare(folder: Path, plain: Any) -> str:
         layers = [layer.scoring for layer in runner.pool.layers]
     finally:
         model.close()
-    parts = [("a window", any(layer.window for layer in layers))]
+    parts = [("states", runner.states is not None)]
+    parts.append(("a window", any(layer.window for layer in layers)))
     parts.append(("soft caps", any(layer.softcap for layer in layers)))
     parts.append(("sinks", any(layer.sinks is not None for layer in layers)))
     return "runs" + "".join(f", {name}" for name, has in parts if has)

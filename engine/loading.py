@@ -166,7 +166,11 @@ def facts_of(text: ChatTokenizer, engine: Engine, context: int) -> dict[str, str
 
 
 def context_summary(runner: Runner, context: int) -> str:
-    return f"{context:,} tokens; KV cache: {runner.rows:,} tokens"
+    summary = f"{context:,} tokens; KV cache: {runner.rows:,} tokens"
+    if pool := runner.states:
+        size = pool.slot_bytes / 2**20
+        summary += f"; states: {pool.slots} of {size:.1f} MiB, for {pool.most_sequences} requests"
+    return summary
 
 
 def in_thread_of_its_own(function: Callable[P, T]) -> Callable[P, T]:

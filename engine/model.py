@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ContextTooLong, EngineError, InvalidInput
+from engine.prompt.bounds import PromptBounds
 from engine.prompt.families import Message
 from engine.prompt.template_renderer import renderer
 from engine.prompt.truncation import drop_turns, turns_to_drop
@@ -97,6 +98,17 @@ class ChatModel:
     @property
     def cache_tokens_used(self) -> int:
         return self.engine.cache.num_used
+
+    @property
+    def state_slots(self) -> int:
+        """Slots for the states of layers that keep one; 0 if none does."""
+        pool = self.engine.cache.states.pool
+        return pool.slots if pool else 0
+
+    @property
+    def state_slots_used(self) -> int:
+        pool = self.engine.cache.states.pool
+        return pool.slots - len(pool.free) if pool else 0
 
     def close(self) -> None:
         """Stop the engine; those who still generate get EngineStopped."""
@@ -268,50 +280,15 @@ class ChatModel:
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens included. Raises InvalidInput for unknown ids."""
-        self._check_ids(ids, "tokens")
+        self._bounds.check_ids(ids, "tokens")
         return self.tokenizer.backend.decode(ids, skip_special_tokens=False)
 
     def _with_length(self, ids: list[int], given: dict[str, Any], whole_context: bool) -> Prompt:
-        params = replace(self.defaults, **given)
-        asked = "max_new_tokens" in given
-        most = params.max_new_tokens if asked or not whole_context else self.context_length
-        room = self.context_length - len(ids)
-        wanted = most if asked else 1
-        if room < wanted or len(ids) > self.prompt_length:
-            raise ContextTooLong(
-                f"{self._limit}. The prompt has {len(ids)} tokens and the answer may have {wanted};"
-                " shorten the prompt or the history, or ask for a shorter answer",
-                argument="max_new_tokens" if 0 < room < wanted else "prompt",
-                num_tokens=len(ids),
-                most=min(self.prompt_length, self.context_length),
-            )
-        self._check_ids(ids, "prompt")
-        self._check_ids([i for i, _ in params.logit_bias], "logit_bias")
-        self._check_ids(params.stop_token_ids, "stop_token_ids")
-        params = replace(params, max_new_tokens=min(room, most))
-        if params.min_tokens > params.max_new_tokens:
-            raise InvalidInput(
-                f"the answer is to have at least {params.min_tokens} tokens, but it has room for"
-                f" {params.max_new_tokens}; ask for fewer",
-                "min_tokens",
-            )
-        return Prompt(ids, params, not asked)
-
-    def _check_ids(self, ids: Iterable[int], argument: str) -> None:
-        highest = max(ids, default=0)
-        if highest >= self.vocabulary:
-            raise InvalidInput(
-                f"{argument} has a token id of {highest}; the last is {self.vocabulary - 1}",
-                argument,
-            )
+        return self._bounds.fit(ids, self.defaults, given, whole_context)
 
     @property
-    def _limit(self) -> str:
-        # In OpenAI's words, by which clients know that a shorter prompt would do.
-        limit = f"This model's maximum context length is {self.context_length} tokens"
-        if self.prompt_length < self.context_length:
-            return f"{limit}, {self.prompt_length} of them for the prompt"
-        return limit
+    def _bounds(self) -> PromptBounds:
+        return PromptBounds(self.context_length, self.prompt_length, self.vocabulary)
 
     def _turns_to_drop(
         self, messages: list[Message], answer: int, encode: Callable[[list[Message]], list[int]]

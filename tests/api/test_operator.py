@@ -146,6 +146,7 @@ def test_metrics_add_up(server, runner):
     assert seen["chat_prefix_cache_hits_total"] == 2 * 50
     assert seen["chat_num_requests_running"] == seen["chat_num_requests_waiting"] == 0
     assert 0 < seen["chat_cache_tokens_used"] < seen["chat_cache_tokens"] == runner.rows
+    assert seen["chat_state_slots"] == seen["chat_state_slots_used"] == 0
     for name in ("request_queue_time", "time_to_first_token", "e2e_request_latency"):
         assert seen[f"chat_{name}_seconds_count"] == 4
     assert seen["chat_time_per_output_token_seconds_count"] == 4

@@ -195,5 +195,7 @@ def test_every_second_turn_hits():
     try:
         # All of the first prompt but its last eight tokens, <|assistant|><think>.
         assert [asyncio.run(turns(n)) for n in range(30, 46)] == [-8] * 16
+        assert model.state_slots == 77
+        assert 16 < model.state_slots_used < 77
     finally:
         model.close()
