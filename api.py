@@ -8,6 +8,7 @@
                                    status and time out
     POST /v1/chat/completions      the same model in OpenAI's dialect; /v1/completions and
                                    /v1/models beside it
+    POST /v1/responses             OpenAI's newer dialect, and its input_tokens
     POST /v1/messages              the same in Anthropic's dialect, and its count_tokens
     POST /tokenize, /detokenize    token ids of a text or messages, and back
     GET  /chat                     a chat page; a browser that asks for / is sent there
@@ -121,6 +122,15 @@ try:
         usage_of,
     )
     from serving.request_model import InstantRequest, SamplingFields, validation_error
+    from serving.responses import (
+        InputTokensRequest,
+        InputTokensResponse,
+        ItemNotFound,
+        ResponseNotFound,
+        ResponsesRequest,
+        ResponsesResponse,
+    )
+    from serving.responses_reply import RESPONSES, ResponsesReply
     from serving.settings import Settings, read_settings
     from serving.tokens import (
         DetokenizeRequest,
@@ -201,6 +211,8 @@ INVALID = "invalid_request_error"
 SERVER_FAILED = ErrorKind(500, "server_error", "internal_error")
 ERRORS: Mapping[type[Exception], ErrorKind] = {
     InvalidInput: ErrorKind(400, INVALID, "invalid_value"),
+    ResponseNotFound: ErrorKind(400, INVALID, "previous_response_not_found"),
+    ItemNotFound: ErrorKind(404, INVALID, "item_not_found"),
     ThreadUnsupported: ErrorKind(400, INVALID, "thread_unsupported_request"),
     ContextTooLong: ErrorKind(400, INVALID, "context_length_exceeded"),
     TemplateTooCostly: ErrorKind(400, INVALID, "invalid_value"),
@@ -359,6 +371,10 @@ ENDPOINTS = {
             "/v1/chat/completions", ChatCompletionRequest, ChatCompletionReply, Completion, OPENAI
         ),
         Endpoint("/v1/completions", CompletionRequest, CompletionReply, Completion, OPENAI),
+        Endpoint("/v1/responses", ResponsesRequest, ResponsesReply, ResponsesResponse, RESPONSES),
+        Endpoint(
+            "/v1/responses/input_tokens", InputTokensRequest, None, InputTokensResponse, RESPONSES
+        ),
         Endpoint("/v1/messages", MessagesRequest, MessagesReply, MessagesResponse, ANTHROPIC),
         Endpoint(
             "/v1/messages/count_tokens", CountTokensRequest, None, CountTokensResponse, ANTHROPIC
@@ -987,7 +1003,10 @@ class ChatService:
         return response
 
     async def _events(
-        self, scope: Scope, events: Events, failure: Callable[[dict[str, Any]], dict[str, Any]]
+        self,
+        scope: Scope,
+        events: Events,
+        failure: Callable[[dict[str, Any]], list[dict[str, Any]]],
     ) -> AsyncGenerator[str]:
         """A stream's text; an error before its first event is raised and keeps its HTTP status."""
         info = request_info(scope)
@@ -1004,8 +1023,8 @@ class ChatService:
             if not info.streaming:
                 raise
             log_failure(error)
-            told = failure(self.error_payload(scope, error))
-            yield format_event(told, info.dialect.names_events)
+            for event in failure(self.error_payload(scope, error)):
+                yield format_event(event, info.dialect.names_events)
         finally:
             if info.streaming:
                 self.metrics.record(info)

@@ -121,15 +121,22 @@ class ChatModel:
         return replace(prompt, guide=self._guides.compile(schema))
 
     def with_tools(
-        self, prompt: Prompt, tools: list[Any], *, required: bool = False, parallel: bool = True
+        self,
+        prompt: Prompt,
+        tools: list[Any],
+        *,
+        required: bool = False,
+        parallel: bool = True,
+        schema: dict[str, Any] | None = None,
     ) -> Prompt:
         """The same, to be answered with a text or with valid calls of these tools.
 
-        `required` says that it must be calls, `parallel` that there may be several. Each tool has
+        `required` says that it must be calls, `parallel` that there may be several; with a `schema`
+        a text is JSON of it. Each tool has
         the shape of OpenAI's, with parameters. Raises InvalidInput if their schemas are invalid.
         """
         grammar = self._tool_grammar.write(
-            tools, ToolChoice(required, parallel), self._thoughts(prompt)
+            tools, ToolChoice(required, parallel, schema), self._thoughts(prompt)
         )
         marks = self._tool_grammar.marks
         try:

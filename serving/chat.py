@@ -8,7 +8,7 @@ from engine import CallPart, ChatModel, Delta, InvalidInput, Prompt, Token
 from serving.conversation import Conversation, Turns
 from serving.fields import ClosedModel, check_json
 from serving.inner_request import InnerRequest
-from serving.openai_shared import OpenAIReply, OpenAIRequest
+from serving.openai_shared import OpenAIReply, OpenAIRequest, spell_logprobs
 from serving.parts import Choice, OutputParser, new_call_id, output_parser
 from serving.tool_fields import NamedTool, Tool, ToolChoice
 from serving.unknown_fields import printable
@@ -192,16 +192,4 @@ class ChatCompletionReply(OpenAIReply):
     def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
         if not tokens:
             return None
-        return {"content": [self._logprob(token) for token in tokens], "refusal": None}
-
-    def _logprob(self, token: Token) -> dict[str, Any]:
-        top_logprobs = [self._scored(*pair) for pair in token.top_logprobs]
-        return self._scored(token.id, token.logprob or 0.0) | {"top_logprobs": top_logprobs}
-
-    def _scored(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.model.tokenizer.spell(token)
-        # Part of a multi-byte character: its bytes are not known from its text.
-        known = None
-        if "\ufffd" not in text:
-            known = list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": known}
+        return {"content": spell_logprobs(self.model, tokens), "refusal": None}

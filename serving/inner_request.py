@@ -86,7 +86,9 @@ class InnerRequest:
     def _guided(self, model: ChatModel, prompt: Prompt) -> Prompt:
         tools = [tool for tool in self.tools if self._may_call(tool)]
         if tools:
-            return model.with_tools(prompt, tools, required=self.must_call, parallel=self.parallel)
+            return model.with_tools(
+                prompt, tools, required=self.must_call, parallel=self.parallel, schema=self.schema
+            )
         return prompt if self.schema is None else model.guided(prompt, self.schema)
 
     def _may_call(self, tool: dict[str, Any]) -> bool:

@@ -3,12 +3,13 @@
 import hashlib
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field
 
-from engine import ChatModel, Delta, InvalidInput, Prompt
+from engine import ChatModel, Delta, InvalidInput, Prompt, Token
 from serving import __version__
 from serving.fields import ClosedModel
 from serving.parts import Choice, Reply, cached_tokens_of, usage_of
@@ -96,6 +97,22 @@ def fingerprint(model: ChatModel) -> str:
     facts = [model.facts.get(name, "").partition(" (")[0] for name in names]
     told = "|".join((__version__, model.name, *facts))
     return f"fp_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+
+
+def spell_logprobs(model: ChatModel, tokens: Sequence[Token]) -> list[dict[str, Any]]:
+    """Each token with its logprob, and those of the likeliest in its place."""
+
+    def scored(token: int, logprob: float) -> dict[str, Any]:
+        text = model.tokenizer.spell(token)
+        # Part of a multi-byte character: its bytes are not known from its text.
+        known = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": known}
+
+    return [
+        scored(token.id, token.logprob or 0.0)
+        | {"top_logprobs": [scored(*pair) for pair in token.top_logprobs]}
+        for token in tokens
+    ]
 
 
 class OpenAIReply(Reply):

@@ -97,9 +97,9 @@ class Reply(ABC):
     def full_response(self, choices: list[Choice]) -> dict[str, Any]:
         """The response without streaming."""
 
-    def failure(self, error: dict[str, Any]) -> dict[str, Any]:
-        """The last event of a stream that fails, from the body that the error has elsewhere."""
-        return error
+    def failure(self, error: dict[str, Any]) -> list[dict[str, Any]]:
+        """How a stream ends that fails, from the body that the error has elsewhere."""
+        return [error]
 
 
 ReplyFactory = Callable[[ChatModel, Any, list[Prompt]], Reply]  # of a checked body

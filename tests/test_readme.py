@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 import requests
 import torch
+from pydantic import SecretStr
 from transformers import GenerationConfig
 
 import api
@@ -270,7 +271,7 @@ def test_table_of_settings_is_the_programs():
     def spelled(value: object) -> str:
         if isinstance(value, bool):
             return "on" if value else "off"
-        if isinstance(value, api.SecretStr):
+        if isinstance(value, SecretStr):
             value = value.get_secret_value()
         return "" if value is None else str(value)
 

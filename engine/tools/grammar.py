@@ -22,10 +22,14 @@ SPACE = r"[\s\x1c-\x1f]*"
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """Whether tools must be called, and whether more than one may be."""
+    """Whether tools must be called, whether more than one may be, and what else the answer is.
+
+    Without an `answer`, a JSON schema, that is any text.
+    """
 
     required: bool = False
     parallel: bool = True
+    answer: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class ToolGrammar:
             f"calls: call {more} {self._words(form.tail)}",
             f"TEXT: {TEXT}",
             rules,
-            *(self._required(thoughts) if choice.required else self._free(thoughts)),
+            *self._start(choice, thoughts),
         ]
         return "\n".join(lines) + "\n"
 
@@ -81,8 +85,24 @@ class ToolGrammar:
         name = json.dumps(tool["function"]["name"])
         return f"{rule}: {name} {self._words(self.form.middle)} {arguments}"
 
-    def _required(self, thoughts: Thoughts | None) -> list[str]:
-        body = f"{self._words(self.form.head)} calls"
+    def _start(self, choice: ToolChoice, thoughts: Thoughts | None) -> list[str]:
+        calls = f"{self._words(self.form.head)} calls"
+        if choice.required:
+            return self._thought_before(calls, thoughts)
+        if choice.answer is None:
+            return self._free(thoughts)
+        if not self.form.trigger:
+            raise InvalidInput(
+                "this model's calls of tools begin as a JSON answer does; leave out the tools, or"
+                " the answer's schema",
+                "schema",
+            )
+        schema = choice.answer | {"x-guidance": {"whitespace_flexible": False}}
+        lines = [f"answer: %json {json.dumps(schema)}", f"either: answer | {calls}"]
+        return [*self._thought_before("either", thoughts), *lines]
+
+    def _thought_before(self, body: str, thoughts: Thoughts | None) -> list[str]:
+        """An answer that is one thing, with nothing but a thought before it."""
         if thoughts is None:
             return [f"start: {body}"]
         either = "" if thoughts.begun else f" | {body}"
