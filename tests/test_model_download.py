@@ -421,7 +421,9 @@ def test_interrupted_download_says_how_to_resume(download, folder, repository, h
     drawn = "import sys, threading, time\nfrom itertools import repeat\n"
     drawn += "draw = lambda: (time.sleep(0.001), sys.stderr.write('50%\\r'))\n"
     drawn += "bar = lambda: [draw() for _ in repeat(0)]\n"
-    drawn += "threading.Thread(target=bar, daemon=True).start()"
+    drawn += "threading.Thread(target=bar, daemon=True).start()\n"
+    # Time for it to be drawn behind the last sentence.
+    drawn += "import os; leave = os._exit; os._exit = lambda code: (time.sleep(0.2), leave(code))"
     with download(code=drawn, popen=True) as process:
         wait_for(lambda: SHARDS[0] in hub.sent)
         process.send_signal(signal.SIGINT)
