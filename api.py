@@ -62,6 +62,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 try:
     import prometheus_client
+    import psutil
     import uvicorn
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
@@ -100,6 +101,7 @@ try:
     from serving.connection import Connection
     from serving.connection_limits import num_connectable
     from serving.dialects import CLASSIC, OPENAI, Dialect, ErrorDetail
+    from serving.live import LiveRequests
     from serving.log_queue import flush_log, num_dropped, start_log, still_logged
     from serving.messages import (
         CountTokensRequest,
@@ -503,6 +505,7 @@ class Metrics:
         self.first_token = times("time_to_first_token_seconds", "Arrival to the first token")
         self.each_token = times("time_per_output_token_seconds", "Mean time of a later token")
         self.whole_time = times("e2e_request_latency_seconds", "Arrival to the end")
+        self.live = LiveRequests()
         for name, counted in GAUGES.items():
             gauge = prometheus_client.Gauge(name, name.replace("_", " "), **mine)
             gauge.set_function(partial(count_of, counted))
@@ -532,6 +535,7 @@ class Metrics:
                 finish_reason = finish_reason_of(info.choices)
             line["finish_reason"] = finish_reason
             line |= self._record_answers(info)
+        self.live.end(info, line)
         self.requests.labels(info.route, info.outcome, finish_reason).inc()
         log.info(" ".join(f"{name}={value}" for name, value in line.items()), extra=line)
 
@@ -910,6 +914,22 @@ class ChatService:
             counted += self.workers.num_pending + self.compilers.num_pending
         return counted
 
+    def observe(self) -> dict[str, Any]:
+        """What the server does at this moment, for the dashboard."""
+        return {
+            "time": round(time.time(), 3),
+            **self.health,
+            "cache_tokens": self.count("cache_tokens"),
+            "cache_tokens_used": self.count("cache_tokens_used"),
+            "memory": psutil.Process().memory_info().rss,
+            "device_memory": engine.device_memory(),
+            **self.metrics.live.sample(),
+        }
+
+    def facts(self) -> dict[str, str]:
+        """What the start of the model decided, once it is loaded."""
+        return {"name": self._model.name, **self._model.facts} if self._model else {}
+
     def _status(self) -> str:
         if self._model and self._is_dead(self._model):
             return "dead"
@@ -959,6 +979,7 @@ class ChatService:
     ) -> Response:
         """Read the body, generate, and respond with a stream, a full response, or an error."""
         info = request_info(request.scope)
+        self.metrics.live.begin(info)
         try:
             async with time_limit(info, self.settings.request_timeout):
                 body = await read_body(request, schema)
@@ -1232,7 +1253,8 @@ def build_app(
         )
     add_error_handlers(app, service)
     if settings.chat_page:
-        chat_page.mount(app, lambda: page_config(service.model()) | {"version": app.version})
+        config = lambda: page_config(service.model()) | {"version": app.version}  # noqa: E731
+        chat_page.mount(app, config, service.observe, service.facts)
 
     # HEAD is for monitors, and not for the docs.
     @app.head("/", include_in_schema=False)

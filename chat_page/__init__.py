@@ -14,6 +14,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from pydantic import BaseModel, ValidationError
 
+from chat_page import dashboard
 from chat_page.renderer import Refused, Renderer
 
 FILES = {
@@ -23,7 +24,7 @@ FILES = {
     **{f"/chat/{name}": (name, "text/javascript") for name in ("blocks.js", "chat.js", "texts.js")},
 }
 # What a browser fetches before it can send a key.
-PUBLIC_PATHS = frozenset({"/chat", *FILES})
+PUBLIC_PATHS = frozenset({"/chat", *FILES, "/dashboard", *dashboard.FILES})
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
     " img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none';"
@@ -70,8 +71,17 @@ def static_file(name: str, media_type: str) -> Callable[[Request], Response]:
     return serve
 
 
-def mount(app: FastAPI, describe: Callable[[], dict[str, Any]]) -> None:
-    """Add the page's routes; `describe` gives the model's name, defaults and so on once loaded."""
+def mount(
+    app: FastAPI,
+    describe: Callable[[], dict[str, Any]],
+    observe: dashboard.Observe,
+    facts: dashboard.Observe,
+) -> None:
+    """Add the routes of the page and of the dashboard.
+
+    `describe` gives the model's name, defaults and so on once it is loaded, `observe` a sample of
+    what the server does, and `facts` what its start decided.
+    """
     renderer = Renderer()
 
     @asynccontextmanager
@@ -96,4 +106,5 @@ def mount(app: FastAPI, describe: Callable[[], dict[str, Any]]) -> None:
             return JSONResponse({"error": detail}, error.status)
         return JSONResponse({"html": html})
 
+    dashboard.add_routes(router, static_file, observe, facts)
     app.include_router(router)

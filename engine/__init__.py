@@ -19,6 +19,7 @@ In a notebook, whose cells run in an event loop already, write `await main()` as
 from typing import TYPE_CHECKING, Any
 
 from engine.child_process import ChildEnded, ChildProcess, answer_questions, end_children
+from engine.device_memory import device_memory
 from engine.errors import (
     ContextTooLong,
     EngineError,
@@ -63,6 +64,7 @@ __all__ = [
     "Token",
     "ToolCallParser",
     "answer_questions",
+    "device_memory",
     "end_children",
     "load",
 ]

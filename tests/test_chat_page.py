@@ -1270,7 +1270,7 @@ from fastapi.testclient import TestClient
 import chat_page
 assert sys.argv[1] in chat_page.__file__
 app = FastAPI()
-chat_page.mount(app, lambda: {"model": "x"})
+chat_page.mount(app, lambda: {"model": "x"}, dict, dict)
 with TestClient(app) as client:
     assert "<!doctype html>" in client.get("/chat/").text
     print(client.post("/chat/render", json={"text": "*hi*"}).json()["html"])
