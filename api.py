@@ -100,6 +100,7 @@ try:
     from serving.connection import Connection
     from serving.connection_limits import num_connectable
     from serving.dialects import CLASSIC, OPENAI, Dialect, ErrorDetail
+    from serving.kept import KeptAnswers, OwnAnswers
     from serving.log_queue import flush_log, num_dropped, start_log, still_logged
     from serving.messages import (
         CountTokensRequest,
@@ -121,7 +122,7 @@ try:
         events_of,
         usage_of,
     )
-    from serving.request_model import InstantRequest, SamplingFields, validation_error
+    from serving.request_model import BodyContext, InstantRequest, SamplingFields, validation_error
     from serving.responses import (
         InputTokensRequest,
         InputTokensResponse,
@@ -460,6 +461,7 @@ class RequestInfo:
     dialect: Dialect
     headers: dict[str, str]  # of the response, whatever it will be
     ignored: IgnoredFields
+    answers: OwnAnswers | None  # that are kept for its key
     arrived: float = field(default_factory=time.monotonic)
     choices: list[Choice] = field(default_factory=list)
     # How it ended: served, or an error's code, or else its client left.
@@ -629,9 +631,11 @@ def request_info(scope: Scope) -> RequestInfo:
 class RequestIDMiddleware:
     """Gives every request an id, the client's X-Request-ID or a new one, and returns it."""
 
-    def __init__(self, app: ASGIApp):
+    def __init__(self, app: ASGIApp, kept_answers: int):
         self.app = app
         self.budget = BodyBudget()
+        kept = KeptAnswers(kept_answers * 2**20) if kept_answers else None
+        self.answers = OwnAnswers(kept, "") if kept else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # there are none, whatever a library may bring
@@ -649,7 +653,9 @@ class RequestIDMiddleware:
         ignored = IgnoredFields(strict="handling=strict" in Headers(scope=scope).get("prefer", ""))
         send = with_headers(send, headers)
         with self.budget.reserve() as reservation:
-            info = RequestInfo(request_id, route, reservation, dialect, headers, ignored)
+            info = RequestInfo(
+                request_id, route, reservation, dialect, headers, ignored, self.answers
+            )
             scope.setdefault("state", {})["info"] = info
             await self.app(scope, receive, send)
 
@@ -666,7 +672,11 @@ class APIKeyMiddleware:
         self.refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._is_exempt(scope) or self._has_key(scope):
+        if scope["type"] != "http" or self._is_exempt(scope):
+            return await self.app(scope, receive, send)
+        if (key := self._key_of(scope)) is not None:
+            info = request_info(scope)
+            info.answers = replace(info.answers, owner=key) if info.answers else None
             return await self.app(scope, receive, send)
         error = Unauthorized("send one of the server's keys as `Authorization: Bearer KEY`")
         await self.refuse(scope, error)(scope, receive, send)
@@ -677,13 +687,15 @@ class APIKeyMiddleware:
         read = scope["method"] in ("GET", "HEAD")
         return path == "/health" or (self.page and at_page and read)
 
-    def _has_key(self, scope: Scope) -> bool:
+    def _key_of(self, scope: Scope) -> str | None:
+        """The valid key that a request has."""
         headers = Headers(scope=scope)
         kind, _, given = headers.get("authorization", "").partition(" ")
         bearer = given.strip() if kind.lower() == "bearer" else ""
         # Anthropic's SDKs send it in a header of its own.
         sent = (bearer, headers.get("x-api-key", "").strip())
-        return any(is_valid_key(key.encode("latin-1"), self.keys) for key in sent)
+        valid = (key for key in sent if is_valid_key(key.encode("latin-1"), self.keys))
+        return next(valid, None)
 
 
 class OriginMiddleware:
@@ -801,7 +813,9 @@ async def read_body(request: Request, schema: type[BodyT]) -> BodyT:
     body = await read_bytes(request)
     try:
         async with info.reservation.budget.exclusive_parse(len(body)):
-            return schema.model_validate(parse_json(body), context=info.ignored)
+            return schema.model_validate(
+                parse_json(body), context=BodyContext(info.ignored, info.answers)
+            )
     except ValidationError as error:
         raise validation_error(error) from None
 
@@ -1221,7 +1235,7 @@ def build_app(
             APIKeyMiddleware, keys=settings.keys, page=settings.chat_page, refuse=service.refuse
         )
     app.add_middleware(OriginMiddleware, settings=settings, refuse=service.refuse)
-    app.add_middleware(RequestIDMiddleware)
+    app.add_middleware(RequestIDMiddleware, kept_answers=settings.kept_answers)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware,

@@ -46,6 +46,7 @@ ORDER = [
     "serving.fields",
     "serving.tool_fields",
     "serving.inner_request",
+    "serving.kept",
     "serving.request_model",
     "serving.lenient",
     "serving.classic",
