@@ -315,6 +315,17 @@ def load_and_tell(load: Callable[[Settings], ChatModel], settings: Settings) -> 
         return load(settings)
 
 
+def start_error(error: BaseException) -> str:
+    """What to say of an error that ends the start; if it is none of a user's, it is logged too."""
+    if isinstance(error, StartError):
+        return str(error)
+    log.critical("the model could not be loaded", exc_info=error)
+    return (
+        "the model could not be loaded because of a mistake in this program, and not of the model's"
+        " files; the traceback above tells its developers where it is"
+    )
+
+
 def with_template_kwargs(model: ChatModel, given: dict[str, Any]) -> ChatModel:
     """The model with these variables. Raises StartError if its chat template has none such."""
     model = replace(model, template_kwargs=given)
@@ -1141,13 +1152,11 @@ class ChatService:
         try:
             model = load_and_tell(self.load, self.settings)
         except BaseException as error:
-            if not isinstance(error, StartError):
-                log.exception("the model could not be loaded")
-                error = StartError(f"the model could not be loaded: {error}")
+            said = start_error(error)
             # No request can be running yet, and none can be served.
             flush_log()
             with suppress(OSError, AttributeError):  # a full disk; a program without a console
-                sys.stderr.write(f"api.py: {error}.\n")
+                sys.stderr.write(f"api.py: {said}.\n")
             os._exit(1)
         self._model = model
         self._greet(model)
@@ -1375,8 +1384,10 @@ def main() -> None:
             sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
             sys.stdout.write(check_model(load_and_tell(load_served, settings)))
             return
-    except StartError as error:
-        sys.exit(f"api.py: {error}.")
+    except Exception as error:
+        said = start_error(error)
+        flush_log()
+        sys.exit(f"api.py: {said}.")
     allow_many_files()
     sockets = [bind_socket(settings.host, settings.port)]
     app = build_app(settings)

@@ -5,9 +5,11 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ContextTooLong, EngineError, InvalidInput
+from engine.offload import remove
 from engine.prompt.bounds import PromptBounds
 from engine.prompt.families import Message
 from engine.prompt.template_renderer import renderer
@@ -37,6 +39,7 @@ class ChatModel:
     facts: dict[str, str]  # what a developer asks: kernels, rounding, ids
     summary: dict[str, str]  # what an operator asks: size, dtype, devices, context
     states_length: bool = False  # the default length is the checkpoint's own, and not ours
+    offloaded: Path | None = None  # the folder of its layers on disk
     loaded: int = field(default_factory=lambda: int(time.time()))
     # Variables of the chat template, where a request does not set them.
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -115,6 +118,7 @@ class ChatModel:
         if "_compiler" in self.__dict__:
             self._compiler.close()
         self.engine.close()
+        remove(self.offloaded)
 
     def guided(self, prompt: Prompt, schema: dict[str, Any]) -> Prompt:
         """The same, to be answered with JSON of a schema. Raises InvalidInput if it is invalid."""

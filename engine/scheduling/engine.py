@@ -312,4 +312,4 @@ class Engine:
     def _stopped(self) -> EngineStopped:
         if isinstance(self.failure, EngineStopped):
             return self.failure
-        return EngineStopped(f"the engine died ({self.failure!r}); restart the server")
+        return EngineStopped("the engine has failed, its log says why; restart the server")

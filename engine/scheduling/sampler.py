@@ -65,15 +65,15 @@ def scored(logprobs: torch.Tensor, ids: list[int], counts: list[int]) -> list[To
 
 
 def restrict(seqs: list[Sequence], logits: torch.Tensor) -> None:
-    """Apply what a request says of single tokens: biases, no early end, a guide."""
+    """Apply what is said of single tokens: biases, those banned, a guide."""
     for row, seq in enumerate(seqs):
         if seq.params.logit_bias:
             ids, biases = zip(*seq.params.logit_bias, strict=True)
             logits[row].index_add_(
                 0, to_device(ids, logits.device), to_device(biases, logits.device, logits.dtype)
             )
-        if not seq.may_end and seq.end_ids:
-            logits[row, sorted(seq.end_ids)] = -torch.inf
+        if banned := seq.banned:
+            logits[row, sorted(banned)] = -torch.inf
         if seq.guide:
             apply_guide(seq.guide, logits[row])
 

@@ -8,7 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from engine.prompt.tokenizer import ChatTokenizer, load_tokenizer
+from engine.prompt.tokenizer import ChatTokenizer
+from engine.prompt.tokenizer_files import load_tokenizer
 from engine.scheduling.detokenizer import Detokenizer
 from tests.conftest import ROOT
 
