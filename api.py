@@ -133,6 +133,7 @@ try:
     )
     from serving.responses_reply import RESPONSES, ResponsesReply
     from serving.settings import Settings, read_settings
+    from serving.standard_streams import open_closed_streams
     from serving.tokens import (
         DetokenizeRequest,
         DetokenizeResponse,
@@ -1375,6 +1376,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 def main() -> None:
     """Serve until told to stop."""
+    open_closed_streams()
     settings = read_settings(sys.argv[1:])
     start_log(settings.log_json, settings.log_level)
     try:

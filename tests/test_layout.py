@@ -37,6 +37,7 @@ ORDER = [
     "serving.settings",
     "serving.connection_limits",
     "serving.connection",
+    "serving.standard_streams",
     "serving.log_queue",
     "serving.workers",
     "serving.unknown_fields",

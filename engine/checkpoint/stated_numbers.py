@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.blame import REMEDY, damaged
 from engine.checkpoint.files import weight_files
+from engine.checkpoint.formats.settings import settings_of
 from engine.errors import StartError
 
 log = logging.getLogger("chat")
@@ -61,7 +62,7 @@ def check_size(config: Any, folder: Path) -> None:
     are not compared, nor are those that do not state their shapes.
     """
     files = weight_files(folder)
-    if getattr(config, "quantization_config", None) or not files:
+    if settings_of(config, folder) or not files:
         return
     if any(file.suffix != ".safetensors" for file in files):
         return

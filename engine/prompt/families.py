@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import InvalidInput
-from engine.prompt.chat_templates import templates_of
+from engine.prompt.named_templates import templates_of
 from engine.prompt.template_renderer import render_template
 from engine.sampling_params import SamplingParams
 from engine.tools.format import ToolFormat

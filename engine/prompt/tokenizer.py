@@ -11,9 +11,9 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ContextTooLong, InvalidInput, StartError
-from engine.prompt.chat_templates import Templates, needs_tools, templates_of
 from engine.prompt.families import PIECE_BREAK, Family, Message
 from engine.prompt.generation_prompt import GenerationPrompt
+from engine.prompt.named_templates import Templates, needs_tools, templates_of
 from engine.prompt.special_tokens import SpecialTokens, token_ids
 from engine.prompt.template_renderer import render_template
 from engine.prompt.token_bound import MIN_CHARS, TokenBound

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from engine.blame import damaged, read_object, read_text
 from engine.errors import StartError
-from engine.prompt.chat_templates import add_lone_template
+from engine.prompt.named_templates import add_lone_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -209,8 +209,8 @@ MISTAKES = {
     "engine.checkpoint.model_config.check_architecture": TypeError("'NoneType' is no iterator"),
     "engine.checkpoint.checkpoint.check_attention": ValueError("not enough values to unpack"),
     "engine.prompt.tokenizer.token_ids": IndexError("list index out of range"),
-    "engine.runner.runner.affordable_rows": AttributeError("no attribute 'cache_bugdet'"),
-    "engine.runner.runner.make_faster": TypeError("'NoneType' object is not subscriptable"),
+    "engine.runner.create.affordable_rows": AttributeError("no attribute 'cache_bugdet'"),
+    "engine.runner.create.make_faster": TypeError("'NoneType' object is not subscriptable"),
     "engine.loading.self_check": ZeroDivisionError("division by zero"),
     "engine.loading.checkpoint_defaults": OSError(22, "Invalid argument"),
 }

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.prompt.chat_templates import Templates
 from engine.prompt.families import family_of
+from engine.prompt.named_templates import Templates
 from engine.prompt.tokenizer import ChatTokenizer
 from tests.conftest import TEMPLATE, byte_tokenizer
 from tests.tool_caller import tool_tokenizer

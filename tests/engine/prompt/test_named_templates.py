@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from engine.errors import StartError
-from engine.prompt.chat_templates import templates_of
+from engine.prompt.named_templates import templates_of
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.prompt.tokenizer_files import load_tokenizer
 from tests.conftest import TEMPLATE, byte_tokenizer
