@@ -947,7 +947,7 @@ class ChatService:
     def _is_dead(model: ChatModel) -> bool:
         """Whether it has failed, or computes or renders nothing any more; not if it was closed."""
         has_failed = model.failure is not None and not isinstance(model.failure, EngineStopped)
-        return has_failed or model.seconds_in_step > STEP_TIMEOUT or not model.can_render
+        return has_failed or model.seconds_late > STEP_TIMEOUT or not model.can_render
 
     def model(self, name: str | None = None) -> ChatModel:
         """The loaded model. Raises NotServing, or ModelNotFound if it has another name."""

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from engine.scheduling.engine import Engine
 
 
+# How many times as long as it is likely to take a step may take before it counts as late.
+SLOW = 10.0
+
+
 @dataclass(frozen=True)
 class ChatModel:
     """A loaded model, ready to answer."""
@@ -79,11 +83,12 @@ class ChatModel:
         return renderer().is_able()
 
     @property
-    def seconds_in_step(self) -> float:
-        """How long the current step has taken so far; 0 while nothing is to be computed."""
+    def seconds_late(self) -> float:
+        """By how much the current step is longer than it may be by what steps have taken; or 0."""
         if not self.engine.num_running:
             return 0.0
-        return time.monotonic() - self.engine.last_step
+        seconds = time.monotonic() - self.engine.last_step
+        return max(0.0, seconds - SLOW * self.engine.expected_step)
 
     @property
     def num_running(self) -> int:
