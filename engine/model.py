@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from engine.scheduling.engine import Engine
 
 
-# How many times as long as it is likely to take a step may take before it counts as late.
-SLOW = 10.0
+SLOW = 10.0  # times as long as is likely a step may take before it counts as late
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,8 @@ class ChatModel:
         """By how much the current step is longer than it may be by what steps have taken; or 0."""
         if not self.engine.num_running:
             return 0.0
-        seconds = time.monotonic() - self.engine.last_step
-        return max(0.0, seconds - SLOW * self.engine.expected_step)
+        due = self.engine.last_step + SLOW * self.engine.expected_step
+        return max(0.0, time.monotonic() - due)
 
     @property
     def num_running(self) -> int:
