@@ -101,6 +101,7 @@ try:
     from serving.connection import Connection
     from serving.connection_limits import num_connectable
     from serving.dialects import CLASSIC, OPENAI, Dialect, ErrorDetail
+    from serving.kept import KeptAnswers, OwnAnswers
     from serving.live import LiveRequests
     from serving.log_queue import flush_log, num_dropped, start_log, still_logged
     from serving.messages import (
@@ -123,7 +124,7 @@ try:
         events_of,
         usage_of,
     )
-    from serving.request_model import InstantRequest, SamplingFields, validation_error
+    from serving.request_model import BodyContext, InstantRequest, SamplingFields, validation_error
     from serving.responses import (
         InputTokensRequest,
         InputTokensResponse,
@@ -134,6 +135,7 @@ try:
     )
     from serving.responses_reply import RESPONSES, ResponsesReply
     from serving.settings import Settings, read_settings
+    from serving.standard_streams import open_closed_streams
     from serving.tokens import (
         DetokenizeRequest,
         DetokenizeResponse,
@@ -316,6 +318,17 @@ def load_and_tell(load: Callable[[Settings], ChatModel], settings: Settings) -> 
         return load(settings)
 
 
+def start_error(error: BaseException) -> str:
+    """What to say of an error that ends the start; if it is none of a user's, it is logged too."""
+    if isinstance(error, StartError):
+        return str(error)
+    log.critical("the model could not be loaded", exc_info=error)
+    return (
+        "the model could not be loaded because of a mistake in this program, and not of the model's"
+        " files; the traceback above tells its developers where it is"
+    )
+
+
 def with_template_kwargs(model: ChatModel, given: dict[str, Any]) -> ChatModel:
     """The model with these variables. Raises StartError if its chat template has none such."""
     model = replace(model, template_kwargs=given)
@@ -462,6 +475,7 @@ class RequestInfo:
     dialect: Dialect
     headers: dict[str, str]  # of the response, whatever it will be
     ignored: IgnoredFields
+    answers: OwnAnswers | None  # that are kept for its key
     arrived: float = field(default_factory=time.monotonic)
     choices: list[Choice] = field(default_factory=list)
     # How it ended: served, or an error's code, or else its client left.
@@ -633,9 +647,11 @@ def request_info(scope: Scope) -> RequestInfo:
 class RequestIDMiddleware:
     """Gives every request an id, the client's X-Request-ID or a new one, and returns it."""
 
-    def __init__(self, app: ASGIApp):
+    def __init__(self, app: ASGIApp, kept_answers: int):
         self.app = app
         self.budget = BodyBudget()
+        kept = KeptAnswers(kept_answers * 2**20) if kept_answers else None
+        self.answers = OwnAnswers(kept, "") if kept else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # there are none, whatever a library may bring
@@ -653,7 +669,9 @@ class RequestIDMiddleware:
         ignored = IgnoredFields(strict="handling=strict" in Headers(scope=scope).get("prefer", ""))
         send = with_headers(send, headers)
         with self.budget.reserve() as reservation:
-            info = RequestInfo(request_id, route, reservation, dialect, headers, ignored)
+            info = RequestInfo(
+                request_id, route, reservation, dialect, headers, ignored, self.answers
+            )
             scope.setdefault("state", {})["info"] = info
             await self.app(scope, receive, send)
 
@@ -670,7 +688,11 @@ class APIKeyMiddleware:
         self.refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._is_exempt(scope) or self._has_key(scope):
+        if scope["type"] != "http" or self._is_exempt(scope):
+            return await self.app(scope, receive, send)
+        if (key := self._key_of(scope)) is not None:
+            info = request_info(scope)
+            info.answers = replace(info.answers, owner=key) if info.answers else None
             return await self.app(scope, receive, send)
         error = Unauthorized("send one of the server's keys as `Authorization: Bearer KEY`")
         await self.refuse(scope, error)(scope, receive, send)
@@ -681,13 +703,15 @@ class APIKeyMiddleware:
         read = scope["method"] in ("GET", "HEAD")
         return path == "/health" or (self.page and at_page and read)
 
-    def _has_key(self, scope: Scope) -> bool:
+    def _key_of(self, scope: Scope) -> str | None:
+        """The valid key that a request has."""
         headers = Headers(scope=scope)
         kind, _, given = headers.get("authorization", "").partition(" ")
         bearer = given.strip() if kind.lower() == "bearer" else ""
         # Anthropic's SDKs send it in a header of its own.
         sent = (bearer, headers.get("x-api-key", "").strip())
-        return any(is_valid_key(key.encode("latin-1"), self.keys) for key in sent)
+        valid = (key for key in sent if is_valid_key(key.encode("latin-1"), self.keys))
+        return next(valid, None)
 
 
 class OriginMiddleware:
@@ -805,7 +829,9 @@ async def read_body(request: Request, schema: type[BodyT]) -> BodyT:
     body = await read_bytes(request)
     try:
         async with info.reservation.budget.exclusive_parse(len(body)):
-            return schema.model_validate(parse_json(body), context=info.ignored)
+            return schema.model_validate(
+                parse_json(body), context=BodyContext(info.ignored, info.answers)
+            )
     except ValidationError as error:
         raise validation_error(error) from None
 
@@ -941,7 +967,7 @@ class ChatService:
     def _is_dead(model: ChatModel) -> bool:
         """Whether it has failed, or computes or renders nothing any more; not if it was closed."""
         has_failed = model.failure is not None and not isinstance(model.failure, EngineStopped)
-        return has_failed or model.seconds_in_step > STEP_TIMEOUT or not model.can_render
+        return has_failed or model.seconds_late > STEP_TIMEOUT or not model.can_render
 
     def model(self, name: str | None = None) -> ChatModel:
         """The loaded model. Raises NotServing, or ModelNotFound if it has another name."""
@@ -1148,13 +1174,11 @@ class ChatService:
         try:
             model = load_and_tell(self.load, self.settings)
         except BaseException as error:
-            if not isinstance(error, StartError):
-                log.exception("the model could not be loaded")
-                error = StartError(f"the model could not be loaded: {error}")
+            said = start_error(error)
             # No request can be running yet, and none can be served.
             flush_log()
             with suppress(OSError, AttributeError):  # a full disk; a program without a console
-                sys.stderr.write(f"api.py: {error}.\n")
+                sys.stderr.write(f"api.py: {said}.\n")
             os._exit(1)
         self._model = model
         self._greet(model)
@@ -1242,7 +1266,7 @@ def build_app(
             APIKeyMiddleware, keys=settings.keys, page=settings.chat_page, refuse=service.refuse
         )
     app.add_middleware(OriginMiddleware, settings=settings, refuse=service.refuse)
-    app.add_middleware(RequestIDMiddleware)
+    app.add_middleware(RequestIDMiddleware, kept_answers=settings.kept_answers)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -1374,6 +1398,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 def main() -> None:
     """Serve until told to stop."""
+    open_closed_streams()
     settings = read_settings(sys.argv[1:])
     start_log(settings.log_json, settings.log_level)
     try:
@@ -1383,8 +1408,10 @@ def main() -> None:
             sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
             sys.stdout.write(check_model(load_and_tell(load_served, settings)))
             return
-    except StartError as error:
-        sys.exit(f"api.py: {error}.")
+    except Exception as error:
+        said = start_error(error)
+        flush_log()
+        sys.exit(f"api.py: {said}.")
     allow_many_files()
     sockets = [bind_socket(settings.host, settings.port)]
     app = build_app(settings)

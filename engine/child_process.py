@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 from weakref import WeakSet
 
@@ -264,14 +265,35 @@ def limit_memory(num_bytes: int) -> None:
 
         with open("/proc/self/statm") as file:
             size = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + num_bytes, resource.RLIM_INFINITY))
+        lower_limit(resource.RLIMIT_AS, size + num_bytes)
 
 
 def limit_time(seconds: float) -> None:
     """End this process when it has used so many further seconds of the processor."""
-    with suppress(ImportError, OSError, ValueError):
+    with suppress(ImportError):
         import resource
 
         used = resource.getrusage(resource.RUSAGE_SELF)
-        most = math.ceil(used.ru_utime + used.ru_stime + seconds)
-        resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
+        lower_limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + seconds))
+
+
+def lower_limit(which: int, most: int) -> None:
+    """Set one of this process's limits, unless a lower one was set when it started.
+
+    A hard limit is left as it is: raising one is allowed to few, and to lower it is not needed.
+    """
+    import resource
+
+    _, hard = resource.getrlimit(which)
+    given = first_limit(which)
+    with suppress(OSError, ValueError):  # macOS refuses some
+        resource.setrlimit(which, (most if given < 0 else min(most, given), hard))
+
+
+@cache
+def first_limit(which: int) -> int:
+    """What a limit was when it was first asked for; negative where there was none."""
+    import resource
+
+    set_ones = [x for x in resource.getrlimit(which) if x != resource.RLIM_INFINITY]
+    return min(set_ones, default=-1)

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from engine.blame import first_line, is_out_of_memory, owner_of
 from engine.checkpoint.checkpoint import (
     chat_tokenizer,
     check_gpus,
@@ -25,7 +26,12 @@ from engine.layers.freed_memory import return_freed_memory
 from engine.layers.quantized import num_parameters
 from engine.layers.weight_format import computes_exactly, tolerance_of
 from engine.model import ChatModel
-from engine.prompt.families import checkpoint_defaults, states_length
+from engine.prompt.generation_defaults import (
+    checkpoint_defaults,
+    known_ends,
+    log_wishes,
+    states_length,
+)
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.relative_error import relative_error
 from engine.runner.cpu_threads import cores_settled_behind
@@ -58,14 +64,15 @@ def self_check(runner: Runner, alone: list[torch.Tensor]) -> float:
     Raises StartError if it is too large: such a model would read its neighbours' tokens.
     """
     spans = [Span(ids, start) for ids, start in zip(probes(runner.model), (0, 13), strict=True)]
-    worst = 0.0
+    errors: list[float] = []
     for news in ((4, 5), (7, 1), (1, 1)):
         logits = runner.forward(list(zip(spans, news, strict=True)))
         for span, new, row, plain in zip(spans, news, logits, alone, strict=True):
             span.num_cached += new
-            # max would pass over the NaN that broken weights give.
-            worst = max(relative_error(row, plain[span.num_cached - 1].to(row)), worst)
+            errors.append(relative_error(row, plain[span.num_cached - 1].to(row)))
     runner.forget(spans)
+    # By itself max would pass over the NaN that broken weights give.
+    worst = max(errors, key=lambda error: (error != error, error))
     # A wrong answer is far off. Both sides have the same weights, so fewer bits allow no more.
     check_error(runner.model, worst, tolerance_of(runner.model))
     return worst
@@ -105,8 +112,13 @@ def start_runner(model: Any, cache_memory: str = "auto", max_batch: int = 64) ->
         alone = [reference_logits(model, ids) for ids in probes(model)]
         most = max_batch * context_length(model.config)
         runner = create_runner(model, cache_memory, most, max_batch)
-    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
-        raise not_supported(model.config, f"its code fails in a batch: {error}") from error
+    except Exception as error:
+        # A model's own code may raise anything for what is none of its customs.
+        if is_out_of_memory(error) or owner_of(error.__traceback__) != "transformers":
+            raise
+        raise not_supported(
+            model.config, f"its code fails in a batch: {first_line(error)}"
+        ) from error
     if not computes_exactly(model):
         alone = logits_alone(model, alone)
     runner.capture_graphs(max_batch, min(context_length(model.config), runner.rows))
@@ -230,14 +242,17 @@ def load(
     """
     check_machine(device_map)
     form = {"dtype": dtype, "device_map": device_map, "quantize": quantize}
-    model, text, ends = read_model(folder, chat_template, base=base, **form)
     name = name or name_of(Path(folder))
-    facts = settled_weights(model, name, dtype)
     limits = {"max_batch": max_batch, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
-    runner = start_runner(model, cache_memory, max_batch)
-    costs = measured_costs(runner, prefill_chunk)
-    engine = Engine(runner, text.plain, ends, reuse=reuse, timeout=timeout, costs=costs, **limits)
-    return chat_model(name, text, engine, facts)
+    with explained(folder):
+        model, text, ends = read_model(folder, chat_template, base=base, **form)
+        facts = settled_weights(model, name, dtype)
+        runner = start_runner(model, cache_memory, max_batch)
+        costs = measured_costs(runner, prefill_chunk)
+        engine = Engine(
+            runner, text.plain, ends, reuse=reuse, timeout=timeout, costs=costs, **limits
+        )
+        return chat_model(name, text, engine, facts)
 
 
 def name_of(path: Path) -> str:
@@ -250,10 +265,16 @@ def read_model(
     folder: Path | str, chat_template: str | None, **form: Any
 ) -> tuple[Any, ChatTokenizer, set[int]]:
     """A checkpoint's model, its tokenizer for chats, and the ids that end an answer."""
-    with explained(folder), cores_settled_behind():
+    with cores_settled_behind():
         model, tokenizer = load_model(folder, **form)
         text = chat_tokenizer(model, tokenizer, chat_template)
-        return model, text, text.end_ids(model.generation_config)
+        log_wishes(model.generation_config, text.family)
+        return model, text, known_ends(text.end_ids(model.generation_config), vocabulary_of(model))
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many token ids a model has an embedding for."""
+    return len(model.get_input_embeddings().weight)
 
 
 def settled_weights(model: Any, name: str, dtype: str) -> dict[str, str]:
@@ -274,11 +295,12 @@ def chat_model(name: str, text: ChatTokenizer, engine: Engine, facts: dict[str, 
         name=name,
         tokenizer=text,
         engine=engine,
-        defaults=checkpoint_defaults(model.generation_config, text.family),
+        defaults=checkpoint_defaults(model.generation_config, text.family, vocabulary_of(model)),
         states_length=states_length(model.generation_config, text.family),
         context_length=context,
         prompt_length=min(context, getattr(model.config, "max_tokenizer_truncation", context)),
-        vocabulary=len(model.get_input_embeddings().weight),
+        vocabulary=vocabulary_of(model),
+        offloaded=getattr(model, "offloaded", None),
         facts=facts | facts_of(text, engine, context),
         summary={
             "model": f"{facts['model']}, {weights}, on {device_summary(model)}",

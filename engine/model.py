@@ -5,9 +5,11 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ContextTooLong, EngineError, InvalidInput
+from engine.offload import remove
 from engine.prompt.bounds import PromptBounds
 from engine.prompt.families import Message
 from engine.prompt.template_renderer import renderer
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from engine.guided.bounded_compiler import TrialCompiler
     from engine.prompt.tokenizer import ChatTokenizer
     from engine.scheduling.engine import Engine
+
+
+SLOW = 10.0  # times as long as is likely a step may take before it counts as late
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class ChatModel:
     facts: dict[str, str]  # what a developer asks: kernels, rounding, ids
     summary: dict[str, str]  # what an operator asks: size, dtype, devices, context
     states_length: bool = False  # the default length is the checkpoint's own, and not ours
+    offloaded: Path | None = None  # the folder of its layers on disk
     loaded: int = field(default_factory=lambda: int(time.time()))
     # Variables of the chat template, where a request does not set them.
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -76,11 +82,12 @@ class ChatModel:
         return renderer().is_able()
 
     @property
-    def seconds_in_step(self) -> float:
-        """How long the current step has taken so far; 0 while nothing is to be computed."""
+    def seconds_late(self) -> float:
+        """By how much the current step is longer than it may be by what steps have taken; or 0."""
         if not self.engine.num_running:
             return 0.0
-        return time.monotonic() - self.engine.last_step
+        due = self.engine.last_step + SLOW * self.engine.expected_step
+        return max(0.0, time.monotonic() - due)
 
     @property
     def num_running(self) -> int:
@@ -115,6 +122,7 @@ class ChatModel:
         if "_compiler" in self.__dict__:
             self._compiler.close()
         self.engine.close()
+        remove(self.offloaded)
 
     def guided(self, prompt: Prompt, schema: dict[str, Any]) -> Prompt:
         """The same, to be answered with JSON of a schema. Raises InvalidInput if it is invalid."""

@@ -25,3 +25,5 @@ class SamplingParams:
     min_tokens: int = 0  # no end of the answer before so many tokens
     ignore_eos: bool = False  # only the length ends the answer
     stop_token_ids: tuple[int, ...] = ()  # further ids that end the answer
+    suppress_tokens: tuple[int, ...] = ()  # ids that are never said
+    begin_suppress_tokens: tuple[int, ...] = ()  # ids that no answer begins with

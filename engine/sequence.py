@@ -137,6 +137,16 @@ class Sequence(Span):
         """Whether the next token may end the answer."""
         return self.num_completion >= self.params.min_tokens
 
+    @property
+    def banned(self) -> set[int]:
+        """The ids that may not be the next token, whatever their logits are."""
+        found = set(self.params.suppress_tokens)
+        if not self.num_completion:
+            found.update(self.params.begin_suppress_tokens)
+        if not self.may_end:
+            found |= self.end_ids
+        return found
+
     def append(self, token: int) -> None:
         """Append the next token; set the finish reason if it is the last."""
         self.tokens.append(token)

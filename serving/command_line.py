@@ -32,7 +32,14 @@ GROUPS = {
         "allowed_hosts",
         "chat_page",
     ),
-    "Limits": ("max_batch", "max_waiting", "prefill_chunk", "request_timeout", "drain_timeout"),
+    "Limits": (
+        "max_batch",
+        "max_waiting",
+        "prefill_chunk",
+        "kept_answers",
+        "request_timeout",
+        "drain_timeout",
+    ),
     "Logging": ("log_level", "log_json", "log_prompts"),
 }
 # What stands for a flag's value, where its name's last word does not say it.
@@ -47,6 +54,7 @@ METAVARS = {
     "cache_memory": "SIZE",
     "max_batch": "N",
     "max_waiting": "N",
+    "kept_answers": "MIB",
     "prefill_chunk": "N",
     "request_timeout": "SECONDS",
     "drain_timeout": "SECONDS",

@@ -129,7 +129,7 @@ def placed(model: ChatModel, messages: list[Message]) -> list[Message]:
 
 def has_variable(model: ChatModel, hint: TemplateHint) -> tuple[str, Any] | None:
     """The first of the variables that the model's chat template reads."""
-    template = model.tokenizer.template
+    template = "\n".join(model.tokenizer.templates)
     known = (pair for pair in hint.variables if re.search(rf"\b{pair[0]}\b", template))
     return next(known, None)
 

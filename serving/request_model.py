@@ -1,7 +1,7 @@
 """What all bodies share: every field honoured or refused, and how an answer is sampled."""
 
 import re
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from pydantic import (
@@ -16,6 +16,7 @@ from pydantic import (
 
 from engine import ChatModel, InvalidInput, Prompt, SamplingParams
 from serving.fields import Biases, EndIds, StopStrings, StrictModel, Text
+from serving.kept import OwnAnswers
 from serving.unknown_fields import IgnoredFields, asks_for_nothing, refusal_of
 
 LENGTH_NAMES = ("max_length", "max_new_tokens", "max_tokens", "max_completion_tokens", "n_predict")
@@ -39,6 +40,14 @@ def validation_error(error: ValidationError) -> InvalidInput:
     return InvalidInput(f"{name} {message[0].lower()}{message[1:]}", str(path[0]))
 
 
+@dataclass(frozen=True)
+class BodyContext:
+    """What a body is read with: where to note what is left out, and the answers of its key."""
+
+    ignored: IgnoredFields = field(default_factory=IgnoredFields)
+    answers: OwnAnswers | None = None
+
+
 class RequestModel(StrictModel):
     """A body of which every field is honoured, or refused by its name, or cannot matter."""
 
@@ -49,6 +58,7 @@ class RequestModel(StrictModel):
 
     _sent: dict[str, str] = PrivateAttr(default_factory=dict)  # a field's name in the request
     _ignored: IgnoredFields = PrivateAttr(default_factory=IgnoredFields)
+    _answers: OwnAnswers | None = PrivateAttr(None)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -57,11 +67,11 @@ class RequestModel(StrictModel):
     ) -> Self:
         if not isinstance(body, dict):
             return validate(body)
-        ignored = info.context if isinstance(info.context, IgnoredFields) else IgnoredFields()
-        sent = cls.names_sent(body, ignored)
+        context = info.context if isinstance(info.context, BodyContext) else BodyContext()
+        sent = cls.names_sent(body, context.ignored)
         request = validate({name: body[name] for name in sent.values()})
         request._sent = {field: name for field, name in sent.items() if body[name] is not None}
-        request._ignored = ignored
+        request._ignored, request._answers = context.ignored, context.answers
         request.check()
         return request
 

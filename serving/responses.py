@@ -10,6 +10,7 @@ from pydantic import AliasChoices, BaseModel, Field, PrivateAttr
 from engine import ChatModel, InvalidInput
 from serving.fields import MAX_TURNS
 from serving.inner_request import InnerRequest, TemplateHint
+from serving.kept import OwnAnswers
 from serving.lenient import LenientRequest, ObjectReader
 from serving.messages import effort_hint
 from serving.request_model import LENGTH_NAMES, InstantRequest
@@ -78,10 +79,9 @@ class ResponsesRequest(LenientRequest):
     _schema: dict[str, Any] | None = PrivateAttr(None)
     _hints: list[TemplateHint] = PrivateAttr(default_factory=list)
     _effort: str = PrivateAttr("")
+    _whole_items: list[Any] = PrivateAttr(default_factory=list)
 
     def check(self) -> None:
-        if self.previous_response_id is not None:
-            raise ResponseNotFound(f"previous_response_id: {MEMORY}", "previous_response_id")
         self._toolbox = read_toolbox(self.tools, self._ignored)
         self._items = ItemReader(self._ignored, self._toolbox)
         self._read_input()
@@ -113,25 +113,61 @@ class ResponsesRequest(LenientRequest):
         return self.top_logprobs is not None or "message.output_text.logprobs" in self.include
 
     def _read_input(self) -> None:
-        items = self.input
-        if isinstance(items, str) or self.is_probe:
-            items = [{"role": "user", "content": self.input or ""}]
-        if len(items) > MAX_TURNS:
+        earlier = self._earlier_items()
+        if len(earlier) + len(self.items) > MAX_TURNS:
             raise InvalidInput(f"input must have at most {MAX_TURNS} items", "input")
-        for at, item in enumerate(items):
-            if isinstance(item, dict) and item.get("type") == "item_reference":
-                self._read_reference(item, f"input[{at}]")
-            else:
-                self._items.add(item, f"input[{at}]")
+        for item in earlier:
+            self._items.add(item, "previous_response_id")
+        for at, item in enumerate(self.items):
+            path = f"input[{at}]"
+            is_reference = isinstance(item, dict) and item.get("type") == "item_reference"
+            self._whole_items.append(self._referred(item, path) if is_reference else item)
+            self._items.add(self._whole_items[-1], path)
         if not any(turn["role"] != "system" for turn in self._items.turns):
             raise InvalidInput("input must have an item of the user", "input")
         if self.instructions:
             self._items.turns.insert(0, {"role": "system", "content": self.instructions})
 
-    def _read_reference(self, item: dict[str, Any], path: str) -> None:
-        name = ObjectReader(item, path, self._ignored).text("id")
+    @property
+    def items(self) -> list[Any]:
+        """The input as items."""
+        if isinstance(self.input, str) or self.is_probe:
+            return [{"role": "user", "content": self.input or ""}]
+        return self.input
+
+    @property
+    def whole_items(self) -> list[Any]:
+        """The input as items, of which none refers to another."""
+        return self._whole_items
+
+    @property
+    def keeper(self) -> OwnAnswers | None:
+        """Where the answer is to be kept, if it is."""
+        return None if self.store is False else self._answers
+
+    def _earlier_items(self) -> list[Any]:
+        """Those of the answer from which this one goes on."""
+        name, own = self.previous_response_id, self._answers
+        if name is None:
+            return []
+        found = own.answers.conversation(own.owner, name) if own else None
+        if found is None:
+            raise ResponseNotFound(
+                f"previous_response_id: there is no response {name[:64]!r} here; it may have been"
+                " long ago, or before a restart. Send all items in input",
+                "previous_response_id",
+            )
+        return found
+
+    def _referred(self, item: dict[str, Any], path: str) -> Any:
+        """The item to which one refers."""
+        name, own = ObjectReader(item, path, self._ignored).text("id"), self._answers
+        found = own.answers.item(own.owner, name) if own else None
+        if found is not None:
+            return found
         raise ItemNotFound(
-            f"Item with id '{name[:64]}' not found. Items are not kept here; send them whole"
+            f"Item with id '{name[:64]}' not found. It may have been long ago, or before a restart;"
+            " send items whole"
             " (AI SDK: providerOptions.openai.store = false)",
             "input",
         )
@@ -198,7 +234,7 @@ class ResponsesRequest(LenientRequest):
         for name in self.include:
             if name not in ("reasoning.encrypted_content", "message.output_text.logprobs"):
                 self._ignored.add(f"include.{name}")
-        if self.store:
+        if self.store and self._answers is None:
             self._ignored.add("store")
         options = {"prompt_cache_options": (), "stream_options": ("include_obfuscation",)}
         for name, inert in options.items():

@@ -145,6 +145,7 @@ class ResponsesReply(Reply):
         self.items: list[Item] = []
         self.id, self.created = new_id("resp"), int(time.time())
         self.num_events = 0
+        self.is_kept = False
 
     def take(self, delta: Delta, choice: Choice) -> None:
         for event in self._parts(delta, choice):
@@ -152,7 +153,18 @@ class ResponsesReply(Reply):
 
     def full_response(self, choices: list[Choice]) -> dict[str, Any]:
         self._end_empty()
+        self._keep()
         return self._response(choices[0])
+
+    def _keep(self) -> None:
+        """Keep the answer, if it is to be kept and there is room for it."""
+        own = self.body.keeper
+        if own is None:
+            return
+        output = [item.value for item in self.items]
+        self.is_kept = own.answers.keep(
+            own.owner, self.id, self.body.previous_response_id, self.body.whole_items, output
+        )
 
     def events(self, delta: Delta, choice: Choice) -> list[Event]:
         events = self._begin()
@@ -161,9 +173,9 @@ class ResponsesReply(Reply):
         return self._numbered(events)
 
     def final_events(self, choices: list[Choice]) -> list[Event]:
-        response = self._response(choices[0])
         events = self._end_empty()
-        response["output"] = [item.value for item in self.items]
+        self._keep()
+        response = self._response(choices[0])
         events.append({"type": f"response.{response['status']}", "response": response})
         return self._numbered(events)
 
@@ -243,7 +255,7 @@ class ResponsesReply(Reply):
             "usage": self._usage(choice) if choice else None,
             "max_output_tokens": body.max_new_tokens,
             "max_tool_calls": None,
-            "store": False,
+            "store": self.is_kept,
             "background": False,
             "service_tier": "default",
             "metadata": body.metadata or {},

@@ -119,6 +119,12 @@ class Settings(BaseSettings):
         ge=16,
         description="most prompt tokens computed in a step; a start takes fewer if efficient",
     )
+    kept_answers: int = Field(
+        64,
+        ge=0,
+        le=2**20,
+        description="MiB of answers that are kept for later calls of /v1/responses; 0 is none",
+    )
     request_timeout: float = Field(
         600, gt=0, description="most seconds for a request, from its arrival to its end"
     )

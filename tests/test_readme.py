@@ -21,7 +21,8 @@ from transformers import GenerationConfig
 
 import api
 import model_download
-from engine.prompt.families import FAMILIES, checkpoint_defaults
+from engine.prompt.families import FAMILIES
+from engine.prompt.generation_defaults import checkpoint_defaults
 from engine.sampling_params import SamplingParams
 from serving import request_model
 from tests.conftest import ROOT, byte_tokenizer, chat_model, ready, serve, tiny_llama, wait_for

@@ -4,7 +4,6 @@ Which modules an adapter changes, its tensors say themselves, so target_modules 
 read. What would be wrong to leave out is refused, by name, before a weight is read.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.blame import read_object
 from engine.checkpoint.stored import Stored, stored_in
 from engine.errors import StartError
 
@@ -107,9 +107,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8-sig"))
-    if not isinstance(settings, dict):
-        raise refused(folder, "its adapter_config.json is no object")
+    settings = read_object(folder / "adapter_config.json")
     _check_settings(folder, settings)
     return settings
 

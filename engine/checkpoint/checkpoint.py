@@ -3,23 +3,22 @@
 import json
 import logging
 import os
-import re
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.specifiers import SpecifierSet
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from engine.blame import damaged, first_line, is_out_of_memory, not_loaded
 from engine.checkpoint.attention_probe import check_attention
+from engine.checkpoint.files import check_folder, check_pointer, plain_folder
 from engine.checkpoint.llama_like import register_families
 from engine.checkpoint.quantizer import (
     QuantizationSettings,
@@ -28,7 +27,8 @@ from engine.checkpoint.quantizer import (
     quantize_layers,
 )
 from engine.checkpoint.source import Source
-from engine.errors import StartError, TemplateTooCostly
+from engine.errors import EngineError, ProcessUnavailable, StartError
+from engine.offload import offload_folder, remove
 from engine.prompt.families import format_of
 from engine.prompt.tokenizer import ChatTokenizer
 
@@ -71,33 +71,28 @@ def check_gpus(device_map: str) -> None:
 
 @contextmanager
 def explained(folder: Path | str) -> Iterator[None]:
-    """Turn any error about a folder's files into a StartError of one sentence."""
+    """Turn what a folder's chat template refuses, and a lack of memory, into a StartError.
+
+    Of its files each call that reads one does so, see `damaged`. What else is raised is our fault.
+    """
     try:
         yield
-    except (StartError, torch.OutOfMemoryError):
-        raise
-    except TemplateTooCostly as error:
-        raise StartError(f"{error}; pass another one with --chat-template FILE") from error
-    except Exception as error:  # the libraries raise almost every kind
-        broken = first_damaged(Path(folder)) if isinstance(error, SafetensorError) else folder
-        # Without ANSI colours and other control characters.
-        said = re.sub(r"\x1b\[\d*m|[\x00-\x09\x0b-\x1f]", "", str(error)).strip()
-        reason = said.partition("\n")[0].rstrip(". :") or type(error).__name__
+    except ProcessUnavailable as error:
         raise StartError(
-            f"the model could not be loaded from {broken} ({reason}); if a file is damaged, delete"
-            " it and run the download again, as with `python model_download.py NAME`"
+            "the process that renders chat templates does not start, the log says why; it needs"
+            " memory and a further process, where a system limits these"
         ) from error
-
-
-def first_damaged(folder: Path) -> Path:
-    """The first safetensors file that cannot be opened; the error itself does not name it."""
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError):
-            return file
-    return folder
+    except EngineError as error:
+        raise StartError(
+            f"{error}; pass another one with --chat-template FILE, or take another model"
+        ) from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise StartError(
+            f"there is too little memory to load {folder} ({first_line(error)}); start with"
+            " --quantize 8bit or 4bit, with a smaller --cache-memory, or take a smaller model"
+        ) from error
 
 
 def read_device_map(device_map: str) -> str | dict[str, Any]:
@@ -158,44 +153,69 @@ def load_model(
     """A checkpoint's model, a plain transformers one placed by accelerate, and its tokenizer.
 
     The folder may be a LoRA adapter's, which is merged into the model in the folder `base`, or in
-    the one that it names. Nothing in it is executed. The tokenizer is None where there is none.
-    Raises StartError, ValueError, or whatever the libraries raise where its files do not make a
-    model.
+    the one that it names. Nothing in it is executed. The tokenizer is None where there is none. The
+    model's `offloaded` is the folder of its layers on disk, or None. Raises StartError where the
+    files do not make a model.
     """
     log.info("loading weights (%s)", folder)
     register_families()
+    on_disk = "disk" in device_map
+    offloaded = offload_folder() if on_disk else None
+
+    def plain(folder: Path) -> Path:
+        if folder.is_file():  # a model in one
+            check_pointer(folder)
+            return folder
+        check_folder(folder)
+        return plain_folders.enter_context(plain_folder(folder, by_links=not on_disk))
+
+    try:
+        with ExitStack() as plain_folders:
+            source = Source(Path(folder), None if base is None else Path(base), plain)
+            model = read_model(source, dtype, device_map, quantize, offloaded)
+            model.offloaded = offloaded
+            return model.eval(), source.tokenizer()
+    except BaseException:
+        remove(offloaded)
+        raise
+
+
+def read_model(
+    source: Source, dtype: str, device_map: str, quantize: str, offloaded: Path | None
+) -> Any:
+    """The model of a source, in the form and on the devices that are wanted. Raises StartError."""
     placement = read_device_map(device_map)
-    source = Source(Path(folder), None if base is None else Path(base))
-    config = source.config
-    check_attention(config)
-    if source.weights is not None and "disk" in device_map:
+    check_attention(source.config)
+    if source.weights is not None and offloaded:
         raise StartError(
             "an adapter's model cannot have layers on disk; take them out of --device-map"
         )
-    quantization = quantization_settings(config, quantize, device_map)
+    quantization = quantization_settings(source.config, quantize, device_map)
     if device_map == "auto":
-        placement = best_placement(config, dtype, quantization)
+        placement = best_placement(source.config, dtype, quantization)
     if not (sys.stderr and sys.stderr.isatty()):
         disable_progress_bar()  # it would raise where standard error is a file on a full disk
-    model, report = source.read(
-        dtype=dtype,
-        quantization_config=quantization,
-        device_map=placement,
-        offload_folder=tempfile.mkdtemp(prefix="chat-api-") if "disk" in device_map else None,
-    )
-    check_tensors(model, report)
-    return model.eval(), source.tokenizer()
+    with damaged(source.folder):
+        model, report = source.read(
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map=placement,
+            offload_folder=offloaded,
+        )
+    check_tensors(model, report, source.folder)
+    return model
 
 
-def check_tensors(model: Any, report: dict[str, Any]) -> None:
-    """Raise ValueError if a checkpoint lacked tensors, or had some of another shape."""
+def check_tensors(model: Any, report: dict[str, Any], folder: Path) -> None:
+    """Raise StartError if a checkpoint lacked tensors, or had some of another shape."""
     other_shapes = report["mismatched_keys"] or misshapen(model)
     wrong = {"not there": report["missing_keys"], "of another shape": other_shapes}
     for how, names in wrong.items():
         if names:
             # Of a mismatch the shapes are told too.
             first = min(name if isinstance(name, str) else name[0] for name in names)
-            raise ValueError(f"{len(names)} of its tensors are {how}, for example {first}")
+            reason = f"{len(names)} of its tensors are {how}, for example {first}"
+            raise not_loaded(folder, reason)
 
 
 def device_summary(model: Any) -> str:

@@ -5,20 +5,23 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+from engine.blame import damaged, read_object
 from engine.checkpoint.formats import settings_of, why_unreadable
+from engine.checkpoint.stated_numbers import MAX_CONTEXT, check_numbers
 from engine.errors import StartError
 
 
 def load_config(folder: Path) -> Any:
     """A checkpoint's configuration, made ready for the engine.
 
-    Raises StartError if the engine cannot run the model, or whatever transformers raises where the
-    file is no configuration.
+    Raises StartError if the engine cannot run the model, or the file is no configuration.
     """
     check_model_type(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with damaged(folder / "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    check_numbers(config)
     check_architecture(config)
     check_quantisation(config, folder)
     if ratio := getattr(config, "rope_ratio", None):  # Index's model for long texts
@@ -28,9 +31,7 @@ def load_config(folder: Path) -> Any:
 
 def check_model_type(folder: Path) -> None:
     """Raise StartError if transformers itself has no model of the kind."""
-    said, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
-    if not isinstance(said, dict):
-        raise StartError(f"config.json in {folder} is no object; run the download again")
+    said = read_object(folder / "config.json")
     kind = said.get("model_type")
     if kind is None or kind in CONFIG_MAPPING:
         return
@@ -117,7 +118,7 @@ def context_length(config: Any) -> int:
     stated = int(getattr(config, "max_position_embeddings", None) or 2048)
     # Layers of several kinds may have one each.
     each = [inner for inner in rope.values() if isinstance(inner, dict)] or [rope]
-    return min(rope_length(parameters, stated) for parameters in each)
+    return min(MAX_CONTEXT, *(rope_length(parameters, stated) for parameters in each))
 
 
 def rope_length(rope: dict[str, Any], stated: int) -> int:

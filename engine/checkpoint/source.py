@@ -1,6 +1,7 @@
 """What a model is loaded from: a checkpoint's folder, or an adapter's and its base's."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,10 @@ from engine.checkpoint.adapters import Adapter, is_adapter, names_of_base, read_
 from engine.checkpoint.formats import settings_of, unpacked
 from engine.checkpoint.formats.gguf import GGUFFile
 from engine.checkpoint.model_config import check_architecture, load_config, plain_attention
+from engine.checkpoint.stated_numbers import check_numbers, check_size
 from engine.checkpoint.stored import Stored, stored_weights
 from engine.errors import StartError
-from engine.prompt.tokenizer import load_tokenizer
+from engine.prompt.tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,20 +26,24 @@ log = logging.getLogger("chat")
 class Source:
     """The configuration, weights and tokenizer of what is at a path.
 
-    `weights` are None where they are simply those of `folder`, as transformers reads them itself.
-    Raises StartError for what cannot be loaded, before a weight is read.
+    `plain` checks a folder, and makes one of it that transformers can read. `weights` are None
+    where they are simply those of `folder`, as transformers reads them itself. Raises StartError
+    for what cannot be loaded, before a weight is read.
     """
 
-    def __init__(self, path: Path, base: Path | None = None):
-        self.path = path
-        self.adapter = read_adapter(path) if is_adapter(path) else None
-        self.folder = path if self.adapter is None else base or _base_of(self.adapter)
+    def __init__(self, path: Path, base: Path | None, plain: Callable[[Path], Path]):
+        self.path = plain(path)
+        self.adapter = read_adapter(self.path) if is_adapter(self.path) else None
+        self.folder = self.path
+        if self.adapter:
+            self.folder = plain(base or _base_of(self.adapter))
         self.gguf = GGUFFile(self.folder) if self.folder.suffix.lower() == ".gguf" else None
         self.config: Any
         self.weights: dict[str, Stored] | None = None
         if self.gguf:
             self.config, self.weights = self.gguf.config(), self.gguf.weights()
             self.config.dtype = self.gguf.dtype()
+            check_numbers(self.config)
             check_architecture(self.config)
         else:
             self._open_folder()
@@ -47,6 +53,7 @@ class Source:
 
     def _open_folder(self) -> None:
         self.config = load_config(self.folder)
+        check_size(self.config, self.folder)
         settings = settings_of(self.config, self.folder)
         # Beside a merged model its adapter may lie, which transformers would add again by peft.
         if settings or self.adapter or (self.folder / "adapter_config.json").is_file():

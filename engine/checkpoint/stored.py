@@ -4,14 +4,16 @@ Adapters and formats of few bits are functions from such a dict to another, befo
 renames, splits or stacks anything; it takes the dict in place of a folder.
 """
 
-import json
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+
+from engine.blame import damaged, not_loaded
+from engine.checkpoint.files import weight_files
 
 # Weights by the names of the checkpoint's own layout.
 Weights = Mapping[str, "Stored"]
@@ -52,9 +54,11 @@ def stored_in(file: Path) -> dict[str, Stored]:
     if file.suffix != ".safetensors":
         # Files of before torch 1.6 are no archives, and cannot be mapped.
         mapped = zipfile.is_zipfile(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with damaged(file):
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         return {name: Stored.of(tensor) for name, tensor in tensors.items()}
-    opened: Any = safe_open(file, "pt")
+    with damaged(file):
+        opened: Any = safe_open(file, "pt")
     return {name: _slice_of(opened, name) for name in opened.keys()}  # noqa: SIM118
 
 
@@ -65,24 +69,9 @@ def _slice_of(opened: Any, name: str) -> Stored:
     return Stored(part.get_shape(), dtype, lambda: opened.get_tensor(name))
 
 
-def weight_files(folder: Path) -> Iterator[Path]:
-    """The files of a checkpoint's weights, in one format, as transformers chooses it.
-
-    Raises ValueError where there are none.
-    """
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{whole}.index.json"
-        if (folder / whole).is_file():
-            yield folder / whole
-        elif index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()
-            yield from (folder / name for name in sorted(set(shards)))
-        else:
-            continue
-        return
-    raise ValueError("no model.safetensors and no pytorch_model.bin are there")
-
-
 def stored_weights(folder: Path) -> dict[str, Stored]:
-    """The tensors of a checkpoint, by their names in it."""
-    return {name: x for file in weight_files(folder) for name, x in stored_in(file).items()}
+    """The tensors of a checkpoint, by their names in it. Raises StartError where there are none."""
+    files = weight_files(folder)
+    if not files:
+        raise not_loaded(folder, "no model.safetensors and no pytorch_model.bin are there")
+    return {name: x for file in files for name, x in stored_in(file).items()}

@@ -7,10 +7,12 @@ the CPU's instructions.
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -31,6 +33,9 @@ FLAGS = {
 COMPILERS = ("g++", "c++")
 # Seconds for the compiler, which needs five.
 PATIENCE = 120.0
+
+
+log = logging.getLogger("chat")
 
 
 class Unavailable(Exception):
@@ -93,13 +98,17 @@ def library() -> Any:
     compile_, told = compiler(), flags()
     sources = source_files()
     made_of = repr((sources, told, run([*compile_, "--version"]))).encode()
-    kept = cache_folder() / f"cpu_kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
-    if kept.exists():
+    name = f"cpu_kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    folder = writable(cache_folder())
+    kept = Path(cache_folder() or "/nowhere", name)
+    if why := why_untrusted(kept):
+        log.warning("%s is not used, and the kernels are compiled anew: %s", kept.parent, why)
+        folder = None
+    elif kept.exists():
         try:
             return loaded(kept)
         except (OSError, AttributeError):  # somebody broke it
             kept.unlink()
-    folder = writable(kept.parent)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         for name, content in sources.items():
             Path(place, name).write_bytes(content)
@@ -107,6 +116,7 @@ def library() -> Any:
         run([*compile_, *told, "-c", str(text), "-o", str(part)])
         # Not linked with OpenMP: torch has loaded its own, and two would fight for the cores.
         run([*compile_, "-shared", str(part), "-o", str(whole)])
+        whole.chmod(0o700)
         with whole.open("rb") as file:  # half a library would end every later start
             os.fsync(file.fileno())
         found = loaded(whole)
@@ -159,16 +169,42 @@ def flags() -> list[str]:
     return general + FLAGS.get(instructions, [])
 
 
-def cache_folder() -> Path:
-    """As the XDG Base Directory Specification has it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chat-api"
+def cache_folder() -> Path | None:
+    """As the XDG Base Directory Specification has it; None for a user without a home."""
+    with suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "chat-api"
+    return None
 
 
-def writable(folder: Path) -> Path | None:
+def writable(folder: Path | None) -> Path | None:
     """The folder, made if need be; None if nothing can be kept in it."""
+    if folder is None:
+        return None
     with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
     return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def why_untrusted(file: Path) -> str | None:
+    """Why a library that is kept could be somebody else's; None if it could not, or is not there.
+
+    Whoever may write to a folder may put another library into it, which would run as this program.
+    """
+    if not hasattr(os, "geteuid"):
+        return None  # on Windows the folder of a user is the user's
+    for path in (file, *file.parents):
+        with suppress(FileNotFoundError):
+            found = path.stat()
+            ours = found.st_uid in (0, os.geteuid())
+            if path in (file, file.parent) and not ours:
+                return f"{path} belongs to another user"
+            # Of a folder above, those of a group often may write to it; of one with the sticky bit,
+            # as /tmp has it, only an entry's owner may change that entry.
+            others = 0o022 if path in (file, file.parent) else 0o002
+            if found.st_mode & others and not found.st_mode & stat.S_ISVTX:
+                return f"others may write to {path}"
+    return None
 
 
 def run(arguments: list[str]) -> str:

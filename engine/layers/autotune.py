@@ -1,5 +1,6 @@
 """The fastest form of a model on this CPU, by measuring its layers."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_to_fp32
 
+from engine.blame import first_line
 from engine.kernels.cpu import why_missing
 from engine.layers.fbgemm import has_int8_products, is_available
 from engine.layers.quantized import BLOCK, Bits, bits_of, fits
@@ -25,6 +27,8 @@ from engine.layers.weight_format import (
     matrices_of,
     replaceable,
 )
+
+log = logging.getLogger("chat")
 
 # What is measured: the tokens in a step of one request, and of a full batch.
 TOKENS = (1, 16)
@@ -197,6 +201,8 @@ def settle_form(model: Any, dtype: str = "auto") -> str:
 def missing_summary() -> str:
     """Why our kernels are not among the forms; nothing if they are."""
     reason = why_missing()
+    if reason:
+        log.warning("tokens take longer than they need to, without our kernels: %s", reason)
     return f"; without our kernels: {reason}" if reason else ""
 
 
@@ -218,7 +224,7 @@ def settle_kernel(bits: int, model: Any) -> str:
 
         use_kernel(model)
     except Exception as error:  # whatever a compiler for this card may raise
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         return f"unpacked before each product: {reason}"
     return "products of few tokens by a kernel of ours"
 

@@ -24,7 +24,7 @@ class PromptBounds:
 
         Raises ContextTooLong if none does, InvalidInput for ids or lengths that cannot be.
         """
-        params = replace(defaults, **given)
+        params = with_given(defaults, given)
         asked = "max_new_tokens" in given
         most = params.max_new_tokens if asked or not whole_context else self.context_length
         room = self.context_length - len(ids)
@@ -41,6 +41,8 @@ class PromptBounds:
         self.check_ids([i for i, _ in params.logit_bias], "logit_bias")
         self.check_ids(params.stop_token_ids, "stop_token_ids")
         params = replace(params, max_new_tokens=min(room, most))
+        if "min_tokens" not in given:  # the checkpoint's own bends to what is asked
+            params = replace(params, min_tokens=min(params.min_tokens, params.max_new_tokens))
         if params.min_tokens > params.max_new_tokens:
             raise InvalidInput(
                 f"the answer is to have at least {params.min_tokens} tokens, but it has room for"
@@ -65,3 +67,9 @@ class PromptBounds:
         if self.prompt_length < self.context_length:
             return f"{limit}, {self.prompt_length} of them for the prompt"
         return limit
+
+
+def with_given(defaults: SamplingParams, given: dict[str, Any]) -> SamplingParams:
+    """A request's sampling; its stop strings come to those of the checkpoint."""
+    stop = dict.fromkeys((*defaults.stop, *given.get("stop", ())))
+    return replace(defaults, **given | {"stop": tuple(stop)})

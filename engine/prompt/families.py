@@ -1,17 +1,18 @@
-"""What differs between models, as data: prompt formats and sampling defaults."""
+"""What differs between models, as data: prompt formats, and the tutorials' sampling defaults."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import InvalidInput
+from engine.prompt.named_templates import templates_of
 from engine.prompt.template_renderer import render_template
 from engine.sampling_params import SamplingParams
 from engine.tools.format import ToolFormat
 
 if TYPE_CHECKING:  # importing transformers takes seconds
-    from transformers import GenerationConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 # In a format, it separates what the original code tokenizes separately. A Unicode noncharacter,
 # reserved for a program's own use, so that no vocabulary and no text has it.
@@ -164,31 +165,12 @@ def format_of(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Family | N
 
 def renders_like(family: Family, tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether a tokenizer's chat template makes of a conversation what the family's format does."""
-    if tokenizer.chat_template is None:
+    templates = templates_of(tokenizer)
+    if templates is None:
         return False
     given = tokenizer.special_tokens_map | {"add_generation_prompt": True}
     try:
-        rendered = render_template(tokenizer.get_chat_template(), PROBE, given)
+        rendered = render_template(templates.default, PROBE, given)
     except InvalidInput:
         return False
     return rendered == family.render(PROBE, add_generation_prompt=True).replace(PIECE_BREAK, "")
-
-
-def states_length(config: GenerationConfig, family: Family | None = None) -> bool:
-    """Whether a checkpoint's own generation_config.json, where it counts, bounds its answers."""
-    if family and family.ignores_generation_config:
-        return False
-    return config.max_new_tokens is not None
-
-
-def checkpoint_defaults(config: GenerationConfig, family: Family | None = None) -> SamplingParams:
-    """The sampling of a checkpoint's generation_config.json, and the family's for the rest."""
-    base = family.defaults if family else SamplingParams()
-    if family and family.ignores_generation_config:
-        return base
-    names = [parameter.name for parameter in fields(SamplingParams)]
-    found = {name: getattr(config, name, None) for name in names}
-    if config.do_sample is False:
-        found["temperature"] = 0.0
-    found["top_k"] = found["top_k"] and max(0, found["top_k"])  # some write -1 for off
-    return replace(base, **{name: x for name, x in found.items() if x is not None})

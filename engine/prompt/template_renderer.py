@@ -5,6 +5,7 @@ other modules, but `{{ 'a' * 10**10 }}`, or two loops one in the other, would ta
 run for ever; so may a request that a template was not written for.
 """
 
+import traceback
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -46,6 +47,8 @@ def render_template(
     if "refused" in answer:
         reason = answer["refused"]
         raise InvalidInput(f"the model's chat template refuses these turns: {reason}", "messages")
+    if "failed" in answer:  # which is our fault, and neither the template's nor the messages'
+        raise RuntimeError(f"rendering failed in its process:\n{answer['failed']}")
     raise TemplateTooCostly(
         f"the model's chat template takes more than {RENDER_TIMEOUT:g} seconds or"
         f" {RENDER_MEMORY // 2**20} MiB to render these turns"
@@ -64,11 +67,21 @@ def prepare(_: Any) -> Callable[[Any], dict[str, Any]]:
             (text,), _ = render_jinja_template([messages], chat_template=template, **variables)
         except MemoryError:
             return {"costly": True}
-        except Exception as error:  # jinja's errors, and whatever a template raises
-            return {"refused": str(error)[:MAX_REASON]}
+        except Exception as error:
+            if is_of_template(error):
+                return {"refused": str(error)[:MAX_REASON]}
+            return {"failed": traceback.format_exc()}
         return {"text": text}
 
     return answer
+
+
+def is_of_template(error: Exception) -> bool:
+    """Whether a template is at fault: jinja says so, or its code, or what it called, raised it."""
+    from jinja2 import TemplateError
+
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, TemplateError) or any(f.filename == "<template>" for f in frames)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,17 @@
 Nothing that a user writes in a chat can become a special token.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from inspect import signature
 from math import inf
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tokenizers import Tokenizer
 
 from engine.errors import ContextTooLong, InvalidInput, StartError
 from engine.prompt.families import PIECE_BREAK, Family, Message
 from engine.prompt.generation_prompt import GenerationPrompt
+from engine.prompt.named_templates import Templates, needs_tools, templates_of
 from engine.prompt.special_tokens import SpecialTokens, token_ids
 from engine.prompt.template_renderer import render_template
 from engine.prompt.token_bound import MIN_CHARS, TokenBound
@@ -40,86 +37,6 @@ INFILL_MARKERS = (
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),
 )
 
-# Texts that a wrongly read tokenizer.model encodes otherwise.
-PROBES = ("Hello, world", "你好，世界", " two  spaces", "x = 1\n\ty", "🙂 1234")
-
-
-def upgrade_metaspace(node: dict[str, Any]) -> dict[str, Any]:
-    """Rewrite a Metaspace node, as in XVERSE's tokenizer.json, for tokenizers 0.19 and later."""
-    if node.get("type") == "Metaspace" and node.pop("add_prefix_space", True) is False:
-        node["prepend_scheme"] = "never"
-    return node
-
-
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast | None":
-    """The tokenizer of a folder, from tokenizer.json or tokenizer.model; None if it has neither.
-
-    Raises StartError if transformers encodes a text unlike sentencepiece.
-    """
-    from transformers import PreTrainedTokenizerFast
-
-    if (folder / "tokenizer.json").is_file():
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        backend = Tokenizer.from_str(json.dumps(json.loads(text, object_hook=upgrade_metaspace)))
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_object=backend)
-        # transformers leaves this to tokenizer.json, but DeepSeek's says nothing of BOS.
-        if tokenizer_config(folder).get("add_bos_token") and tokenizer.bos_token:
-            tokenizer.add_bos_token = True
-        return tokenizer
-    if (folder / "tokenizer.model").is_file():
-        return load_sentencepiece(folder)
-    return None
-
-
-def load_sentencepiece(folder: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a folder that has a tokenizer.model alone, checked against sentencepiece.
-
-    Read without a class it is right where a text begins without a space, as InternLM2's; else it is
-    read as the class that tokenizer_config.json names, or as Llama's.
-    """
-    import transformers
-    from sentencepiece import SentencePieceProcessor
-
-    plain = transformers.PreTrainedTokenizerFast
-    named = getattr(transformers, str(tokenizer_config(folder).get("tokenizer_class")), None)
-    classes = [plain, transformers.LlamaTokenizer]
-    if isinstance(named, type) and issubclass(named, plain):
-        classes.insert(1, named)
-    original = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    for kind in classes:
-        backend = merge_by_score(kind.from_pretrained(folder).backend_tokenizer, original)
-        tokenizer = plain.from_pretrained(folder, tokenizer_object=backend)
-        # The classes put no second space in front of a text that begins with one.
-        probes = PROBES if kind is plain else [probe.lstrip() for probe in PROBES]
-        encode = partial(tokenizer.encode, add_special_tokens=False)
-        wrong = [probe for probe in probes if original.encode(probe) != encode(probe)]
-        if not wrong:
-            return tokenizer
-    raise StartError(
-        f"{folder}/tokenizer.model encodes {wrong[0]!r} unlike sentencepiece when it is read by"
-        " transformers; take a repository of the model that has a tokenizer.json"
-    )
-
-
-def merge_by_score(backend: Tokenizer, original: Any) -> Tokenizer:
-    """The tokenizer with its merges in the order of sentencepiece's scores.
-
-    transformers orders them by id, which is another order where pieces were added to a vocabulary.
-    """
-    scores = {original.id_to_piece(i): original.get_score(i) for i in range(len(original))}
-    learnt = [score for score in scores.values() if score]  # of bytes and special tokens it is 0
-    spec = json.loads(backend.to_str()) if learnt != sorted(learnt, reverse=True) else {}
-    if "merges" not in spec.get("model", {}):
-        return backend
-    spec["model"]["merges"].sort(key=lambda pair: -scores.get("".join(pair), -inf))
-    return Tokenizer.from_str(json.dumps(spec))
-
-
-def tokenizer_config(folder: Path) -> dict[str, Any]:
-    """What tokenizer_config.json says; nothing where there is none."""
-    file = folder / "tokenizer_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
 
 class ChatTokenizer:
     """Turns messages into token ids; raises InvalidInput where a chat template refuses them.
@@ -127,21 +44,22 @@ class ChatTokenizer:
     Where `most_tokens` is set, a text that surely has more is refused before it is tokenized.
 
     Thread-safe: unlike transformers' own wrapper, it never modifies its tokenizers. `special` are
-    the special tokens' ids by their text; `template` is the chat template, empty where the
+    the special tokens' ids by their text; `templates` are the chat templates, empty where the
     family's format is used; `thinking_markers` are the words between which the model thinks aloud,
     or None; `tools` is how the model is told of tools.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", family: Family | None = None):
-        if family is None and tokenizer.chat_template is None:
+        templates = templates_of(tokenizer)
+        if family is None and templates is None:
             raise StartError(
                 "the checkpoint has no chat template, as base models have none; take the chat model"
                 " (often called Instruct or Chat), or pass its template with --chat-template FILE"
             )
         self.tokenizer, self.family = tokenizer, family
-        template = "" if family else tokenizer.get_chat_template()
-        self.template = template.removeprefix("\ufeff")  # an editor's byte order mark
-        self.thinking_markers = next((p for p in THINKING_MARKERS if p[1] in self.template), None)
+        self.templates = Templates("", "") if family or templates is None else templates
+        known = "".join(self.templates)
+        self.thinking_markers = next((p for p in THINKING_MARKERS if p[1] in known), None)
         markers = (*family.markers, *family.ends) if family else ()
         infill = [word for words in INFILL_MARKERS for word in words]
         self._special = SpecialTokens(
@@ -284,7 +202,7 @@ class ChatTokenizer:
         own = {"self", "messages", *signature(self.tokenizer.apply_chat_template).parameters}
         own |= self.tokenizer.special_tokens_map.keys()
         for name in given:
-            known = re.search(rf"\b{re.escape(name)}\b", self.template)
+            known = re.search(rf"\b{re.escape(name)}\b", "\n".join(self.templates))
             if name in own or not known:
                 reason = "the server sets it" if name in own else "the model's format has none"
                 raise InvalidInput(
@@ -296,7 +214,9 @@ class ChatTokenizer:
     def _render(self, messages: list[Message], **given: Any) -> str:
         if self.family:
             return self.family.render(messages, **given)
-        return render_template(self.template, messages, self.tokenizer.special_tokens_map | given)
+        for_tools = needs_tools(messages, given.get("tools"))
+        template = self.templates.tools if for_tools else self.templates.default
+        return render_template(template, messages, self.tokenizer.special_tokens_map | given)
 
     def _render_open(self, messages: list[Message], given: Mapping[str, Any]) -> str:
         """The prompt up to where the last message ends."""

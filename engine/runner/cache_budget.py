@@ -1,13 +1,20 @@
 """How the memory for the cache is divided into rows of keys and values, and slots for states."""
 
+import logging
 from collections import Counter
 
 import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
 
+from engine.container import free_memory
 from engine.layers.quantized import largest_unpacked
 from engine.runner.runner import Runner
+
+log = logging.getLogger("chat")
+
+# What the processes that render templates and try grammars take, some time after the start.
+CHILDREN = 2**28
 
 
 def affordable_rows(trial: Runner, cache_memory: str, slots: int = 0) -> int:
@@ -54,14 +61,24 @@ def cache_budget(setting: str, device: torch.device, needed: int = 0) -> int:
     `needed` bytes are not free, as a step unpacks weights into them.
     """
     on_card = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_card else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if on_card else available_memory()
     free = max(0, free - needed)
     if setting == "auto" and on_card:
         # The rest is for activations and CUDA graphs.
         return int(min(0.85 * free, max(free / 2, free - 2**30)))
     if setting == "auto":
-        return min(2**31, free // 2)
+        return min(2**31, max(0, free - CHILDREN) // 2)
     try:
         return int(free * float(setting))
     except ValueError:
-        return int(convert_file_size_to_int(setting))
+        wanted = int(convert_file_size_to_int(setting))
+    if wanted > free:
+        log.warning(
+            "--cache-memory %s is more than the %.1f GiB that are free", setting, free / 2**30
+        )
+    return wanted
+
+
+def available_memory() -> int:
+    """Bytes of main memory that may still be used, by the machine's count and a container's."""
+    return int(min(psutil.virtual_memory().available, free_memory()))

@@ -11,12 +11,15 @@ from contextlib import contextmanager
 import psutil
 import torch
 
+from engine.container import cpu_quota
+
 # Seconds over which the use of the cores is measured.
 INTERVAL = 0.5
 # The part of a core that others may use before it is left to them.
 LITTLE = 0.6
-# Before any thread sets it for those that begin later.
-MOST = torch.get_num_threads()
+# Before any thread sets it for those that begin later; no more than a container's quota is for, as
+# threads that have used it up stop all others in the middle of an operation.
+MOST = min(torch.get_num_threads(), max(1, int(min(cpu_quota(), 2**16) + 0.1)))
 
 
 class FreeCores:
@@ -26,6 +29,8 @@ class FreeCores:
         self._process = psutil.Process()
         self._when = time.monotonic()
         _, self._used = self._used_by_others()
+        if torch.get_num_threads() > MOST:
+            torch.set_num_threads(MOST)
 
     def settle(self) -> None:
         """Look at what others have used since the last look, if that is long enough ago."""

@@ -9,6 +9,7 @@ import torch
 from engine.attention.forward_batch import LayerRows
 from engine.attention.in_place import flash_attention
 from engine.attention.interface import use_packed_attention
+from engine.blame import first_line
 from engine.checkpoint.attention_probe import probe_layers
 from engine.checkpoint.model_config import context_length
 from engine.errors import StartError
@@ -128,6 +129,6 @@ def make_faster(trial: Runner) -> None:
 
             fuse_on_gpu(trial.model, run)
         except Exception as error:  # whatever a compiler for this GPU may raise
-            reason = str(error).partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             log.warning("layers take more kernels than they need: %s", reason)
         torch.cuda.empty_cache()

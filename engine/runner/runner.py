@@ -8,6 +8,7 @@ import torch
 
 from engine.attention.forward_batch import Pool, Step, Way
 from engine.attention.state_pool import StatePool, state_groups
+from engine.blame import first_line
 from engine.checkpoint.model_config import cache_argument
 from engine.errors import StartError
 from engine.layers.cpu_layer import CpuLayer
@@ -136,17 +137,17 @@ class Runner:
             lengths = [context]
         log.info("capturing CUDA graphs for decode steps of up to %d sequences", max_batch)
         memory = torch.cuda.graph_pool_handle()
-        failed: dict[int, Exception] = {}
+        failed: dict[tuple[int, int], Exception] = {}
         # Largest first: the others then fit into its memory.
         for size, longest in reversed([*product(sizes, lengths)]):
             try:
                 self.graphs.insert(0, self._decode_graph(size, longest, memory))
             except Exception as error:  # not every model's code can be captured
-                failed[size] = error
+                failed[size, longest] = error
         if failed:
-            smallest = min(failed)
-            why = failed[smallest]
-            log.warning("steps of %d sequences or more are no CUDA graphs: %s", smallest, why)
+            told = ", ".join(f"{size} up to {longest} tokens" for size, longest in sorted(failed))
+            why = first_line(failed[min(failed)])
+            log.warning("some decode steps are no CUDA graphs (sequences: %s): %s", told, why)
 
     def fall_back(self, reason: str) -> None:
         """Do without FlashAttention from now on, because reading in place went wrong."""

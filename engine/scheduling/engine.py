@@ -65,6 +65,7 @@ class Engine:
             max_batch = min(max_batch, runner.states.most_sequences)
         self.scheduler: Scheduler[Answer] = Scheduler(self.cache, max_batch, prefill_chunk, costs)
         self.failure: BaseException | None = None
+        self.expected_step = 0.0  # seconds that the current step is likely to take
         self.last_step = time.monotonic()  # when the last step ended, or work came after idleness
         self._inbox: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -215,6 +216,7 @@ class Engine:
         self.scheduler.make_room()
         work = self.scheduler.plan()
         began = time.monotonic()
+        self.expected_step = self.scheduler.expected(work)
         outcomes = self._compute(work)
         self.scheduler.note(work, time.monotonic() - began)
         items: list[Item] = []
@@ -311,5 +313,5 @@ class Engine:
 
     def _stopped(self) -> EngineStopped:
         if isinstance(self.failure, EngineStopped):
-            return self.failure
-        return EngineStopped(f"the engine died ({self.failure!r}); restart the server")
+            return EngineStopped(*self.failure.args)
+        return EngineStopped("the engine has failed, its log says why; restart the server")

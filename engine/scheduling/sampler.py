@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from engine.errors import EngineError
 from engine.guided.guide import Guide
 from engine.sequence import Sequence, Token
 
@@ -17,8 +18,10 @@ COLDEST = 1e-30
 @torch.inference_mode()
 def sample_tokens(
     seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor
-) -> list[Token]:
+) -> list[Token | EngineError]:
     """Sample the next token of every sequence, with logprobs for those that ask for them.
+
+    A sequence whose guide fails has an error in place of its token, and the others theirs.
 
     Modifies logits, float32 [sequences, vocabulary]; pool_ids has the token id in each row of the
     pool. Logprobs are the model's own, before biases, penalties and temperature. Raises
@@ -27,14 +30,16 @@ def sample_tokens(
     with_logprobs = [row for row, seq in enumerate(seqs) if seq.params.logprobs is not None]
     own = logits[with_logprobs].log_softmax(-1) if with_logprobs else None
     is_finite = logits.amax(-1).isfinite()
-    restrict(seqs, logits)
+    failures = restrict(seqs, logits)
     ids = sample(seqs, logits, pool_ids, is_finite)
-    tokens = [Token(i) for i in ids]
+    tokens: list[Token | EngineError] = [Token(i) for i in ids]
     if own is not None:
         chosen = [ids[row] for row in with_logprobs]
         counts = [seqs[row].params.logprobs or 0 for row in with_logprobs]
         for row, token in zip(with_logprobs, scored(own, chosen, counts), strict=True):
             tokens[row] = token
+    for row, error in failures.items():
+        tokens[row] = error
     return tokens
 
 
@@ -64,18 +69,26 @@ def scored(logprobs: torch.Tensor, ids: list[int], counts: list[int]) -> list[To
     ]
 
 
-def restrict(seqs: list[Sequence], logits: torch.Tensor) -> None:
-    """Apply what a request says of single tokens: biases, no early end, a guide."""
+def restrict(seqs: list[Sequence], logits: torch.Tensor) -> dict[int, EngineError]:
+    """Apply what is said of single tokens: biases, those banned, a guide.
+
+    Returns the errors of those whose guides failed, by their rows.
+    """
+    failures: dict[int, EngineError] = {}
     for row, seq in enumerate(seqs):
         if seq.params.logit_bias:
             ids, biases = zip(*seq.params.logit_bias, strict=True)
             logits[row].index_add_(
                 0, to_device(ids, logits.device), to_device(biases, logits.device, logits.dtype)
             )
-        if not seq.may_end and seq.end_ids:
-            logits[row, sorted(seq.end_ids)] = -torch.inf
+        if banned := seq.banned:
+            logits[row, sorted(banned)] = -torch.inf
         if seq.guide:
-            apply_guide(seq.guide, logits[row])
+            try:
+                apply_guide(seq.guide, logits[row])
+            except EngineError as error:
+                failures[row] = error
+    return failures
 
 
 def apply_guide(guide: Guide, logits: torch.Tensor) -> None:

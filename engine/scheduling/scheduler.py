@@ -25,6 +25,11 @@ def chunk_of(seq: Sequence) -> int:
     return min(seq.pending, MAX_SCORED) if seq.all_logits else seq.pending
 
 
+def sizes_of(work: list[tuple[S, int]]) -> tuple[int, int]:
+    """How many sequences of a step decode, and how many tokens of prompts it has."""
+    return sum(count == 1 for _, count in work), sum(count for _, count in work if count > 1)
+
+
 def fair_shares(total: int, wanted: Mapping[R, int]) -> dict[R, int]:
     """Divide a total among those who want some of it.
 
@@ -113,10 +118,13 @@ class Scheduler(Generic[S]):
                 work.append((seq, count))
         return work
 
+    def expected(self, work: list[tuple[S, int]]) -> float:
+        """Seconds that the work is likely to take, by what steps have taken; 0 if not known."""
+        return self.budget.expected(*sizes_of(work))
+
     def note(self, work: list[tuple[S, int]], seconds: float) -> None:
         """Note how long the work took, by which the next steps are planned."""
-        prompts = sum(count for _, count in work if count > 1)
-        self.budget.note(sum(count == 1 for _, count in work), prompts, seconds)
+        self.budget.note(*sizes_of(work), seconds)
 
     def advance(self, work: list[tuple[S, int]]) -> None:
         """Note that the work has been computed."""

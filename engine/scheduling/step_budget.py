@@ -42,6 +42,13 @@ class StepBudget:
         tokens = int(self._tokens(seconds / self._with_prompts)) - decoding
         return min(self.most, max(FEWEST, tokens))
 
+    def expected(self, decoding: int, prompt_tokens: int) -> float:
+        """Seconds that a step is likely to take now; 0 where nothing was measured."""
+        if not self.costs:
+            return 0.0
+        times = self._with_prompts if prompt_tokens else self._without
+        return times * self._seconds(decoding + prompt_tokens)
+
     def note(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
         """Note how long a step took."""
         if not self.costs or not decoding + prompt_tokens:

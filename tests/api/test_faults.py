@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import api
 from engine import child_process
+from engine.blame import damaged
 from engine.checkpoint.checkpoint import explained
 from engine.errors import StartError, StepFailed
 from engine.loading import load as load_now
@@ -174,21 +175,60 @@ def test_checkpoint_with_custom_code_of_a_known_type_loads_without_it(sound, tmp
 
 def test_file_without_read_permission_is_named(sound, tmp_path, monkeypatch):
     folder = copy_of(sound, tmp_path)
-    read = Path.read_text
+    read = Path.read_bytes
 
-    def refuse(path: Path, *args, **options) -> str:
+    def refuse(path: Path) -> bytes:
         if path.name == "tokenizer.json":  # root may read whatever its mode
             raise PermissionError(13, "Permission denied", str(path))
-        return read(path, *args, **options)
+        return read(path)
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(StartError, match=r"Permission denied: .*tokenizer\.json"):
         load(folder)
 
 
-def test_out_of_memory_at_the_start_is_not_told_as_a_broken_file(tmp_path):
-    with pytest.raises(torch.OutOfMemoryError), explained(tmp_path):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate"),
+    ],
+)
+def test_lack_of_memory_is_not_told_as_a_broken_file(tmp_path, error):
+    words = "too little memory"
+    with pytest.raises(StartError, match=words) as told, explained(tmp_path), damaged(tmp_path):
+        raise error
+    assert "damaged" not in str(told.value)
+
+
+# What a mistake of ours can look like: none of a library's, in each stage of a start.
+MISTAKES = {
+    "engine.checkpoint.checkpoint.check_tensors": NameError("name 'reports' is not defined"),
+    "engine.checkpoint.checkpoint.ChatTokenizer": KeyError("pieces"),
+    "engine.checkpoint.model_config.check_architecture": TypeError("'NoneType' is no iterator"),
+    "engine.checkpoint.checkpoint.check_attention": ValueError("not enough values to unpack"),
+    "engine.prompt.tokenizer.token_ids": IndexError("list index out of range"),
+    "engine.runner.create.affordable_rows": AttributeError("no attribute 'cache_bugdet'"),
+    "engine.runner.create.make_faster": TypeError("'NoneType' object is not subscriptable"),
+    "engine.loading.self_check": ZeroDivisionError("division by zero"),
+    "engine.loading.checkpoint_defaults": OSError(22, "Invalid argument"),
+}
+
+
+@pytest.mark.parametrize("place", MISTAKES)
+def test_mistake_of_ours_is_no_damaged_file(sound, monkeypatch, place, caplog):
+    def mistaken(*_, **__):
+        raise MISTAKES[place]
+
+    monkeypatch.setattr(place, mistaken)
+    with pytest.raises(type(MISTAKES[place])) as told:
+        load(sound)
+    said = api.start_error(told.value)
+    assert "mistake in this program" in said
+    assert "download" not in said
+    assert str(MISTAKES[place]) not in said
+    assert "Traceback" in caplog.text
 
 
 def is_ready(url: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.prompt.tokenizer import load_tokenizer
+from engine.prompt.tokenizer_files import load_tokenizer
 from serving import unknown_fields
 from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve, wait_for
 

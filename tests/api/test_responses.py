@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 
 from engine import SamplingParams
+from serving.kept import KeptAnswers
 from serving.responses_tools import InputDecoder
 from serving.thought_code import encode_thought
 from tests.conftest import ScriptedRunner, chat_model, ready, serve, wait_for
@@ -219,7 +220,6 @@ def test_inert_field_changes_nothing(url, runner, fields):
 
 REPORTED = [
     ({"novel": 1}, "novel"),
-    ({"store": True}, "store"),
     ({"context_management": [{}]}, "context_management"),
     ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
@@ -404,6 +404,76 @@ def test_failing_stream_ends_with_response_failed(runner):
     event = EVENT.validate_python(json.loads(data.removeprefix("data: ")))
     assert event.response.status == "failed"
     assert event.response.error.code == "server_error"
+
+
+# ---- Answers that are kept
+
+
+@pytest.fixture(scope="module")
+def locked(runner: ScriptedRunner) -> Iterator[str]:
+    with serve(lambda _: chat_model(runner, runner.tokenizer, 4096), api_key="a,b") as url:
+        yield ready(url)
+
+
+def ask_as(url: str, key: str, **fields: Any) -> httpx.Response:
+    return post(url, ASK | fields, Authorization=f"Bearer {key}")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answer_goes_on_from_a_kept_one(locked, runner, stream):
+    first = ask_as(locked, "a", stream=stream, instructions="be brief")
+    if stream:
+        text = first.text.split("\n\n")[-3].split("data: ")[1]
+        first_answer = json.loads(text)["response"]
+    else:
+        first_answer = first.json()
+    assert first_answer["store"] is True
+    second = ask_as(locked, "a", input="well?", previous_response_id=first_answer["id"]).json()
+    # The instructions are those of one request.
+    before = "[hm, so]<|user|>hi<|end|><|assistant|>hello<|end|>"
+    assert last_prompt(runner) == before + turn("user", "well?") + "<|assistant|>"
+    ask_as(locked, "a", input="so?", previous_response_id=second["id"])
+    assert last_prompt(runner).endswith(
+        "<|user|>well?<|end|><|assistant|>hello<|end|><|user|>so?<|end|><|assistant|>"
+    )
+    other = ask_as(locked, "b", previous_response_id=second["id"])
+    assert (other.status_code, other.json()["error"]["param"]) == (400, "previous_response_id")
+
+
+def test_item_is_found_by_its_id(locked, runner):
+    output = ask_as(locked, "a").json()["output"]
+    references = [{"type": "item_reference", "id": item["id"]} for item in output]
+    items = [message("user", "hi"), *references, message("user", "well?")]
+    assert ask_as(locked, "a", input=items).status_code == 200
+    assert last_prompt(runner).startswith("[hm, so]<|user|>hi<|end|><|assistant|>hello<|end|>")
+    assert ask_as(locked, "b", input=items).status_code == 404
+
+
+def test_answer_not_to_be_kept_is_not(locked, url, runner):
+    answer = ask_as(locked, "a", store=False).json()
+    assert answer["store"] is False
+    assert ask_as(locked, "a", previous_response_id=answer["id"]).status_code == 400
+    with serve(lambda _: chat_model(runner, runner.tokenizer, 4096), kept_answers=0) as off:
+        answer = post(ready(off), ASK | {"store": True})
+        assert answer.headers["x-ignored-fields"] == "store"
+        assert answer.json()["store"] is False
+
+
+def test_kept_answers_are_bounded():
+    kept = KeptAnswers(most=1000, most_per_key=500)
+    texts = [{"id": "i", "text": "x" * 200}]
+    assert not kept.keep("a", "large", None, texts * 3, [])
+    assert kept.keep("a", "1", None, texts, [])
+    assert kept.keep("a", "2", "1", texts, [])
+    assert len(kept.conversation("a", "2")) == 2
+    assert kept.keep("a", "3", "2", texts, [])  # for which the first has to go
+    assert kept.conversation("a", "3") is None
+    assert kept.conversation("a", "1") is None
+    for owner in "bcd":
+        assert kept.keep(owner, owner, None, texts, texts[:0])
+    assert kept.conversation("a", "2") is None
+    assert [kept.conversation(owner, owner) for owner in "bcd"] == [texts] * 3
+    assert kept.conversation("b", "c") is None
 
 
 # ---- Tools

@@ -2,13 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from engine import ChildEnded, ProcessUnavailable, child_process
 from engine.child_process import ChildProcess
-from tests.conftest import wait_for
+from tests.conftest import ROOT, wait_for
 
 MODULE = "tests.engine.answering"
 
@@ -116,3 +118,32 @@ def test_closed_child_answers_nothing(child):
     with pytest.raises(ChildEnded):
         child.ask(["sleep", 0], 1)
     assert child.is_able()
+
+
+LIMITED = """
+import resource, sys
+from engine.child_process import limit_memory, limit_time
+limit_memory(2**30)
+limit_time(1)
+limit_time(100)
+print(*resource.getrlimit(resource.RLIMIT_AS), *resource.getrlimit(resource.RLIMIT_CPU))
+"""
+
+
+@pytest.mark.parametrize(("space", "seconds"), [("unlimited", "unlimited"), (3_000_000, 50)])
+def test_limits_of_the_system_are_lowered_and_never_raised(space, seconds):
+    """To raise a batch system's hard limit is an error, of which the process would die."""
+    command = [sys.executable, "-c", LIMITED]
+    script = f'ulimit -v {space} -t {seconds}; exec "$@"'
+    done = subprocess.run(
+        ["bash", "-c", script, "", *command], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    soft, hard, soft_time, hard_time = map(int, done.stdout.split())
+    if space == "unlimited":
+        assert (hard, hard_time) == (-1, -1)
+        assert 2**30 < soft < 2**34
+        assert soft_time > 100
+    else:
+        assert (hard, hard_time) == (1024 * space, seconds)
+        assert soft <= hard
+        assert soft_time == seconds

@@ -7,6 +7,7 @@ import torch
 
 from engine.checkpoint.formats.levels import Levels, e2m1, exponents
 from engine.checkpoint.stored import Stored
+from engine.errors import StartError
 
 
 def scaled(parts: dict[str, Stored], settings: dict[str, Any]) -> Levels:
@@ -40,7 +41,7 @@ def _block_of(shape: Any, scales: Any, settings: dict[str, Any]) -> tuple[int, i
     if scales[-2] in (1, shape[-2]):
         return None
     if shape[-2] % scales[-2] or shape[-1] % scales[-1]:
-        raise ValueError(f"scales {list(scales)} do not divide weights {list(shape)}")
+        raise StartError(f"scales {list(scales)} do not divide weights {list(shape)}")
     return shape[-2] // scales[-2], shape[-1] // scales[-1]
 
 

@@ -9,7 +9,7 @@ from tokenizers.models import BPE
 
 from engine.checkpoint.formats.gguf_splits import COMPOSED, SPLITS, WHOLE_WORDS
 from engine.errors import StartError
-from engine.prompt.tokenizer import load_sentencepiece
+from engine.prompt.tokenizer_files import load_sentencepiece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

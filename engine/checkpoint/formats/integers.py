@@ -6,6 +6,7 @@ import torch
 
 from engine.checkpoint.formats.levels import Levels, bit_fields
 from engine.checkpoint.stored import Stored
+from engine.errors import StartError
 
 # AWQ packs eight columns in a word in this order.
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -75,4 +76,4 @@ def _bits_of(words: int, columns: int) -> int:
     for bits in range(1, 9):
         if -(-columns * bits // 32) == words:
             return bits
-    raise ValueError(f"{columns} columns are in {words} words")
+    raise StartError(f"{columns} columns are in {words} words")

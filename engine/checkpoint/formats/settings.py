@@ -1,8 +1,11 @@
 """How a checkpoint says that it is quantised, and whether weights of that kind can be read."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from engine.blame import REMEDY, read_object
+from engine.errors import StartError
 
 KNOWN = ("awq", "gptq", "compressed-tensors", "fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes")
 # What the tools for GPTQ and AWQ wrote beside config.json before they wrote into it.
@@ -12,19 +15,20 @@ OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 def settings_of(config: Any, folder: Path) -> dict[str, Any] | None:
     """How a checkpoint says that it is quantised, with its `quant_method`; None if it says nothing.
 
-    Raises ValueError where what it says is no object.
+    Raises StartError where what it says is no object.
     """
     for name in ("quantization_config", "compression_config"):
         if settings := getattr(config, name, None):
             return _with_method(settings, name)
     for file, method in OWN_FILES.items():
         if (folder / file).is_file():
-            settings = json.loads((folder / file).read_text(encoding="utf-8-sig"))
-            return {"quant_method": method, **settings}
+            return {"quant_method": method, **read_object(folder / file)}
     return None
 
 
 def _with_method(settings: Any, name: str) -> dict[str, Any]:
+    if not isinstance(settings, Mapping):
+        raise StartError(f"config.json says {name} {settings!r}, which is no object; {REMEDY}")
     settings = dict(settings)
     if any(settings.get(bits) for bits in ("load_in_4bit", "load_in_8bit")):
         return settings | {"quant_method": "bitsandbytes"}

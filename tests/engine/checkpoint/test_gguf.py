@@ -24,7 +24,7 @@ from engine.checkpoint.formats.gguf_reader import BLOCKS, Tensor, read_gguf
 from engine.checkpoint.formats.gguf_splits import SPLITS
 from engine.checkpoint.formats.gguf_tokenizer import read_tokenizer
 from engine.errors import StartError
-from engine.prompt.tokenizer import load_sentencepiece
+from engine.prompt.tokenizer_files import load_sentencepiece
 from tests.conftest import ROOT, TINY, byte_tokenizer
 
 PROMPT = torch.arange(40, 60)[None]

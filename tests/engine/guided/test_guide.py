@@ -6,7 +6,7 @@ import pytest
 
 from engine.guided.guide import GuideCompiler
 from engine.prompt.special_tokens import SpecialTokens
-from engine.prompt.tokenizer import load_tokenizer
+from engine.prompt.tokenizer_files import load_tokenizer
 from tests.conftest import ROOT
 
 TOKENIZERS = ROOT / "tests" / "fixtures" / "tokenizers"

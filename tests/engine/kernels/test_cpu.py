@@ -1,6 +1,7 @@
 """Our kernels for CPUs: what they compute, to the last bit, and where they are not to be had."""
 
 import importlib.util
+import os
 import platform
 from pathlib import Path
 
@@ -332,3 +333,49 @@ def test_without_a_folder_to_keep_it_in_the_library_is_compiled_each_time(monkey
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert missing_because() == "None"
+
+
+def mode_of(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("open_one", ["folder", "file", "above"])
+def test_library_that_others_may_have_written_is_not_loaded(
+    monkeypatch, tmp_path, caplog, open_one
+):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    cpu_kernels.library()
+    (kept,) = (cache / "chat-api").iterdir()
+    assert mode_of(kept.parent) == mode_of(kept) == 0o700
+    place = {"folder": kept.parent, "file": kept, "above": cache}[open_one]
+    place.chmod(0o777)
+    opened = []
+    monkeypatch.setattr(cpu_kernels, "loaded", opened.append)
+    cpu_kernels.library()
+    assert opened[0] != kept
+    assert f"others may write to {place}" in caplog.text
+
+
+def test_library_of_another_user_is_not_loaded(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu_kernels.library()
+    (kept,) = (tmp_path / "chat-api").iterdir()
+    found = os.stat(kept)
+    monkeypatch.setattr(os, "geteuid", lambda: found.st_uid + 1)
+    assert cpu_kernels.why_untrusted(kept) is None or found.st_uid  # root's is everybody's
+    monkeypatch.undo()
+    stranger = list(found)
+    stranger[4] = 12345
+    monkeypatch.setattr(Path, "stat", lambda path: os.stat_result(stranger))
+    assert cpu_kernels.why_untrusted(kept) == f"{kept} belongs to another user"
+
+
+def test_user_without_a_home_compiles_them_each_time(monkeypatch):
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    assert cpu_kernels.cache_folder() is None
+    assert cpu_kernels.library()

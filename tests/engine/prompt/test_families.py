@@ -22,15 +22,10 @@ from engine.checkpoint.llama_like import NormalizeRows, UngroupQKV
 from engine.checkpoint.model_config import context_length
 from engine.errors import ContextTooLong, StartError
 from engine.loading import load, start_runner
-from engine.prompt.families import (
-    FAMILIES,
-    checkpoint_defaults,
-    family_of,
-    format_of,
-    renders_like,
-    states_length,
-)
-from engine.prompt.tokenizer import ChatTokenizer, load_tokenizer
+from engine.prompt.families import FAMILIES, family_of, format_of, renders_like
+from engine.prompt.generation_defaults import checkpoint_defaults, states_length
+from engine.prompt.tokenizer import ChatTokenizer
+from engine.prompt.tokenizer_files import load_tokenizer
 from engine.sampling_params import SamplingParams
 from tests.conftest import ROOT, TEMPLATE, byte_tokenizer, greedy, ready, serve
 from tests.server_process import server_process
@@ -425,7 +420,7 @@ def test_template_that_renders_otherwise_wins(kind):
     ):
         tokenizer = templated(kind, template)
         assert format_of(kind, tokenizer) is None
-        assert ChatTokenizer(tokenizer).template == template
+        assert ChatTokenizer(tokenizer).templates.default == template
 
 
 @pytest.mark.parametrize("kind", MARKERS)

@@ -10,7 +10,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentence
 from transformers import PreTrainedTokenizerFast
 
 from engine.errors import StartError
-from engine.prompt.tokenizer import load_tokenizer
+from engine.prompt.tokenizer_files import load_tokenizer
 
 PARTS = st.sampled_from(["a", "the", " ", "  ", "\n", "你好", "é", "x = 1", "."])
 

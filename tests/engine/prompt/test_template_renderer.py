@@ -126,3 +126,10 @@ def test_what_fits_no_context_is_refused_before_it_is_rendered(monkeypatch):
             text.encode(turns)
     # Unless it may come to nothing.
     assert text.encode([{"role": "system", "content": " " * 2**18}]) == []
+
+
+def test_mistake_of_ours_is_not_told_as_a_refusal():
+    """`conversations` is ours to give, and jinja's functions for it would fail on a second one."""
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*TypeError.*multiple values"):
+        render_template(TEMPLATE, HI, {"conversations": []})
+    assert render_template(TEMPLATE, HI, {}) == SHOWN

@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from engine import ContextTooLong
 from engine.prompt.token_bound import MIN_CHARS, TokenBound
-from engine.prompt.tokenizer import ChatTokenizer, load_tokenizer
+from engine.prompt.tokenizer import ChatTokenizer
+from engine.prompt.tokenizer_files import load_tokenizer
 from tests.conftest import TEMPLATE, byte_tokenizer
 from tests.engine.prompt.test_families import DATA, FIXTURES
 

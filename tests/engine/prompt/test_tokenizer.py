@@ -15,7 +15,8 @@ from engine import InvalidInput
 from engine.errors import StartError
 from engine.prompt.families import PIECE_BREAK, Message
 from engine.prompt.special_tokens import token_ids
-from engine.prompt.tokenizer import INFILL_MARKERS, ChatTokenizer, load_tokenizer
+from engine.prompt.tokenizer import INFILL_MARKERS, ChatTokenizer
+from engine.prompt.tokenizer_files import load_tokenizer
 from tests.conftest import SPECIAL, TEMPLATE, byte_tokenizer
 
 

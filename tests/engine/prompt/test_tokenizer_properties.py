@@ -17,7 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from engine.prompt.special_tokens import secret_beside
-from engine.prompt.tokenizer import ChatTokenizer, load_tokenizer
+from engine.prompt.tokenizer import ChatTokenizer
+from engine.prompt.tokenizer_files import load_tokenizer
 from tests.conftest import SPECIAL, TEMPLATE
 
 # An example that is the first of its tokenizer builds it.

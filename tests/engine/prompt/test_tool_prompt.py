@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.prompt.families import family_of
+from engine.prompt.named_templates import Templates
 from engine.prompt.tokenizer import ChatTokenizer
 from tests.conftest import TEMPLATE, byte_tokenizer
 from tests.tool_caller import tool_tokenizer
@@ -126,7 +127,7 @@ def test_results_are_in_the_order_of_their_calls():
 def test_result_has_the_name_of_its_tool():
     template = TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m['name'] }}")
     text = by_common_format(tool_tokenizer().chat_template)
-    text.template = template
+    text.templates = Templates(template, template)
     assert "sunnyget" in prompt(text, ROUND)
 
 

@@ -13,7 +13,7 @@ from engine.attention.forward_batch import LayerRows, Step
 from engine.attention.groups import Scoring
 from engine.checkpoint.model_config import context_length
 from engine.errors import StartError
-from engine.runner.cache_budget import cache_budget
+from engine.runner.cache_budget import CHILDREN, cache_budget
 from engine.runner.create import create_runner, why_not_in_place
 from engine.runner.runner import padded_size
 from engine.sequence import Span
@@ -29,7 +29,7 @@ def test_cache_budget_is_a_size_or_a_fraction():
 
 
 def test_cache_of_a_cpu_takes_half_of_what_is_free_at_most(monkeypatch):
-    for free, taken in ((2**40, 2**31), (2**30, 2**29)):
+    for free, taken in ((2**40, 2**31), (2**30, (2**30 - CHILDREN) // 2)):
         monkeypatch.setattr(
             psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free)
         )

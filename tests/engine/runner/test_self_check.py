@@ -1,11 +1,12 @@
 """What is served was checked against the model's own forward pass."""
 
 import pytest
+import torch
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
 from engine.attention.groups import ChunkAttention
 from engine.errors import StartError
-from engine.loading import attention_summary, start_runner
+from engine.loading import attention_summary, probes, reference_logits, self_check, start_runner
 from engine.runner.runner import Runner
 from tests.conftest import tiny_llama
 from tests.engine.stand_ins import as_on_a_card, flash_attention
@@ -89,3 +90,23 @@ def test_model_that_cannot_be_captured_runs_without_graphs(monkeypatch, caplog):
     assert not runner.graphs
     assert "not permitted when stream is capturing" in caplog.text
     assert attention_summary(runner).endswith("CUDA graphs for no sequences")
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_logits_that_are_no_numbers_fail_each_step_of_the_self_check(monkeypatch, broken):
+    model = tiny_llama()
+    alone = [reference_logits(model, ids) for ids in probes(model)]
+    runner = start(model)
+    forward, steps = runner.forward, []
+
+    def spoilt(work):
+        logits = forward(work).clone()
+        if len(steps) == broken:
+            logits[broken % 2] = torch.nan
+        steps.append(work)
+        return logits
+
+    monkeypatch.setattr(runner, "forward", spoilt)
+    with pytest.raises(StartError, match="NaN"):
+        self_check(runner, alone)
+    assert len(steps) > broken

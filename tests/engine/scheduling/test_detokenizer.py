@@ -8,7 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from engine.prompt.tokenizer import ChatTokenizer, load_tokenizer
+from engine.prompt.tokenizer import ChatTokenizer
+from engine.prompt.tokenizer_files import load_tokenizer
 from engine.scheduling.detokenizer import Detokenizer
 from tests.conftest import ROOT
 
@@ -150,3 +151,26 @@ def test_stop_string_that_begins_in_the_prompt_does_not_end_the_answer(sentencep
     detokenizer = Detokenizer(sentencepiece_like, ("bb",), context)
     assert "".join(pushed(detokenizer, answer)) == "b"
     assert not detokenizer.stopped
+
+
+@given(
+    pieces=st.lists(st.text("ab你", min_size=1, max_size=6), max_size=6),
+    stops=st.lists(st.text("ab你", min_size=1, max_size=4), min_size=1, max_size=4),
+)
+def test_of_stop_strings_in_one_token_the_earliest_cuts(pieces, stops):
+    """Where tokens are whole words one can bring several: who is listed first does not matter."""
+    words = {piece: n for n, piece in enumerate(dict.fromkeys(pieces))}
+    words["<unk>"] = len(words)
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    detokenizer = Detokenizer(tokenizer, tuple(stops))
+    said, whole = "", ""
+    for piece in pieces:
+        said += detokenizer.push(words[piece])
+        whole += piece
+        found = [at for at in map(whole.find, stops) if at >= 0]
+        assert detokenizer.stopped == bool(found)
+        if found:
+            assert said == whole[: min(found)]
+            return
+    assert said + detokenizer.flush() == whole

@@ -8,7 +8,7 @@ import torch
 
 from engine.errors import EngineStopped, StepFailed, TimedOut
 from engine.sampling_params import SamplingParams
-from engine.sequence import Delta
+from engine.sequence import Delta, Prompt
 from tests.conftest import GREEDY, ScriptedRunner, chat_model, reply, wait_for, whole_of
 
 
@@ -83,7 +83,7 @@ def test_lost_device_ends_the_engine(make, tokenizer, monkeypatch):
     runner.failure = RuntimeError("CUDA error")
     monkeypatch.setattr(runner, "check_device", gone)
     model = make(runner)
-    with pytest.raises(EngineStopped, match="device-side assert"):
+    with pytest.raises(EngineStopped, match="has failed, its log says why"):
         asyncio.run(reply(model, [1]))
 
 
@@ -100,9 +100,9 @@ def test_engine_serves_on_after_a_failed_step(make, tokenizer):
 def test_dead_engine_fails_everyone_at_once(make, tokenizer):
     model = make(ScriptedRunner(tokenizer))
     model.engine.runner.failure = SystemExit("the end")
-    with pytest.raises(EngineStopped, match="the end"):
+    with pytest.raises(EngineStopped, match="has failed, its log says why"):
         asyncio.run(reply(model, [1]))
-    with pytest.raises(EngineStopped, match="the end"):
+    with pytest.raises(EngineStopped, match="has failed, its log says why"):
         asyncio.run(reply(model, [1]))
     assert isinstance(model.engine.failure, SystemExit)
 
@@ -128,3 +128,47 @@ def test_idle_stream_gets_heartbeats(make, runner, monkeypatch):
 
     assert asyncio.run(first()) == Delta("")
     runner.free()
+
+
+def test_stop_string_ends_the_engines_work_at_once(make, tokenizer):
+    """Of two answers one stops: its place is free while the other goes on."""
+    runner = ScriptedRunner(tokenizer, "abcdefgh" * 20)
+    model = make(runner)
+
+    async def main() -> None:
+        prompts = [Prompt([1], SamplingParams(150, stop=stop)) for stop in (("d",), ())]
+        stream = model.answer_all(prompts)
+        async for delta in stream:
+            if delta.index == 0 and delta.finish_reason:
+                break
+        before = len(runner.steps)
+        await asyncio.to_thread(wait_for, lambda: len(runner.steps) > before + 2)
+        assert model.num_running == 1
+        await stream.aclose()
+
+    asyncio.run(main())
+
+
+def test_step_is_late_by_what_steps_have_taken(make, tokenizer):
+    """A large model's step may take minutes; one without end is late all the same."""
+    runner = ScriptedRunner(tokenizer)
+    model = make(runner, costs={1: 0.5, 16: 1.0})
+    assert model.seconds_late == 0
+    runner.hold()
+
+    async def main() -> None:
+        stream = model.answer_all([Prompt([1] * 64, SamplingParams(2))])
+        asking = asyncio.create_task(anext(stream))
+        await asyncio.to_thread(wait_for, lambda: model.num_running)
+        await asyncio.to_thread(wait_for, lambda: model.engine.expected_step)
+        likely = model.engine.expected_step
+        assert 0.5 <= likely < 10
+        model.engine.last_step -= 9 * likely
+        assert model.seconds_late == 0
+        model.engine.last_step -= 9 * likely
+        assert 7 * likely < model.seconds_late < 10 * likely
+        runner.free()
+        await asking
+        await stream.aclose()
+
+    asyncio.run(main())

@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from engine.errors import InvalidInput
 from engine.scheduling.sampler import sample_tokens
 from engine.sequence import Sequence, Token
 from tests.conftest import sequence
@@ -140,3 +141,44 @@ def test_what_is_told_is_the_models_own_whatever_the_parameters():
     own = logits[0].log_softmax(-1).tolist()
     assert told == Token(2, own[2], ((1, own[1]), (2, own[2])))
     assert silent == Token(2)
+
+
+@pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty", "repetition_penalty"])
+def test_penalties_side_by_side_are_those_alone(penalty):
+    """Answers of no, one and five tokens: what pads the shorter ones is not counted."""
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+    logits[:, 7] += 4  # the last token of each, by which the shorter ones are padded
+    how = {"temperature": 0.0, "min_p": 0.0, penalty: 2.0 if "rep" not in penalty else 3.0}
+    seqs = []
+    for said in ([], [7], [3, 3, 5, 3, 7]):
+        seq = sequence([1, 2, 7][: 3 if penalty == "repetition_penalty" else 2], **how)
+        seq.tokens += said
+        seqs.append(seq)
+    alone = [picked([seq], row[None])[0] for seq, row in zip(seqs, logits, strict=True)]
+    assert picked(seqs, logits) == alone
+    assert picked(seqs[::-1], logits.flip(0)) == alone[::-1]
+
+
+def test_guide_that_fails_costs_its_own_sequence_only():
+    class Broken:
+        def allowed(self):
+            raise InvalidInput("the grammar is lost")
+
+    seqs = [sequence([1], temperature=0.0) for _ in range(3)]
+    seqs[1].guide = Broken()
+    logits = torch.eye(3)
+    tokens = sample_tokens(seqs, logits, torch.tensor([1, 1, 1]))
+    assert [tokens[0].id, tokens[2].id] == [0, 2]
+    assert isinstance(tokens[1], InvalidInput)
+
+
+@pytest.mark.parametrize("least", [0, 1, 5])
+def test_answer_may_end_exactly_behind_its_least_length(least):
+    """An end that is wanted all along comes as the token after the last one that must be said."""
+    seq = sequence([1], max_new_tokens=9, min_tokens=least, temperature=0.0)
+    seq.end_ids = frozenset({4})
+    wanted = torch.tensor([[0.0, 1.0, 2.0, 3.0, 9.0]])
+    while not seq.done:
+        (token,) = sample_tokens([seq], wanted.clone(), torch.tensor(seq.tokens))
+        seq.append(token.id)
+    assert seq.tokens == [1, *[3] * least, 4]
