@@ -5,7 +5,6 @@ https://platform.openai.com/docs/guides/function-calling
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -64,9 +63,13 @@ OBJECT = TypeAdapter(dict[str, Any])
 
 def is_cut_off(text: str) -> bool:
     """Whether a text is the beginning of a JSON object, as our own answers that ended too soon."""
-    with suppress(ValueError):
+    try:
         json.JSONDecoder().raw_decode(text)
         return False  # it is whole, and something follows
+    except RecursionError:
+        return False
+    except ValueError:
+        pass
     try:
         OBJECT.validate_json(text, experimental_allow_partial=True)
     except ValueError:
