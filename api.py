@@ -617,6 +617,8 @@ MAX_BODY = 8 * 2**20
 BODY_TIMEOUT = 120.0
 # Seconds after which a step that has not ended is taken for one that never will.
 STEP_TIMEOUT = 60.0
+# Tokens with logprobs, whose wording takes longer than others should wait for.
+MANY_SCORED = 512
 # Seconds that a step of the model has to end, once all else has.
 STOP_TIMEOUT = 2.0
 # Seconds after which to try again while there are too many requests that are not in the batch yet.
@@ -919,9 +921,9 @@ class ChatService:
         self.settings = settings
         self.load = load
         self.metrics = Metrics(self.count, settings.log_prompts)
-        # Tokenizing, and wording an answer with many logprobs.
-        self.workers = Workers()
+        self.workers = Workers()  # tokenizing
         self.compilers = Workers(1)  # so that nobody else waits for a schema that takes long
+        self.writers = Workers(1)  # nor for the wording of very many logprobs
         self._model: ChatModel | None = None
         self._drain_deadline: float | None = None
 
@@ -938,6 +940,7 @@ class ChatService:
         counted: int = getattr(self._model, name, 0)
         if name == "num_waiting":
             counted += self.workers.num_pending + self.compilers.num_pending
+            counted += self.writers.num_pending
         return counted
 
     def observe(self) -> dict[str, Any]:
@@ -967,7 +970,7 @@ class ChatService:
     def _is_dead(model: ChatModel) -> bool:
         """Whether it has failed, or computes or renders nothing any more; not if it was closed."""
         has_failed = model.failure is not None and not isinstance(model.failure, EngineStopped)
-        return has_failed or model.seconds_late > STEP_TIMEOUT or not model.can_render
+        return has_failed or model.seconds_late > STEP_TIMEOUT or not engine.can_render()
 
     def model(self, name: str | None = None) -> ChatModel:
         """The loaded model. Raises NotServing, or ModelNotFound if it has another name."""
@@ -1043,8 +1046,10 @@ class ChatService:
             return EventStream(first, events)
         await while_connected(request, collect(deltas, info.choices, reply))
         # Decoding many tokens for logprobs can take seconds.
+        scored = sum(len(c.tokens) + len(c.prompt_logprobs) for c in info.choices)
+        workers = self.writers if scored > MANY_SCORED else self.workers
         response = await while_connected(
-            request, self.workers.run(lambda: JSONText(reply.full_response(info.choices)))
+            request, workers.run(lambda: JSONText(reply.full_response(info.choices)))
         )
         info.outcome = "served"
         return response
@@ -1148,6 +1153,7 @@ class ChatService:
         """
         self.workers.close()
         self.compilers.close()
+        self.writers.close()
         if self._model is None:
             return True
         # A thread of its own, for which nobody waits, unlike for those of the event loop.

@@ -5,7 +5,7 @@ The page is a client of /v1/chat/completions like any other; the server keeps no
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
@@ -58,6 +58,23 @@ async def read_text(request: Request) -> str:
         raise Refused(400, 'the body must be JSON such as {"text": "*hello*"}') from None
 
 
+async def while_connected(request: Request, work: Coroutine[Any, Any, str]) -> str | None:
+    """What the work returns; None, and no more work, if the client disconnects first."""
+
+    async def wait_for_disconnect() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.create_task(work), asyncio.create_task(wait_for_disconnect())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
 def static_file(name: str, media_type: str) -> Callable[[Request], Response]:
     """The route of one file, which may lie in a zip archive."""
     content = resources.files("chat_page").joinpath(name).read_bytes()
@@ -99,7 +116,11 @@ def mount(
     @router.post("/chat/render")
     async def render(request: Request) -> Response:
         try:
-            html = await renderer.render(await read_text(request))
+            text = await read_text(request)
+            client = request.client.host if request.client else ""
+            html = await while_connected(request, renderer.render(text, client))
+            if html is None:
+                return Response(status_code=499)
         except Refused as error:
             kind = "server_error" if error.status >= 500 else "invalid_request_error"
             detail = {"message": str(error), "type": kind, "param": None, "code": "not_rendered"}

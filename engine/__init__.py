@@ -34,8 +34,11 @@ from engine.errors import (
 )
 from engine.model import ChatModel
 from engine.prompt.families import Message
+from engine.prompt.template_renderer import can_render
+from engine.prompt.token_bytes import token_bytes
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta, FinishReason, Prompt, Token
+from engine.tools.grammar import Thoughts
 from engine.tools.parser import CallPart, ToolCallParser
 
 if TYPE_CHECKING:
@@ -60,13 +63,16 @@ __all__ = [
     "StartError",
     "StepFailed",
     "TemplateTooCostly",
+    "Thoughts",
     "TimedOut",
     "Token",
     "ToolCallParser",
     "answer_questions",
+    "can_render",
     "device_memory",
     "end_children",
     "load",
+    "token_bytes",
 ]
 
 

@@ -12,7 +12,6 @@ from engine.errors import ContextTooLong, EngineError, InvalidInput
 from engine.offload import remove
 from engine.prompt.bounds import PromptBounds
 from engine.prompt.families import Message
-from engine.prompt.template_renderer import renderer
 from engine.prompt.truncation import drop_turns, turns_to_drop
 from engine.sampling_params import SamplingParams
 from engine.sequence import Delta, Prompt
@@ -77,11 +76,6 @@ class ChatModel:
         return self.engine.failure
 
     @property
-    def can_render(self) -> bool:
-        """Whether the process that renders chat templates starts; if not, it is tried again."""
-        return renderer().is_able()
-
-    @property
     def seconds_late(self) -> float:
         """By how much the current step is longer than it may be by what steps have taken; or 0."""
         if not self.engine.num_running:
@@ -125,8 +119,11 @@ class ChatModel:
         remove(self.offloaded)
 
     def guided(self, prompt: Prompt, schema: dict[str, Any]) -> Prompt:
-        """The same, to be answered with JSON of a schema. Raises InvalidInput if it is invalid."""
-        return replace(prompt, guide=self._guides.compile(schema))
+        """The same, for JSON behind a thought that has begun, if any. Raises InvalidInput."""
+        thoughts = prompt.thoughts or self.thoughts(prompt)
+        closing = thoughts.closing if thoughts and thoughts.begun else ""
+        guide = self._guides.compile(schema, closing)
+        return replace(prompt, guide=guide, thoughts=thoughts if closing else None)
 
     def with_tools(
         self,
@@ -144,7 +141,7 @@ class ChatModel:
         the shape of OpenAI's, with parameters. Raises InvalidInput if their schemas are invalid.
         """
         grammar = self._tool_grammar.write(
-            tools, ToolChoice(required, parallel, schema), self._thoughts(prompt)
+            tools, ToolChoice(required, parallel, schema), prompt.thoughts or self.thoughts(prompt)
         )
         marks = self._tool_grammar.marks
         try:
@@ -162,7 +159,8 @@ class ChatModel:
         if self.tokenizer.tools.form.native:
             self._guides.warm_up()
 
-    def _thoughts(self, prompt: Prompt) -> Thoughts | None:
+    def thoughts(self, prompt: Prompt) -> Thoughts | None:
+        """What the thoughts of an answer stand between; None for a model that thinks none aloud."""
         markers = self.tokenizer.thinking_markers
         return Thoughts(*markers, self.tokenizer.thinks(prompt.ids)) if markers else None
 

@@ -13,6 +13,7 @@ from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from engine.guided.guide import Guide
+    from engine.tools.grammar import Thoughts
 
 FinishReason = Literal["stop", "length"]
 
@@ -60,6 +61,7 @@ class Prompt:
     tools: tuple[Any, ...] = ()  # that the answer may call, in OpenAI's shape
     num_stable: int | None = None  # tokens with which the next turn begins, too; None if unknown
     shown_ids: frozenset[int] = frozenset()  # special tokens that are text in the answer
+    thoughts: "Thoughts | None" = None  # which are told apart, and in which nothing stops
 
     @property
     def calls_tools(self) -> bool:

@@ -154,7 +154,6 @@ class ChatCompletionReply(OpenAIReply):
     def __init__(self, model: ChatModel, body: ChatCompletionRequest, prompts: list[Prompt]):
         super().__init__(model, body, prompts)
         self.prompt = prompts[0]
-        self.continued = body.messages[-1].content if self.prompt.continues else None
         self.parsers = [self._parser() for _ in range(body.num_answers)]
 
     def whole(self, choice: Choice) -> dict[str, Any]:
@@ -187,7 +186,7 @@ class ChatCompletionReply(OpenAIReply):
         return {"index": choice.index, "delta": message, "logprobs": self._logprobs(tokens)}
 
     def _parser(self) -> OutputParser:
-        return output_parser(self.model, self.prompt, self.continued)
+        return output_parser(self.model, self.prompt)
 
     def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
         if not tokens:

@@ -1,12 +1,13 @@
 """POST /v1/completions: https://platform.openai.com/docs/api-reference/completions/create."""
 
+import codecs
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainValidator
 
 from engine import ChatModel, Delta, InvalidInput, Prompt, Token
 from serving.fields import Text, parse_prompts
-from serving.openai_shared import OpenAIReply, OpenAIRequest
+from serving.openai_shared import OpenAIReply, OpenAIRequest, bytes_of
 from serving.parts import Choice
 
 MAX_ANSWERS = 128  # to all of a request's prompts
@@ -58,17 +59,14 @@ class CompletionRequest(OpenAIRequest):
         return model.prepare_text(text, given)
 
 
-# More tokens than this never spell one character.
-MAX_PIECES = 4
-
-
 class TokenTexts:
     """Where each token of a text begins in it, by characters."""
 
     def __init__(self, model: ChatModel):
-        self.tokenizer = model.tokenizer
+        self.model = model
         self.at = 0
-        self.pieces: list[int] = []  # of a character that is not complete yet
+        # Of parts of characters; what never becomes one is no text of an answer either.
+        self.decoder = codecs.getincrementaldecoder("utf-8")("ignore")
 
     def add_prompt(self, tokens: list[int], text: str) -> list[int]:
         """The tokens of a prompt; returns where each begins in its text.
@@ -84,7 +82,7 @@ class TokenTexts:
             if text.startswith(spelled, self.at):
                 self.at += len(spelled)
         self.at = len(text)
-        self.pieces = []
+        self.decoder.reset()
         return begins
 
     def add(self, token: int) -> int:
@@ -95,14 +93,14 @@ class TokenTexts:
 
     def _spelled(self, token: int) -> str:
         """The text that is complete with a token."""
-        self.pieces.append(token)
-        text = self.tokenizer.spell(token)
-        if len(self.pieces) > 1:
-            text = self.tokenizer.backend.decode(self.pieces, skip_special_tokens=False)
-        if "\ufffd" in text and len(self.pieces) < MAX_PIECES:
-            return ""
-        self.pieces = []
-        return text
+        return self.decoder.decode(bytes_of(self.model, token) or b"")
+
+
+def name_of(model: ChatModel, token: int) -> str:
+    """A token's text, or that of its bytes if it is part of a character, as OpenAI spelled them."""
+    text = model.tokenizer.spell(token)
+    known = bytes_of(model, token) if "\ufffd" in text else None
+    return text if known is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
 
 
 class CompletionReply(OpenAIReply):
@@ -148,9 +146,8 @@ class CompletionReply(OpenAIReply):
         return [Token(self.prompts[choice.index // self.n].ids[0]), *choice.prompt_logprobs]
 
     def _logprobs(self, tokens: list[Token], offsets: list[int]) -> dict[str, Any]:
-        spell = self.model.tokenizer.spell
         return {
-            "tokens": [spell(token.id) for token in tokens],
+            "tokens": [name_of(self.model, token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [self._likeliest(token) for token in tokens],
             "text_offset": offsets,
@@ -161,6 +158,6 @@ class CompletionReply(OpenAIReply):
             return None
         told: dict[str, float] = {}
         for i, logprob in token.top_logprobs:
-            # Parts of characters are spelled alike; the likeliest is told.
-            told.setdefault(self.model.tokenizer.spell(i), logprob)
+            # Of tokens that are spelled alike the likeliest is told.
+            told.setdefault(name_of(self.model, i), logprob)
         return told

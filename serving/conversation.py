@@ -18,7 +18,17 @@ def check_role(role: Any) -> Any:
 
 
 class OpenAIMessage(ClosedModel):
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"annotations": ([],), "function_call": ({},)}
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "annotations": ([],),
+        "function_call": ({},),
+        "refusal": ("",),
+        "images": ([],),
+        "videos": ([],),
+        "audio": ({},),
+    }
+    ignored: ClassVar[frozenset[str]] = frozenset(
+        {"cache_control", "id", "provider_specific_fields", "reasoning_details", "thinking_blocks"}
+    )
 
     role: Annotated[
         Literal["system", "user", "assistant", "tool"],

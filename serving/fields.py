@@ -48,6 +48,8 @@ class ClosedModel(StrictModel):
     """An object inside a request; what it does not have is refused, as in the request itself."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    # What clients add for other servers, or keep of an answer, and changes none whatever it says.
+    ignored: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
@@ -59,9 +61,16 @@ class ClosedModel(StrictModel):
         """The fields that it has. Raises ValueError for another that asks for something."""
         names = cls.names()
         for name, value in given.items():
-            if name not in names and value is not None and value not in cls.neutral.get(name, ()):
+            if name in names or name in cls.ignored or value is None:
+                continue
+            if value not in cls.neutral.get(name, ()):
                 raise ValueError(f"must not have {printable(name)!r}, which is not supported here")
-        return {name: value for name, value in given.items() if name in names}
+        # Null is absent, wherever something else is meant then.
+        return {
+            name: value
+            for name, value in given.items()
+            if name in names and (value is not None or cls.model_fields[names[name]].is_required())
+        }
 
 
 def reject_lone_surrogates(text: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from engine import ChatModel, InvalidInput, Message, Prompt
+from engine import ChatModel, InvalidInput, Message, Prompt, Thoughts
 
 
 class TemplateHint(NamedTuple):
@@ -56,7 +56,15 @@ class InnerRequest:
         )
         if length is not None:
             prompt = with_most(prompt, length)
-        return self._guided(model, prompt)
+        return self._guided(model, replace(prompt, thoughts=self._thoughts(model, prompt)))
+
+    def _thoughts(self, model: ChatModel, prompt: Prompt) -> Thoughts | None:
+        """What the answer's thoughts stand between, and whether it begins in one."""
+        thoughts = model.thoughts(prompt)
+        if thoughts is None or not self.continues:
+            return thoughts
+        text = self.messages[-1]["content"]
+        return replace(thoughts, begun=text.rfind(thoughts.opening) > text.rfind(thoughts.closing))
 
     def count(self, model: ChatModel) -> int:
         """How many tokens the prompt has."""

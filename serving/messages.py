@@ -181,10 +181,6 @@ class MessagesRequest(LenientRequest):
         return self._hides_thoughts
 
     @property
-    def last_text(self) -> str:
-        return str(self._read.turns[-1]["content"])
-
-    @property
     def continues(self) -> bool:
         """Whether the answer goes on from the last message."""
         return bool(self._read.turns[-1]["role"] == "assistant") and not self._declared.usable

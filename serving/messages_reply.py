@@ -64,8 +64,7 @@ class MessagesReply(Reply):
 
     def __init__(self, model: ChatModel, body: MessagesRequest, prompts: list[Prompt]):
         self.model, self.body, self.prompt = model, body, prompts[0]
-        continued = body.last_text if self.prompt.continues else None
-        self.stream = PartStream(output_parser(model, self.prompt, continued))
+        self.stream = PartStream(output_parser(model, self.prompt))
         self.id = f"msg_{uuid.uuid4().hex[:24]}"
         self.has_begun = False
 

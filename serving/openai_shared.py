@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field
 
-from engine import ChatModel, Delta, InvalidInput, Prompt, Token
+from engine import ChatModel, Delta, InvalidInput, Prompt, Token, token_bytes
 from serving import __version__
 from serving.fields import ClosedModel
 from serving.parts import Choice, Reply, cached_tokens_of, usage_of
@@ -17,10 +17,9 @@ from serving.request_model import SamplingFields
 
 
 class StreamOptions(ClosedModel):
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}
-
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # which changes no answer
+    continuous_usage_stats: bool | None = None  # as in vLLM: each chunk has its choice's counts
 
 
 # Of all tokens of a request's answers, and of its prompts with echo: each takes some 100 bytes.
@@ -75,6 +74,10 @@ class OpenAIRequest(SamplingFields):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def has_continuous_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
 
 class Completion(BaseModel):
     """The response of OpenAI's two endpoints, as far as the docs show it."""
@@ -99,14 +102,19 @@ def fingerprint(model: ChatModel) -> str:
     return f"fp_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
 
+def bytes_of(model: ChatModel, token: int) -> bytes | None:
+    """A token's bytes, of part of a character too; None where they are not known."""
+    text = model.tokenizer.spell(token)
+    return token_bytes(model.tokenizer.backend, token) if "\ufffd" in text else text.encode()
+
+
 def spell_logprobs(model: ChatModel, tokens: Sequence[Token]) -> list[dict[str, Any]]:
     """Each token with its logprob, and those of the likeliest in its place."""
 
     def scored(token: int, logprob: float) -> dict[str, Any]:
         text = model.tokenizer.spell(token)
-        # Part of a multi-byte character: its bytes are not known from its text.
-        known = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": known}
+        known = bytes_of(model, token)
+        return {"token": text, "logprob": logprob, "bytes": None if known is None else list(known)}
 
     return [
         scored(token.id, token.logprob or 0.0)
@@ -125,6 +133,7 @@ class OpenAIReply(Reply):
     def __init__(self, model: ChatModel, body: OpenAIRequest, prompts: list[Prompt]):
         self.model = model
         self.include_usage = body.include_usage
+        self.has_continuous_usage = body.has_continuous_usage
         self.frame = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "object": self.kind,
@@ -143,7 +152,9 @@ class OpenAIReply(Reply):
             return []
         content = part | {"finish_reason": choice.finish_reason}
         event = self.frame | {"object": self.chunk_kind, "choices": [content]}
-        if self.include_usage:
+        if self.has_continuous_usage:
+            event["usage"] = self.usage([replace(choice, shares_prompt=False)])
+        elif self.include_usage:
             event["usage"] = None
         return [event]
 

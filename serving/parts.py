@@ -165,17 +165,14 @@ class OutputParser:
         return ParsedMessage(reasoning, content, parts)
 
 
-def output_parser(model: ChatModel, prompt: Prompt, continued: str | None = None) -> OutputParser:
-    """What parts an answer; `continued` is the text from which it goes on, if any."""
+def output_parser(model: ChatModel, prompt: Prompt) -> OutputParser:
+    """What parts an answer."""
     calls = model.tool_parser(prompt.tools) if prompt.calls_tools else None
-    markers = model.tokenizer.thinking_markers
-    if markers is None or (prompt.guide and not prompt.calls_tools):
+    thoughts = prompt.thoughts
+    if thoughts is None:
         return OutputParser(None, calls)  # nobody thinks, as in JSON
-    if continued is None:
-        inside = model.tokenizer.thinks(prompt.ids)
-    else:
-        inside = continued.rfind(markers[0]) > continued.rfind(markers[1])
-    return OutputParser(ReasoningParser(markers, inside), calls)
+    markers = (thoughts.opening, thoughts.closing)
+    return OutputParser(ReasoningParser(markers, thoughts.begun), calls)
 
 
 # Of letters and digits, and so many: the templates of some models demand it.

@@ -7,7 +7,14 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
 
 from serving.body_limits import check_items
 from serving.fields import ClosedModel, Text, check_json
@@ -25,7 +32,9 @@ def check_parameters(schema: Any) -> Any:
         return NO_PARAMETERS
     if not isinstance(schema, dict):
         raise ValueError("must be a JSON schema, an object")
-    if schema.setdefault("type", "object") != "object":
+    if schema.get("type") in (None, ["object"]):
+        schema["type"] = "object"
+    if schema["type"] != "object":
         raise ValueError('must have the type "object", as arguments have names')
     return check_json(schema)
 
@@ -37,15 +46,35 @@ def refuse_constant(name: str) -> Any:
 def parse_arguments(text: Any) -> Any:
     """A call's arguments as an object, from the JSON that OpenAI's API has as a text.
 
-    An empty text is that of a call without arguments, as some servers give it.
+    An empty text is that of a call without arguments, as some servers give it. What was cut off by
+    a length is none either: its result says what went wrong.
     """
     try:
         arguments = json.loads("{}" if text == "" else text, parse_constant=refuse_constant)
     except (TypeError, ValueError, RecursionError):
-        arguments = None
+        arguments = {} if isinstance(text, str) and is_cut_off(text) else None
     if not isinstance(arguments, dict):
         raise ValueError('must be a JSON object as a text, such as "{\\"city\\": \\"Paris\\"}"')
     return check_json(arguments)
+
+
+OBJECT = TypeAdapter(dict[str, Any])
+
+
+def is_cut_off(text: str) -> bool:
+    """Whether a text is the beginning of a JSON object, as our own answers that ended too soon."""
+    try:
+        json.JSONDecoder().raw_decode(text)
+        return False  # it is whole, and something follows
+    except RecursionError:
+        return False
+    except ValueError:
+        pass
+    try:
+        OBJECT.validate_json(text, experimental_allow_partial=True)
+    except ValueError:
+        return False
+    return True
 
 
 def argument_texts(messages: Any) -> Iterator[str]:
@@ -69,7 +98,17 @@ def check_arguments(messages: Any) -> Any:
     return messages
 
 
+# What clients add for caches and gateways.
+ADDED = frozenset({"cache_control", "provider_specific_fields", "extra_content"})
+# A type that is empty is the only one that there is.
+FunctionType = Annotated[
+    Literal["function"], BeforeValidator(lambda kind: "function" if kind == "" else kind)
+]
+
+
 class CalledFunction(ClosedModel):
+    ignored = ADDED
+
     name: Text
     arguments: Annotated[
         dict[str, Any], BeforeValidator(parse_arguments, json_schema_input_type=str)
@@ -83,9 +122,10 @@ class ToolCall(ClosedModel):
     """A call that an earlier answer made."""
 
     neutral = {"index": tuple(range(MAX_CALLS))}  # noqa: RUF012
+    ignored = ADDED
 
     id: Text | None = None
-    type: Literal["function"] = "function"
+    type: FunctionType = "function"
     function: CalledFunction
 
 
@@ -93,6 +133,8 @@ ToolCalls = Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True
 
 
 class Function(ClosedModel):
+    ignored = ADDED
+
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: Text | None = None
     parameters: Annotated[
@@ -105,8 +147,9 @@ class Function(ClosedModel):
 class Tool(ClosedModel):
     # Where the Responses API has it.
     neutral = {"strict": (True, False)}  # noqa: RUF012
+    ignored = ADDED
 
-    type: Literal["function"]
+    type: FunctionType
     function: Function
 
 

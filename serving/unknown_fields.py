@@ -46,7 +46,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
-    "verbosity": ("medium",),
+    "verbosity": ("low", "medium", "high"),  # a wish of style, which a model may not know
     "truncation": ("disabled",),
     "background": (False,),
     "include": ([],),

@@ -33,14 +33,14 @@ class TrialCompiler:
         setup = [tokenizer.to_str(), list(special_ids), list(end_ids)]
         self.trial = ChildProcess("engine.guided.bounded_compiler", setup)
 
-    def compile(self, schema: dict[str, Any]) -> Guide:
-        """A guide for answers that match a JSON schema.
+    def compile(self, schema: dict[str, Any], closing: str = "") -> Guide:
+        """A guide for answers that match a JSON schema, behind a thought that `closing` ends.
 
         Raises InvalidInput if it is invalid, or takes too much to compile.
         """
         spell_schema(schema)
-        self._check({"schema": schema}, "schema")
-        return self.compiler.compile(schema)
+        self._check({"schema": schema, "closing": closing}, "schema")
+        return self.compiler.compile(schema, closing)
 
     def compile_grammar(self, grammar: str, marks: Collection[int]) -> Guide:
         """The same for a grammar for tools, by which answers may have these special tokens."""
@@ -80,7 +80,7 @@ def trial_of(setup: Any) -> Callable[[Any], str | None]:
     def refusal_of(question: dict[str, Any]) -> str | None:
         try:
             if "schema" in question:
-                compiler.compile(question["schema"])
+                compiler.compile(question["schema"], question["closing"])
             else:
                 compiler.compile_grammar(question["grammar"], question["marks"])
         except InvalidInput as error:

@@ -11,11 +11,10 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from tokenizers import Tokenizer
 
 from engine.errors import InvalidInput
+from engine.guided.json_schema import MAX_INTEGER, in_words, place_of_fault, simplified
 
 # A longer JSON schema takes too long to compile.
 MAX_SCHEMA_CHARS = 2**16
-# Larger ones are not exact in the doubles that JSON's numbers commonly are (RFC 8259, section 6).
-MAX_INTEGER = 2**53
 # What llguidance says of a schema may repeat much of it.
 MAX_REASON = 500
 # With the default limits, a pattern such as ^(a{1000}){1000}$ would block every answer for seconds.
@@ -50,7 +49,7 @@ class Guide:
     def check(self) -> None:
         """Raise InvalidInput if the matcher has failed, as it never raises by itself."""
         if self.matcher.is_error():
-            reason = self.matcher.get_error().partition("\n")[0][:MAX_REASON]
+            reason = in_words(self.matcher.get_error()).partition("\n")[0][:MAX_REASON]
             raise InvalidInput(f"the JSON schema: {reason}", self.argument)
 
 
@@ -70,28 +69,74 @@ def with_known_spaces(spec: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
-def check_numbers(spelled: str, argument: str) -> None:
-    """Raise InvalidInput for an integer in a JSON text that llguidance would round to a double."""
+def is_rounded(schema: Any) -> bool:
+    """Whether there is an integer in a schema that llguidance would round to a double."""
+    layer = [schema]
+    while layer:
+        if any(isinstance(each, int) and abs(each) > MAX_INTEGER for each in layer):
+            return True
+        inner = (
+            each.values() if isinstance(each, dict) else each
+            for each in layer
+            if isinstance(each, dict | list)
+        )
+        layer = [each for values in inner for each in values]
+    return False
 
-    def check(digits: str) -> None:
-        if abs(int(digits)) > MAX_INTEGER:
-            raise InvalidInput(
-                f"a JSON schema must have no integers beyond {MAX_INTEGER:,}, which JSON's numbers"
-                " do not hold exactly; take a string for them",
-                argument,
-            )
 
-    json.loads(spelled, parse_int=check)
+def check_numbers(schema: dict[str, Any], argument: str) -> None:
+    """Raise InvalidInput for an integer in a schema that would be rounded."""
+    if is_rounded(schema):
+        place = place_of_fault(schema, is_rounded)
+        raise InvalidInput(
+            f"a JSON schema{place and f', at {place},'} must have no integers beyond"
+            f" {MAX_INTEGER:,}, which JSON's numbers do not hold exactly; take a string for them",
+            argument,
+        )
 
 
 def spell_schema(schema: dict[str, Any]) -> str:
-    """A schema as JSON. Raises InvalidInput if it is too long, or has too large integers."""
-    spelled = json.dumps(schema)
-    if len(spelled) > MAX_SCHEMA_CHARS:
+    """A schema as JSON, without what holds no answer to anything.
+
+    Raises InvalidInput if it is too long, or has too large integers.
+    """
+    if len(json.dumps(schema)) > MAX_SCHEMA_CHARS:
         most = f"{MAX_SCHEMA_CHARS:,} characters"
         raise InvalidInput(f"the JSON schema is longer than {most}", "schema")
-    check_numbers(spelled, "schema")
-    return spelled
+    schema = simplified(schema)
+    check_numbers(schema, "schema")
+    return json.dumps(schema)
+
+
+# With flexible whitespace, a small model may indent for ever.
+WRITING: Any = {"whitespace_flexible": False}
+
+
+def grammar_of(spelled: str) -> str:
+    """The grammar of a JSON schema. Raises ValueError if it is invalid."""
+    return str(LLMatcher.grammar_from_json_schema(spelled, overrides=WRITING))
+
+
+def after_thought(spelled: str, closing: str) -> str:
+    """The grammar of JSON behind a thought that has begun, in llguidance's Lark."""
+    schema = json.dumps(json.loads(spelled) | {"x-guidance": WRITING})
+    return "\n".join(
+        (
+            "%llguidance {}",
+            "start: thought /\\n{0,2}/ answer",
+            f"answer: %json {schema}",
+            "TEXT: /(.|\\n)*/",
+            f"thought[lazy]: TEXT {json.dumps(closing)}",
+        )
+    )
+
+
+def is_faulty(schema: dict[str, Any]) -> bool:
+    """Whether a schema cannot be held, as far as can be seen without an answer."""
+    try:
+        return bool(LLMatcher.validate_grammar(grammar_of(json.dumps(schema))))
+    except ValueError:
+        return True
 
 
 class GuideCompiler:
@@ -110,17 +155,23 @@ class GuideCompiler:
         self._trie: LLTokenizer | None = None
         self._lock = threading.Lock()
 
-    def compile(self, schema: dict[str, Any]) -> Guide:
-        """A guide for answers that match a JSON schema. Raises InvalidInput if it is invalid."""
+    def compile(self, schema: dict[str, Any], closing: str = "") -> Guide:
+        """A guide for answers that match a JSON schema. Raises InvalidInput if it is invalid.
+
+        With `closing`, a thought comes first that the prompt has begun, and this text ends.
+        """
         spelled = spell_schema(schema)
         try:
-            # With flexible whitespace, a small model may indent for ever.
-            grammar = LLMatcher.grammar_from_json_schema(
-                spelled, overrides={"whitespace_flexible": False}
-            )
-        except ValueError as error:
-            raise InvalidInput(f"the JSON schema: {str(error)[:MAX_REASON]}", "schema") from error
-        return self._guide(grammar, self.markers, "schema")
+            grammar = grammar_of(spelled)
+            if closing:
+                self._guide(grammar, self.markers, "schema")  # its errors are about the schema
+                grammar = after_thought(spelled, closing)
+            return self._guide(grammar, self.markers, "schema")
+        except (ValueError, InvalidInput) as error:
+            reason = str(error).removeprefix("the JSON schema: ")[:MAX_REASON]
+            place = place_of_fault(json.loads(spelled), is_faulty)
+            where = f", at {place}" if place else ""
+            raise InvalidInput(f"the JSON schema{where}: {in_words(reason)}", "schema") from error
 
     def compile_grammar(self, grammar: str, marks: Collection[int]) -> Guide:
         """A guide for answers by a grammar for tools, which may have some of the special tokens.

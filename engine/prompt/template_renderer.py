@@ -26,6 +26,11 @@ def renderer() -> ChildProcess:
     return ChildProcess("engine.prompt.template_renderer")
 
 
+def can_render() -> bool:
+    """Whether the process starts, as far as is known; if it does not, it is tried again."""
+    return renderer().is_able()
+
+
 def render_template(
     template: str, messages: list[dict[str, Any]], variables: Mapping[str, Any]
 ) -> str:

@@ -5,6 +5,15 @@ from collections.abc import Collection, Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from engine.tools.grammar import Thoughts
+
+
+def partial(text: str, words: tuple[str, ...]) -> int:
+    """How many characters at the end of a text may begin one of these words, and more follow."""
+    most = max(map(len, words), default=0)
+    ends = (text[at:] for at in range(max(0, len(text) - most), len(text)))
+    return next((len(end) for end in ends if any(word.startswith(end) for word in words)), 0)
+
 
 class Detokenizer:
     """Incremental detokenizer of one answer: whole characters only, and never a stop string.
@@ -12,7 +21,7 @@ class Detokenizer:
     `context_ids` are the last ids of a text that the answer continues. Many tokenizers leave out
     the space at the beginning of a text, and an answer that continues one does not begin it.
     `shown_ids` are the special tokens that are text here too, in which no stop string is looked
-    for; without any, special tokens are left out.
+    for; without any, special tokens are left out. Nor is one looked for in `thoughts`.
     """
 
     def __init__(
@@ -21,10 +30,13 @@ class Detokenizer:
         stop: tuple[str, ...] = (),
         context_ids: Sequence[int] = (),
         shown_ids: Collection[int] = (),
+        thoughts: Thoughts | None = None,
     ):
         self.tokenizer, self.stop, self.shown_ids = tokenizer, stop, shown_ids
+        # Until what is said begins; without a stop string that does not matter.
+        self._thoughts = thoughts if stop else None
+        self._is_inside = bool(thoughts and thoughts.begun)
         self.stop_string: str | None = None  # that was found
-        self._most, self._firsts = max(map(len, stop), default=0), {s[0] for s in stop}
         self._shown: list[int] = []
         self._pending: list[int] = []
         self._stream = self._decode_stream()
@@ -38,12 +50,37 @@ class Detokenizer:
         if token in self.shown_ids:
             return self.flush() + text
         self._held += text
+        return self._thought() + self._said()
+
+    def _thought(self) -> str:
+        """What belongs to a thought of what is held, or may do so."""
+        thoughts = self._thoughts
+        if thoughts is None:
+            return ""
+        begun = self._held.lstrip()
+        if not self._is_inside and thoughts.opening.startswith(begun[: len(thoughts.opening)]):
+            self._is_inside = begun.startswith(thoughts.opening)
+            if not self._is_inside:
+                return ""
+        if not self._is_inside:
+            self._thoughts = None
+            return ""
+        end = self._held.find(thoughts.closing)
+        if end < 0:
+            return self._release(len(self._held) - partial(self._held, (thoughts.closing,)))
+        self._thoughts = None
+        return self._release(end + len(thoughts.closing))
+
+    def _said(self) -> str:
+        """What can be sent of the text that is held, which is no thought."""
+        if self._thoughts is not None:
+            return ""
         starts = [(at, stop) for stop in self.stop if (at := self._held.find(stop)) >= 0]
         if starts:
             at, self.stop_string = min(starts)
             self._held = self._held[:at]
             return self.flush()
-        return self._release(len(self._held) - self._partial_stop())
+        return self._release(len(self._held) - partial(self._held, self.stop))
 
     @property
     def stopped(self) -> bool:
@@ -52,12 +89,6 @@ class Detokenizer:
     def flush(self) -> str:
         """The text held back, once no more ids come."""
         return self._release(len(self._held))
-
-    def _partial_stop(self) -> int:
-        """How many characters at the end may begin a stop string."""
-        last = range(max(0, len(self._held) - self._most), len(self._held))
-        ends = (self._held[at:] for at in last if self._held[at] in self._firsts)
-        return next((len(end) for end in ends if any(s.startswith(end) for s in self.stop)), 0)
 
     def _release(self, count: int) -> str:
         ready, self._held = self._held[:count], self._held[count:]

@@ -95,7 +95,7 @@ class Engine:
         answers = [self._answer(*pair, index, outbox, deadline) for index, pair in enumerate(each)]
         contexts = [prompt.ids[-CONTEXT:] if prompt.continues else [] for prompt, _ in each]
         texts = [
-            AnswerText(answer, self.tokenizer, context, prompt.shown_ids)
+            AnswerText(answer, self.tokenizer, context, prompt.shown_ids, prompt.thoughts)
             for answer, context, (prompt, _) in zip(answers, contexts, each, strict=True)
         ]
         self._submit(answers)

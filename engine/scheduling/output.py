@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from engine.errors import EngineError, StepFailed
 from engine.scheduling.detokenizer import Detokenizer
 from engine.sequence import Delta, FinishReason, Sequence, Token
+from engine.tools.grammar import Thoughts
 
 log = logging.getLogger("chat")
 
@@ -57,9 +58,11 @@ class AnswerText:
         tokenizer: Tokenizer,
         context: list[int],
         shown_ids: Collection[int] = (),
+        thoughts: Thoughts | None = None,
     ):
         self.answer, self.num_tokens, self.ended = answer, 0, False
-        self.detokenizer = Detokenizer(tokenizer, answer.params.stop, context, shown_ids)
+        stop = answer.params.stop
+        self.detokenizer = Detokenizer(tokenizer, stop, context, shown_ids, thoughts)
 
     def take(self, event: Event) -> Delta | None:
         """The Delta for the next token, None if there is nothing to tell.

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.errors import InvalidInput
 from engine.guided.guide import check_numbers
+from engine.guided.json_schema import relaxed
 from engine.tools.format import ToolFormat
 
 # Longer schemas, all the tools' together, take too long to compile.
@@ -66,7 +67,7 @@ class ToolGrammar:
         several = choice.parallel and form.between
         more = f"({self._words(form.between)} call)*" if several and form.between else ""
         names = [f"call_{n}" for n in range(len(tools))]
-        schemas = [without_others(tool["function"]["parameters"]) for tool in tools]
+        schemas = [without_others(relaxed(tool["function"]["parameters"])) for tool in tools]
         arguments, rules = form.arguments.grammar(schemas, self._words)
         lines = ["%llguidance {}"]
         lines += map(self._call, names, tools, arguments)
@@ -184,8 +185,8 @@ def check_size(tools: Sequence[Any]) -> None:
     if sum(map(len, spelled)) > MAX_SCHEMAS_CHARS:
         most = f"{MAX_SCHEMAS_CHARS:,} characters"
         raise InvalidInput(f"the tools' JSON schemas are longer than {most} together", "tools")
-    for schema in spelled:
-        check_numbers(schema, "tools")
+    for tool in tools:
+        check_numbers(relaxed(tool["function"]["parameters"]), "tools")
 
 
 def explained(error: InvalidInput, tools: list[Any]) -> InvalidInput:

@@ -98,12 +98,32 @@ def test_thoughts_are_streamed_beside_the_content(thinking):
 
 
 @pytest.mark.parametrize("thinking", [True], indirect=True)
-def test_a_json_answer_has_no_thought(thinking):
+def test_json_comes_after_the_thought(thinking):
     client, _ = thinking
     answer = client.chat.completions.create(
-        model="test", messages=HELLO, response_format={"type": "json_object"}, max_tokens=9
+        model="test", messages=HELLO, response_format={"type": "json_object"}, max_tokens=40
     )
-    assert answer.choices[0].message.content.startswith("{")
+    message = answer.choices[0].message
+    assert message.reasoning_content == "hm, so"
+    assert message.content.startswith("{")
+
+
+@either
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(("stop", "said"), [("so", "hello"), ("</think>", "hello"), ("ll", "he")])
+def test_stop_strings_are_looked_for_in_what_is_said(thinking, stop, said, stream):
+    client, _ = thinking
+    asked = client.chat.completions.create(
+        model="test", messages=HELLO, stop=[stop], stream=stream, n=2
+    )
+    contents, thoughts = ["", ""], ["", ""]
+    for part in asked if stream else [asked]:
+        for choice in part.choices:
+            message = choice.delta if stream else choice.message
+            contents[choice.index] += message.content or ""
+            thoughts[choice.index] += getattr(message, "reasoning_content", None) or ""
+    assert contents == [said] * 2
+    assert thoughts == ["hm, so"] * 2
 
 
 @pytest.mark.parametrize("thinking", [False], indirect=True)

@@ -408,7 +408,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a schema that is deep": ({"tools": [tool("f", DEEP)]}, "tools", "64 levels"),
     "half a character": ({"tools": [tool("f", {"$comment": "\ud800"})]}, "tools", "surrogate"),
     "arguments that are no object": ({"messages": [*HELLO, call("[]")]}, "messages", "JSON object"),
-    "arguments that are no JSON": ({"messages": [*HELLO, call("{")]}, "messages", "JSON object"),
+    "arguments that are no JSON": ({"messages": [*HELLO, call("no")]}, "messages", "JSON object"),
     "arguments that are no text": ({"messages": [*HELLO, call({})]}, "messages", "JSON object"),
     "arguments with NaN": ({"messages": [*HELLO, call('{"x": NaN}')]}, "messages", "JSON object"),
     "arguments that are deep": (
