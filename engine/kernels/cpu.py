@@ -46,10 +46,10 @@ class Linear(ctypes.Structure):
     """As the C++ has it; so are the others."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias", "offset", "order")),
         *(
             (name, ctypes.c_int64)
-            for name in ("in_features", "out_features", "panels", "block", "kind")
+            for name in ("in_features", "out_features", "panels", "block", "kind", "half")
         ),
     ]
 
