@@ -290,6 +290,51 @@ async def resets(url: str, dice: random.Random) -> str:
     return "reset"
 
 
+async def chunks(url: str, dice: random.Random) -> str:
+    """Bodies of which each byte is a chunk, some with an extension."""
+    each = dice.choice([b"1\r\nx\r\n", b"1;a=bcdefg\r\nx\r\n"])
+    begin = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return await ask(url, begin + each * 60_000 + b"0\r\n\r\n")
+
+
+async def headers(url: str, dice: random.Random) -> str:
+    bomb = b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"a:b\r\n" * 13_000 + b"\r\n"
+    return await ask(url, bomb * dice.choice([1, 4]))
+
+
+async def long_prompts(url: str, dice: random.Random) -> str:
+    """One request of eight long prompts."""
+    prompts = [[dice.randrange(100, 20_000) for _ in range(2000)] for _ in range(8)]
+    return await leave(url, post(TEXT, {"prompt": prompts, "max_tokens": 1}), 10)
+
+
+async def renderer(url: str, dice: random.Random) -> str:
+    """Texts that the page's renderer takes long for, whose senders mostly go."""
+    sent = post("/chat/render", {"text": "![[" * 15_000})
+    return await (ask(url, sent) if dice.random() < 0.2 else leave(url, sent, 0.2))
+
+
+async def wording(url: str, dice: random.Random) -> str:
+    """Logprobs of prompts, which take long to be worded."""
+    prompts = [[5 + n] * 2000 for n in range(8)]
+    return await ask(
+        url, post(TEXT, {"prompt": prompts, "max_tokens": 1, "echo": True, "logprobs": 20})
+    )
+
+
+async def definitions(url: str, dice: random.Random) -> str:
+    """Definitions that refer to each other in many ways."""
+    count = dice.choice([30, 60])
+    defs = {
+        f"d{i}": {
+            "type": "object",
+            "properties": {f"p{j}": {"$ref": f"#/$defs/d{(7 * i + j) % count}"} for j in range(12)},
+        }
+        for i in range(count)
+    }
+    return await ask(url, schema_of({"$defs": defs, "$ref": "#/$defs/d0"}))
+
+
 Attack = Callable[[str, random.Random], Awaitable[str]]
 # How many hostile callers there are of each kind, alone and in a siege.
 ATTACKS: dict[str, tuple[Attack, int, int]] = {
@@ -312,6 +357,12 @@ ATTACKS: dict[str, tuple[Attack, int, int]] = {
     "cancels": (cancels, 32, 4),
     "deaf": (deaf, 16, 2),
     "resets": (resets, 16, 2),
+    "chunks": (chunks, 10, 1),
+    "headers": (headers, 20, 2),
+    "long_prompts": (long_prompts, 2, 1),
+    "renderer": (renderer, 20, 2),
+    "wording": (wording, 6, 1),
+    "definitions": (definitions, 4, 1),
 }
 
 

@@ -220,7 +220,7 @@ def flags_of(file: str) -> set[str]:
 OURS = (
     *("api.py", "model_download.py", "request.py", "benchmarks/simulate.py"),
     *("benchmarks/benchmark.py", "benchmarks/soak.py", "benchmarks/scale.py", "benchmarks/host.py"),
-    "benchmarks/model_types.py",
+    *("benchmarks/model_types.py", "benchmarks/states.py"),
 )
 
 

@@ -81,6 +81,12 @@ class StatePool:
         tensor = self.tensors[key]
         return tensor.index_select(0, slots.to(tensor.device, non_blocking=True))
 
+    def prepare(self, key: Key, shape: tuple[int, ...]) -> torch.Tensor:
+        """All slots of a layer's states [slots, *shape], float32 on the CPU."""
+        if key not in self.tensors:
+            self.tensors[key] = torch.zeros(self.slots, *shape)
+        return self.tensors[key]
+
     def write(self, key: Key, slots: torch.Tensor, states: torch.Tensor) -> None:
         """Put a layer's states [slots, ...] into these slots."""
         if key not in self.tensors:

@@ -28,6 +28,7 @@ from engine.checkpoint.quantizer import (
 )
 from engine.checkpoint.source import Source
 from engine.errors import EngineError, ProcessUnavailable, StartError
+from engine.kernels.cpu import why_missing
 from engine.offload import offload_folder, remove
 from engine.prompt.families import format_of
 from engine.prompt.tokenizer import ChatTokenizer
@@ -142,6 +143,12 @@ def best_placement(
     return "auto"
 
 
+def reads_packed(placement: Any) -> bool:
+    """Whether a model is to be where packed weights are multiplied: on a CPU, by our kernels."""
+    no_cards = not torch.cuda.is_available() and placement == "auto"
+    return (no_cards or placement == "cpu") and why_missing() is None
+
+
 def load_model(
     folder: Path | str,
     *,
@@ -191,7 +198,9 @@ def read_model(
             "an adapter's model cannot have layers on disk; take them out of --device-map"
         )
     quantization = quantization_settings(source.config, quantize, device_map)
-    if device_map == "auto":
+    if source.packed and quantize == "none" and dtype == "auto" and reads_packed(placement):
+        quantization, placement = source.keep_packed(), "cpu"
+    elif device_map == "auto":
         placement = best_placement(source.config, dtype, quantization)
     if not (sys.stderr and sys.stderr.isatty()):
         disable_progress_bar()  # it would raise where standard error is a file on a full disk

@@ -51,13 +51,6 @@ def quantization_settings(
     bits: dict[str, Bits] = {"8bit": 8, "4bit": 4}
     if quantize not in bits:
         raise StartError(f"--quantize {quantize} is not known; it takes none, 8bit or 4bit")
-    stored = getattr(config, "quantization_config", None)
-    if stored:
-        method = stored.get("quant_method") or "with fewer bits"
-        raise StartError(
-            f"the checkpoint is quantised already ({method}); start without --quantize, or take"
-            " the model that it was made from"
-        )
     if "disk" in device_map:
         raise StartError("--quantize does not do layers on disk; take them out of --device-map")
     if quantize == "4bit":

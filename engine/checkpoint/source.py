@@ -9,9 +9,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Gene
 
 from engine.checkpoint.adapter_merge import merge_adapter
 from engine.checkpoint.adapters import Adapter, is_adapter, names_of_base, read_adapter
-from engine.checkpoint.formats import settings_of, unpacked
+from engine.checkpoint.formats import packed_parts, settings_of, unpacked
 from engine.checkpoint.formats.gguf import GGUFFile
 from engine.checkpoint.model_config import check_architecture, load_config, plain_attention
+from engine.checkpoint.packed_quantizer import PackedSettings
 from engine.checkpoint.stated_numbers import check_numbers, check_size
 from engine.checkpoint.stored import Stored, stored_weights
 from engine.errors import StartError
@@ -40,8 +41,10 @@ class Source:
         self.gguf = GGUFFile(self.folder) if self.folder.suffix.lower() == ".gguf" else None
         self.config: Any
         self.weights: dict[str, Stored] | None = None
+        self.packed: dict[str, dict[str, Stored]] = {}  # of them, what can stay in its own bits
         if self.gguf:
             self.config, self.weights = self.gguf.config(), self.gguf.weights()
+            self.packed = self.gguf.packed()
             self.config.dtype = self.gguf.dtype()
             check_numbers(self.config)
             check_architecture(self.config)
@@ -49,6 +52,7 @@ class Source:
             self._open_folder()
         if self.adapter and self.weights is not None:
             log.info("merging its adapter into the model in %s", self.folder)
+            self.packed = {}
             self.weights = merge_adapter(self.weights, self.adapter, self.config)
 
     def _open_folder(self) -> None:
@@ -59,10 +63,22 @@ class Source:
         if settings or self.adapter or (self.folder / "adapter_config.json").is_file():
             self.weights = stored_weights(self.folder)
         if settings and self.weights is not None:
+            self.packed = packed_parts(self.weights, settings)
             self.weights = unpacked(self.weights, settings)
             for name in ("quantization_config", "compression_config"):
                 if hasattr(self.config, name):
                     delattr(self.config, name)
+
+    def keep_packed(self) -> PackedSettings:
+        """Settings with which `read` leaves what can be in the checkpoint's own bits."""
+        assert self.weights is not None
+        inputs = next((x for x in self.packed if x.endswith("embed_tokens")), None)
+        if inputs and self.config.tie_word_embeddings:
+            # One matrix in two forms: rows for the embedding, panels for the head.
+            self.config.tie_word_embeddings = False
+            self.weights["lm_head.weight"] = self.weights[f"{inputs}.weight"]
+            self.packed["lm_head"] = self.packed[inputs]
+        return PackedSettings(self.weights, self.packed)
 
     def read(self, **options: Any) -> tuple[Any, dict[str, Any]]:
         """The model, and what of its tensors was not there or of another shape."""

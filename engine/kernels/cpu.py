@@ -46,10 +46,10 @@ class Linear(ctypes.Structure):
     """As the C++ has it; so are the others."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias", "offset", "order")),
         *(
             (name, ctypes.c_int64)
-            for name in ("in_features", "out_features", "panels", "block", "kind")
+            for name in ("in_features", "out_features", "panels", "block", "kind", "half")
         ),
     ]
 
@@ -70,6 +70,25 @@ class StepInputs(ctypes.Structure):
     _fields_ = [
         ("tokens", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("rows", "positions", "cos", "sin", "scratch")),
+        ("threads", ctypes.c_int64),
+    ]
+
+
+class DeltaLayer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("taps", "rates", "dt_bias", "norm")),
+        *((name, ctypes.c_int64) for name in ("key_heads", "heads", "key_width", "value_width")),
+        ("eps", ctypes.c_float),
+    ]
+
+
+class DeltaStep(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("tokens", "chains")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("firsts", "sources", "segments", "ends", "targets", "chain_of", "scratch")
+        ),
         ("threads", ctypes.c_int64),
     ]
 
@@ -140,7 +159,8 @@ def loaded(path: Path) -> Any:
     found.scratch_floats.argtypes = [pointer]
     found.scratch_floats.restype = number
     found.decoder_layer.argtypes = [*[pointer] * 4, number, pointer, pointer]
-    for function in (found.linear, found.rms_norm, found.decoder_layer):
+    found.gated_delta.argtypes = [pointer] * 9
+    for function in (found.linear, found.rms_norm, found.decoder_layer, found.gated_delta):
         function.restype = None
     return found
 

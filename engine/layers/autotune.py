@@ -15,6 +15,7 @@ from accelerate.utils import convert_to_fp32
 
 from engine.blame import first_line
 from engine.kernels.cpu import why_missing
+from engine.layers.blocks import BlockLinear
 from engine.layers.fbgemm import has_int8_products, is_available
 from engine.layers.quantized import BLOCK, Bits, bits_of, fits
 from engine.layers.weight_format import (
@@ -179,6 +180,8 @@ def settle_form(model: Any, dtype: str = "auto") -> str:
     kept = str(model.dtype).removeprefix("torch.")
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     asked = dtype != "auto" or model.dtype not in (torch.bfloat16, torch.float16)
+    if any(isinstance(module, BlockLinear) for module in model.modules()):
+        return f"as they are in the checkpoint, {settle_quantized(model, asked)}"
     if bits := bits_of(model):
         unfit = unfit_summary(model, bits)
         how = settle_quantized(model, asked) if on_cpu else settle_kernel(bits, model)

@@ -10,12 +10,15 @@ from engine.kernels.cpu import Linear, kernels
 
 # The kernels' numbers for how weights are stored; of 4 bits, there are two in a byte.
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.int8: 2, torch.uint8: 3}
+WHOLE_NUMBERS, INT8_BLOCKS = 4, 5
+BLOCKS = (WHOLE_NUMBERS, INT8_BLOCKS)
 
 
 def pack(weight: torch.Tensor, width: int) -> torch.Tensor:
     """A matrix [out, in] as the kernels read it: [panels, in, width], the last filled up.
 
-    In 4 bits it is given as bitsandbytes has it, [out, in / 2], for [panels, in, width / 2].
+    In 4 bits there are two in a byte, the first in its upper half: [out, in / 2], and for the
+    kernels [panels, in, width / 2].
     """
     if weight.dtype == torch.uint8:
         weight = torch.stack([weight >> 4, weight & 15], dim=2).flatten(1)
@@ -36,7 +39,9 @@ def panels_of(matrix: torch.Tensor, width: int) -> torch.Tensor:
 class CpuLinear(torch.nn.Module):
     """A linear layer of weights in bfloat16 or fp16, or in 8 or 4 bits with scales.
 
-    A row's result does not depend on how many there are, to the last bit.
+    With `offset`, weights in 4 bits are whole numbers w = scale value + offset, of which `order`
+    says to which number of x each column belongs. A row's result does not depend on how many there
+    are, to the last bit.
     """
 
     def __init__(
@@ -44,38 +49,53 @@ class CpuLinear(torch.nn.Module):
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
+        offset: torch.Tensor | None = None,
+        order: torch.Tensor | None = None,
     ):
         super().__init__()
         width = kernels().panel_width()
         self.packed = pack(weight.detach(), width)
         self.out_features, self.in_features = len(weight), self.packed.shape[1]
+        kind = kind_of(weight, scale, offset)
+        # Only where all are: they are read as one type.
+        half = kind in BLOCKS and all(
+            x is None or x.dtype == torch.float16 for x in (scale, offset)
+        )
+        dtype = torch.float16 if half else torch.float32
         # Kept as long as the layer, whose description points to them.
-        self.scale = None if scale is None else panels_of(scale.detach().float(), width)
+        self.scale = None if scale is None else panels_of(scale.detach().to(dtype), width)
         self.bias = None if bias is None else panels_of(bias.detach().float()[:, None], width)
+        self.offset = None if offset is None else panels_of(offset.detach().to(dtype), width)
+        self.order = None if order is None else order.detach().to(torch.int32).contiguous()
+        parts = self.packed, self.scale, self.bias, self.offset, self.order
         self.described = Linear(
-            self.packed.data_ptr(),
-            pointer_to(self.scale),
-            pointer_to(self.bias),
+            *map(pointer_to, parts),
             self.in_features,
             self.out_features,
             len(self.packed),
             self.in_features // (1 if scale is None else scale.shape[1]),
-            KINDS[weight.dtype],
+            kind,
+            half,
         )
         self.address = ctypes.addressof(self.described)
         self.product = kernels().linear
 
     @classmethod
     def of_packed(
-        cls, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+        cls,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        **blocks: torch.Tensor | None,
     ) -> Self:
-        """Of a matrix and its scales as engine.layers.quantized packs them."""
-        return cls(weight, bias, scale)
+        """Of a matrix, its scales and what else engine.layers.quantized has of it."""
+        return cls(weight, bias, scale, **blocks)
 
     @property
     def packed_bytes(self) -> int:
         """The memory that the weights take, and their scales."""
-        return self.packed.nbytes + (0 if self.scale is None else self.scale.nbytes)
+        parts = self.packed, self.scale, self.offset, self.order
+        return sum(0 if part is None else part.nbytes for part in parts)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -92,6 +112,15 @@ class CpuLinear(torch.nn.Module):
         tokens = x.numel() // self.in_features
         self.product(address, tokens, x.data_ptr(), out.data_ptr(), torch.get_num_threads())
         return out
+
+
+def kind_of(weight: torch.Tensor, scale: Any, offset: Any) -> int:
+    """The kernels' number for a matrix with such scales and offsets."""
+    if weight.dtype == torch.uint8 and offset is not None:
+        return WHOLE_NUMBERS
+    if weight.dtype == torch.int8 and (offset is not None or scale.shape[1] > 1):
+        return INT8_BLOCKS
+    return KINDS[weight.dtype]
 
 
 def pointer_to(values: Any) -> int | None:

@@ -144,7 +144,7 @@ class Products(NamedTuple):
 
     of_half: Callable[[torch.Tensor, torch.Tensor | None], torch.nn.Module]
     # Of a matrix as engine.layers.quantized packs it, its scales, and a bias.
-    of_packed: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.nn.Module]
+    of_packed: Callable[..., torch.nn.Module]
     fits: Callable[[torch.Tensor], bool]  # whether it can by weights in 16 bits
     bits: tuple[Bits, ...]  # and packed in how many others
 

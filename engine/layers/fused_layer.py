@@ -98,8 +98,9 @@ class Comparison:
 
 
 def uncounted(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The same, with a step of its own, as it counts how often a layer is computed."""
-    return kwargs | {"step": copy(kwargs["step"])} if "step" in kwargs else kwargs
+    """The same, with a step and states of its own, as they count how often a layer is computed."""
+    counting = {"step", "cache_params", "past_key_values"} & kwargs.keys()
+    return kwargs | {name: copy(kwargs[name]) for name in counting}
 
 
 def noise_like(x: torch.Tensor) -> torch.Tensor:

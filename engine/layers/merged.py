@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from engine.kernels.cpu import kernels, why_missing
+from engine.layers.blocks import BlockLinear, can_be_joined, joined
 from engine.layers.fbgemm import Products
 from engine.layers.quantized import QuantizedLinear, bits_of
 
@@ -21,16 +22,20 @@ class SharedProduct:
 
     def __init__(self, layers: list[Any], products: Products):
         self.widths = [layer.out_features for layer in layers]
+        self.given: torch.Tensor | None = None
+        self.parts: tuple[torch.Tensor, ...] = ()
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-        weight = torch.cat([layer.weight for layer in layers])
         self.product: Any
+        if isinstance(layers[0], BlockLinear):
+            packed, scale, more = joined(layers)
+            self.product = products.of_packed(packed, scale, bias, **more)
+            return
+        weight = torch.cat([layer.weight for layer in layers])
         if isinstance(layers[0], QuantizedLinear):
             scale = torch.cat([layer.weight_scale for layer in layers])
             self.product = products.of_packed(weight, scale, bias)
         else:
             self.product = products.of_half(weight, bias)
-        self.given: torch.Tensor | None = None
-        self.parts: tuple[torch.Tensor, ...] = ()
 
     def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """What the layer of that index makes of x; the product is kept until the last asks."""
@@ -105,7 +110,7 @@ class FusedMLP(torch.nn.Module):
 
 def can_be_shared(layer: Any, products: Products) -> bool:
     """Whether a layer is linear, and its weights are such as the products take."""
-    if type(layer) is QuantizedLinear:
+    if isinstance(layer, QuantizedLinear):
         return bits_of(layer) in products.bits
     return type(layer) is torch.nn.Linear and products.fits(layer.weight)
 
@@ -122,6 +127,8 @@ def share_products(module: Any, products: Products) -> None:
         layers: list[Any] = [getattr(module, name, None) for name in names]
         if not all(can_be_shared(layer, products) for layer in layers):
             continue
+        if isinstance(layers[0], BlockLinear) and not can_be_joined(layers):
+            continue
         if len({(type(x), x.in_features, x.bias is None) for x in layers}) == 1:
             shared = SharedProduct(layers, products)
             for index, name in enumerate(names):
@@ -130,9 +137,11 @@ def share_products(module: Any, products: Products) -> None:
 
 def norm_parameters(module: Any) -> tuple[torch.nn.Parameter, float] | None:
     """The weight and the epsilon of what may be an RMSNorm; None of anything else."""
+    if not type(module).__name__.endswith("RMSNorm"):  # whose weights may take long to unpack
+        return None
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not type(module).__name__.endswith("RMSNorm") or weight is None or eps is None:
+    if weight is None or eps is None:
         return None
     return weight, eps
 

@@ -102,7 +102,8 @@ def empty_pair(weight: torch.Tensor, bits: Bits) -> list[torch.nn.Parameter]:
 
 def shapes_of(module: torch.nn.Module) -> dict[str, torch.Size]:
     """The shapes of a module's own tensors."""
-    return {name: x.shape for name, x in module.named_parameters(recurse=False)}
+    own = *module.named_parameters(recurse=False), *module.named_buffers(recurse=False)
+    return {name: x.shape for name, x in own}
 
 
 class QuantizedLinear(torch.nn.Module):

@@ -30,6 +30,7 @@ class StateCache:
         self.group = groups[0]  # that is being computed
         self.changed: dict[Key, torch.Tensor] = {}
         self.calls = 0
+        self.inputs: dict[int, Any] = {}  # what layers have made of the groups for all of them
         self.layer_idx = -1  # of the attention layer that came last
 
     # What the model and its attention layers ask.

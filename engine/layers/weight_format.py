@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from engine.attention.interface import can_absorb
+from engine.layers.blocks import BlockEmbedding, BlockLinear
 from engine.layers.cpu_linear import CpuLinear
 from engine.layers.fbgemm import (
     BY_FBGEMM,
@@ -84,7 +85,10 @@ def convert(model: Any, form: Form) -> None:
     if form == "as it is":
         return
     if form in PACKED:
-        model.set_input_embeddings(WideEmbedding(model.get_input_embeddings()))
+        embedding = model.get_input_embeddings()
+        if isinstance(embedding, BlockEmbedding):
+            embedding.dtype = torch.float32  # its rows need not be rounded on the way
+        model.set_input_embeddings(WideEmbedding(embedding))
     convert_module(model, form)
 
 
@@ -129,7 +133,8 @@ def convert_packed(model: Any, products: Products) -> None:
     while layers:
         name, layer = layers.popitem()
         if isinstance(layer, QuantizedLinear):
-            linear = products.of_packed(layer.weight, layer.weight_scale, layer.bias)
+            more = layer.parts() if isinstance(layer, BlockLinear) else {}
+            linear = products.of_packed(layer.weight, layer.weight_scale, layer.bias, **more)
             model.set_submodule(name, linear)
         else:
             model.set_submodule(name, products.packed_experts(layer))

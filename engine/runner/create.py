@@ -13,8 +13,10 @@ from engine.blame import first_line
 from engine.checkpoint.attention_probe import probe_layers
 from engine.checkpoint.model_config import context_length
 from engine.errors import StartError
+from engine.kernels.cpu import why_missing
 from engine.layers.cpu_layer import CpuLayer, can_be_one_call
 from engine.layers.fused_layer import fuse_layers, replace
+from engine.layers.gated_delta import PackedDelta, can_be_packed
 from engine.layers.recurrent import use_state_groups
 from engine.runner.cache_budget import affordable_rows, affordable_slots
 from engine.runner.runner import Runner, input_device
@@ -122,6 +124,8 @@ def make_faster(trial: Runner) -> None:
     run()  # says of a model that cannot be batched why
     if trial.device.type == "cpu":
         fuse_layers(trial.model, run)
+        if why_missing() is None:
+            replace(trial.model, can_be_packed, lambda module, _: PackedDelta(module), run)
         replace(trial.model, can_be_one_call, lambda module, _: CpuLayer(module), run)
     elif not trial.split and trial.model.dtype in (torch.bfloat16, torch.float16):
         try:

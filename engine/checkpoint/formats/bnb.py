@@ -17,16 +17,22 @@ def quant_state(parts: dict[str, Stored]) -> dict[str, Any] | None:
     return None
 
 
+def block_scales(parts: dict[str, Stored], state: dict[str, Any]) -> torch.Tensor:
+    """The largest weight of each block, float32 [blocks]; it may be kept in 8 bits itself."""
+    absmax = parts["weight.absmax"][...]
+    if absmax.dtype != torch.uint8:
+        return absmax
+    code, steps = (parts[f"weight.nested_{x}"][...] for x in ("quant_map", "absmax"))
+    spread = steps.repeat_interleave(int(state["nested_blocksize"]))[: absmax.numel()]
+    exact: torch.Tensor = code[absmax.int()] * spread + state["nested_offset"]
+    return exact
+
+
 def four_bits(parts: dict[str, Stored], settings: dict[str, Any]) -> torch.Tensor:
     """NF4 or FP4, the upper half of a byte first; the scales of blocks may be in 8 bits too."""
     state = quant_state(parts)
     assert state
-    absmax = parts["weight.absmax"][...]
-    if absmax.dtype == torch.uint8:
-        code, steps = (parts[f"weight.nested_{x}"][...] for x in ("quant_map", "absmax"))
-        size = int(state["nested_blocksize"])
-        spread = steps.repeat_interleave(size)[: absmax.numel()]
-        absmax = code[absmax.int()] * spread + state["nested_offset"]
+    absmax = block_scales(parts, state)
     packed = parts["weight"][...].flatten()
     codes = torch.stack([packed >> 4, packed & 15], -1).flatten()
     table = parts["weight.quant_map"][...]

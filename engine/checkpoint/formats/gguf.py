@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.formats.gguf_blocks import weights_of
+from engine.checkpoint.formats.gguf_blocks import GROUP, NO_OFFSET, affine, weights_of
 from engine.checkpoint.formats.gguf_config import Metadata, read_config
 from engine.checkpoint.formats.gguf_names import ARCHITECTURES
 from engine.checkpoint.formats.gguf_reader import Tensor, read_gguf
 from engine.checkpoint.formats.gguf_tokenizer import read_tokenizer
+from engine.checkpoint.formats.packing import Packed, computed
 from engine.checkpoint.stored import Stored
 from engine.errors import StartError
 
@@ -74,6 +75,38 @@ class GGUFFile:
             elif name != FREQUENCIES and not name.endswith(".attn_v_b.weight"):
                 found[self.renamed(name)] = self._stored(tensor)
         return found
+
+    def packed(self) -> dict[str, Packed]:
+        """The matrices that can stay in the file's own bits, by module, and their parts."""
+        return {
+            self.renamed(tensor.name).removesuffix(".weight"): self._packed(tensor)
+            for tensor in self.tensors.values()
+            if tensor.kind in GROUP and len(tensor.shape) == 2 and "_b." not in tensor.name
+        }
+
+    def _packed(self, tensor: Tensor) -> Packed:
+        rows, columns = tensor.shape
+        size, bits = GROUP[tensor.kind]
+        # Of one level, scales and offsets are fp16 in the file; of two, products of such.
+        factors = torch.float32 if tensor.kind.endswith("_K") else torch.float16
+        shapes: dict[str, tuple[Any, torch.dtype]] = {
+            "weight": ((rows, columns // 2), torch.uint8)
+            if bits == 4
+            else ((rows, columns), torch.int8),
+            "weight_scale": ((rows, columns // size), factors),
+        }
+        if tensor.kind not in NO_OFFSET:
+            shapes["weight_offset"] = ((rows, columns // size), factors)
+        order = self.row_order(tensor.name)
+
+        def compute() -> dict[str, torch.Tensor]:
+            values, scale, offset = affine(tensor)
+            if bits == 4:
+                values = values[:, ::2] << 4 | values[:, 1::2]
+            parts = {"weight": values, "weight_scale": scale, "weight_offset": offset}
+            return {name: order(part) for name, part in parts.items() if part is not None}
+
+        return computed(shapes, compute)
 
     def renamed(self, name: str) -> str:
         """A tensor's name in transformers' checkpoints. Raises StartError if it has none."""

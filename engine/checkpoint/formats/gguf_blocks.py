@@ -22,6 +22,8 @@ GROUP = {
     "Q4_0": (32, 4), "Q4_1": (32, 4), "Q4_K": (32, 4), "Q5_0": (32, 8), "Q5_1": (32, 8),
     "Q5_K": (32, 8), "Q6_K": (16, 8), "Q8_0": (32, 8),
 }  # fmt: skip
+# Kinds whose values are signed, so that nothing is added.
+NO_OFFSET = ("Q5_0", "Q6_K", "Q8_0")
 
 
 def _half(b: Array, at: int) -> Array:

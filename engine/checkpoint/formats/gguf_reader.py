@@ -91,6 +91,19 @@ class _Cursor:
             raise IndexError("it ends within a string")
         return self.data[start : self.at].decode("utf-8", errors="surrogateescape")
 
+    def strings(self, count: int) -> list[str]:
+        """As `string` does, for the hundred thousands of a vocabulary."""
+        data, at, found = self.data, self.at, []
+        size_at = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            start = at + 8
+            at = start + size_at(data, at)[0]
+            found.append(data[start:at].decode("utf-8", errors="surrogateescape"))
+        self.at = at
+        if at > len(data):
+            raise IndexError("it ends within a string")
+        return found
+
     def value(self, kind: int) -> Any:
         if kind == STRING:
             return self.string()
@@ -99,7 +112,9 @@ class _Cursor:
         kind, count = self.number("I"), self.number("Q")
         if count > len(self.data):
             raise IndexError(f"an array of {count} values")
-        if kind in (STRING, ARRAY):
+        if kind == STRING:
+            return self.strings(count)
+        if kind == ARRAY:
             return [self.value(kind) for _ in range(count)]
         numbers = struct.unpack_from(f"<{count}{self._code(kind)}", self.data, self.at)
         self.at += struct.calcsize(f"<{count}{self._code(kind)}")

@@ -47,7 +47,7 @@ OF_MODULE = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, _PARTS))})")
 Parts = dict[str, Stored]
 
 
-def _by_module(weights: Weights) -> tuple[dict[str, Parts], dict[str, Stored]]:
+def by_module(weights: Weights) -> tuple[dict[str, Parts], dict[str, Stored]]:
     """The tensors that may be parts of a packed matrix, by module, and all others."""
     modules: dict[str, Parts] = {}
     plain: dict[str, Stored] = {}
@@ -59,7 +59,7 @@ def _by_module(weights: Weights) -> tuple[dict[str, Parts], dict[str, Stored]]:
     return modules, plain
 
 
-def _kind_of(parts: Parts, method: str) -> str | None:
+def kind_of(parts: Parts, method: str) -> str | None:
     """How a module's matrix is kept; None if it is an ordinary one."""
     if "qweight" in parts:
         return "awq" if method == "awq" else "gptq"
@@ -80,9 +80,9 @@ def unpacked(weights: Weights, settings: dict[str, Any]) -> dict[str, Stored]:
     Raises StartError for tensors that belong to none.
     """
     method = str(settings["quant_method"])
-    modules, plain = _by_module(weights)
+    modules, plain = by_module(weights)
     for module, parts in modules.items():
-        kind = _kind_of(parts, method)
+        kind = kind_of(parts, method)
         if kind is None:
             plain |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
             continue

@@ -63,6 +63,33 @@ struct Int8 {
     }
 };
 
+// The same with several factors a row.
+struct Int8Blocks : InOrder<Int8> {
+    static constexpr bool HAS_BLOCKS = true;
+};
+
+// Whole numbers from 0 to 15: row n has the lower half of byte n, row LANES + n the upper.
+struct Whole4 {
+    static constexpr int BYTES = PANEL / 2;
+    static constexpr bool HAS_BLOCKS = true;
+    static inline void read(const char *from, Floats &low, Floats &high) {
+#if defined(__AVX512F__)
+        const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+        low = (Floats)_mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)));
+        high = (Floats)_mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4));
+#elif defined(__AVX2__)
+        const __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+        low = (Floats)_mm256_cvtepi32_ps(_mm256_and_si256(both, _mm256_set1_epi32(15)));
+        high = (Floats)_mm256_cvtepi32_ps(_mm256_srli_epi32(both, 4));
+#else
+        for (int n = 0; n < LANES; n++) {
+            low[n] = from[n] & 15;
+            high[n] = (uint8_t)from[n] >> 4;
+        }
+#endif
+    }
+};
+
 // NF4's values (appendix E of arXiv 2305.14314, QLoRA).
 alignas(64) constexpr float NF4[16] = {
     -1.0f,

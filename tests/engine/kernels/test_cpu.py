@@ -11,6 +11,7 @@ from transformers import Gemma2Config, MistralConfig, Qwen2Config, Qwen3Config
 
 from engine.kernels import cpu as cpu_kernels
 from engine.kernels.cpu import outcome, why_missing
+from engine.layers.blocks import unpack_blocks
 from engine.layers.cpu_layer import CpuLayer
 from engine.layers.cpu_linear import CpuLinear
 from engine.layers.merged import RMSNorm
@@ -25,7 +26,20 @@ from tests.engine.layers.test_merged import check_norm, model_of
 
 # Torch's names for a CPU's instructions; the last is what there is on every processor.
 SETS = ["AVX512", "AVX2", "DEFAULT"]
-KINDS = ["bfloat16", "float16", "8 bits", pytest.param("4 bits", marks=needs_bitsandbytes)]
+# Of blocks: the bits, the columns of one, the type of factors, and whether there are offsets.
+IN_BLOCKS = {
+    "4 bits in blocks": (4, 32, torch.float16, True),
+    "4 bits in blocks, float32": (4, 64, torch.float32, True),
+    "8 bits in blocks": (8, 32, torch.float16, False),
+    "8 bits in blocks with offsets": (8, 16, torch.float32, True),
+}
+KINDS = [
+    "bfloat16",
+    "float16",
+    "8 bits",
+    pytest.param("4 bits", marks=needs_bitsandbytes),
+    *IN_BLOCKS,
+]
 
 
 @pytest.fixture(params=SETS)
@@ -46,6 +60,8 @@ def linear_of(kind: str, out_features: int, in_features: int):
     """A layer, and its weights and bias as they are."""
     weight = torch.randn(out_features, in_features)
     bias = torch.randn(out_features) if out_features % 2 else None
+    if kind in IN_BLOCKS:
+        return in_blocks(out_features, in_features, bias, *IN_BLOCKS[kind])
     if kind in ("8 bits", "4 bits"):
         packed, scale = quantize(weight, 8 if kind == "8 bits" else 4)
         return CpuLinear.of_packed(packed, scale, bias), unpack(packed, scale, torch.float32), bias
@@ -53,15 +69,34 @@ def linear_of(kind: str, out_features: int, in_features: int):
     return CpuLinear(weight, bias), weight.float(), bias
 
 
+def in_blocks(
+    out_features: int, in_features: int, bias, bits: int, block: int, dtype, shifted: bool
+):
+    """A layer as a checkpoint has packed it, and its weights and bias."""
+    shape = out_features, in_features
+    values = torch.randint(0, 16, shape) if bits == 4 else torch.randint(-128, 128, shape)
+    packed = values.to(torch.int8)
+    if bits == 4:
+        packed = (values[:, ::2] << 4 | values[:, 1::2]).to(torch.uint8)
+    scale = (torch.rand(out_features, in_features // block) / 100).to(dtype)
+    offset = torch.randn(out_features, in_features // block).to(dtype) if shifted else None
+    layer = CpuLinear.of_packed(packed, scale, bias, offset=offset)
+    return layer, unpack_blocks(packed, scale, offset), bias
+
+
 @needs_kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_those_of_the_weights_and_of_each_row_alone(compiled_for, kind):
     torch.manual_seed(0)
     for out_features, in_features in ((1, 1), (33, 7), (64, 576), (300, 129), (75, 128)):
-        if kind == "4 bits" and in_features % BLOCK:
+        block = IN_BLOCKS[kind][1] if kind in IN_BLOCKS else BLOCK if kind == "4 bits" else 1
+        if in_features % block:
             continue
         layer, weight, bias = linear_of(kind, out_features, in_features)
-        assert torch.equal(layer.weight, weight)
+        if kind in IN_BLOCKS:
+            torch.testing.assert_close(layer.weight, weight, atol=1e-6, rtol=1e-6)
+        else:
+            assert torch.equal(layer.weight, weight)
         for count in (1, 2, 3, 5, 6, 7, 12, 13, 16, 97, 200):
             x = torch.randn(1, count, in_features)
             found = layer(x)
@@ -69,6 +104,19 @@ def test_products_are_those_of_the_weights_and_of_each_row_alone(compiled_for, k
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
             for row in (0, count // 2, count - 1):
                 assert torch.equal(layer(x[0, row]), found[0, row])
+
+
+@needs_kernels
+def test_columns_in_another_order(compiled_for):
+    torch.manual_seed(0)
+    packed = torch.randint(0, 256, (70, 64), dtype=torch.uint8)
+    scale, offset = torch.rand(70, 4), torch.randn(70, 4)
+    order = torch.randperm(128)
+    layer = CpuLinear.of_packed(packed, scale, offset=offset, order=order)
+    x = torch.randn(100, 128)
+    wanted = torch.nn.functional.linear(x[:, order], unpack_blocks(packed, scale, offset))
+    torch.testing.assert_close(layer(x), wanted, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(layer(x[:n]), layer(x)[:n]) for n in (1, 2, 7))
 
 
 @pytest.fixture
