@@ -88,6 +88,21 @@ def static_file(name: str, media_type: str) -> Callable[[Request], Response]:
     return serve
 
 
+async def rendered(request: Request, renderer: Renderer) -> Response:
+    """The response to a text that is to be rendered."""
+    try:
+        text = await read_text(request)
+        client = request.client.host if request.client else ""
+        html = await while_connected(request, renderer.render(text, client))
+        if html is None:
+            return Response(status_code=499)
+    except Refused as error:
+        kind = "server_error" if error.status >= 500 else "invalid_request_error"
+        detail = {"message": str(error), "type": kind, "param": None, "code": "not_rendered"}
+        return JSONResponse({"error": detail}, error.status)
+    return JSONResponse({"html": html})
+
+
 def mount(
     app: FastAPI,
     describe: Callable[[], dict[str, Any]],
@@ -115,17 +130,7 @@ def mount(
 
     @router.post("/chat/render")
     async def render(request: Request) -> Response:
-        try:
-            text = await read_text(request)
-            client = request.client.host if request.client else ""
-            html = await while_connected(request, renderer.render(text, client))
-            if html is None:
-                return Response(status_code=499)
-        except Refused as error:
-            kind = "server_error" if error.status >= 500 else "invalid_request_error"
-            detail = {"message": str(error), "type": kind, "param": None, "code": "not_rendered"}
-            return JSONResponse({"error": detail}, error.status)
-        return JSONResponse({"html": html})
+        return await rendered(request, renderer)
 
     dashboard.add_routes(router, static_file, observe, facts)
     app.include_router(router)
