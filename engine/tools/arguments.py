@@ -18,6 +18,10 @@ class ArgumentsParser(Protocol):
 class Arguments(Protocol):
     """One way of writing arguments; a module each."""
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What stands around names and values, in which there may be special tokens."""
+
     def spell(self, arguments: dict[str, Any]) -> str:
         """An object's text."""
 

@@ -53,7 +53,7 @@ class ToolGrammar:
         self.special = special
         words = sorted(special, key=len, reverse=True)
         self.pattern = re.compile(f"({'|'.join(map(re.escape, words)) or '(?!)'})")
-        texts = (form.head, form.middle, form.tail, form.between or "")
+        texts = (form.head, form.middle, form.tail, form.between or "", *form.arguments.texts)
         parts = [part for text in texts for part in self.pattern.split(text)]
         # The special tokens that an answer may have.
         self.marks = sorted({special[part] for part in parts if part in special})

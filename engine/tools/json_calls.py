@@ -24,6 +24,8 @@ def json_rule(schema: dict[str, Any]) -> str:
 class JSONArguments:
     """An object of JSON."""
 
+    texts: tuple[str, ...] = ()
+
     def spell(self, arguments: dict[str, Any]) -> str:
         return spell_json(arguments)
 

@@ -32,6 +32,10 @@ class TaggedArguments:
     middle: str
     tail: str
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.head, self.middle, self.tail)
+
     def spell(self, arguments: dict[str, Any]) -> str:
         return "".join(
             f"{self.head}{name}{self.middle}{spell_value(value)}{self.tail}"
