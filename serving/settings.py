@@ -55,7 +55,8 @@ class Settings(BaseSettings):
 
     model: str = Field(
         "demo",
-        description="a name under models/, or the folder of a checkpoint or a LoRA adapter; demo is"
+        description="a name under models/, the folder of a checkpoint or a LoRA adapter, or a GGUF"
+        " file; demo is"
         " downloaded",
     )
     base: str | None = Field(
