@@ -1320,9 +1320,10 @@ def build_app(
 
 
 def model_card(model: ChatModel) -> dict[str, Any]:
-    """The model as OpenAI lists it, with vLLM's max_model_len."""
+    """The model as OpenAI lists it, with vLLM's max_model_len and OpenRouter's context_length."""
     card = {"id": model.name, "object": "model", "created": model.loaded, "owned_by": "chat-api"}
-    return card | {"max_model_len": model.context_length, "version": f"chat-api {__version__}"}
+    length = {"max_model_len": model.context_length, "context_length": model.context_length}
+    return card | length | {"version": f"chat-api {__version__}"}
 
 
 def page_config(model: ChatModel) -> dict[str, Any]:

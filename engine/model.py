@@ -8,8 +8,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ContextTooLong, EngineError, InvalidInput
+from engine.errors import ContextTooLong, InvalidInput
+from engine.guided.thinking_budget import ThinkingBudget
 from engine.offload import remove
+from engine.prompt import format_probe
 from engine.prompt.bounds import PromptBounds
 from engine.prompt.families import Message
 from engine.prompt.truncation import drop_turns, turns_to_drop
@@ -150,6 +152,18 @@ class ChatModel:
             raise explained(error, tools) from error
         return replace(prompt, guide=guide, tools=tuple(tools), shown_ids=frozenset(marks))
 
+    def with_budget(self, prompt: Prompt, most: int) -> Prompt:
+        """The same, its answer's thought ended after so many tokens.
+
+        Raises InvalidInput if the model's chat template knows no thoughts.
+        """
+        thoughts = prompt.thoughts or self.thoughts(prompt)
+        if thoughts is None:
+            raise InvalidInput("this model does not think aloud; leave the budget out", "budget")
+        markers = (thoughts.opening, thoughts.closing)
+        budget = ThinkingBudget.of(self.tokenizer.backend, most, markers, thoughts.begun)
+        return replace(prompt, budget=budget)
+
     def tool_parser(self, tools: Iterable[Any] = ()) -> ToolCallParser:
         """What parts the text of an answer that may call tools."""
         return ToolCallParser(self._tool_grammar.form, self.tokenizer.shown, tools)
@@ -244,30 +258,12 @@ class ChatModel:
     @cached_property
     def can_continue(self) -> bool:
         """Whether an answer can go on from a message: some chat templates leave out the last."""
-        begun: list[Message] = [
-            {"role": "user", "content": "hi"},
-            {"role": "assistant", "content": "hello"},
-        ]
-        try:
-            return bool(self.encode(begun, continue_final=True))
-        except EngineError:
-            return False
+        return format_probe.can_continue(self.encode)
 
     @cached_property
     def has_system_turns(self) -> bool:
         """Whether the format takes a system turn in the midst of a conversation, and shows it."""
-        word = "qzasystem"
-        asked = {"role": "user", "content": "hi"}
-        turns: list[Message] = [
-            asked,
-            {"role": "assistant", "content": "hello"},
-            asked,
-            {"role": "system", "content": word},
-        ]
-        try:
-            return word in self.tokenizer.backend.decode(self.encode(turns)).split("hello")[-1]
-        except EngineError:
-            return False
+        return format_probe.has_system_turns(self.encode, self.decode)
 
     @cached_property
     def can_infill(self) -> bool:
