@@ -64,6 +64,7 @@ class Prompt:
     shown_ids: frozenset[int] = frozenset()  # special tokens that are text in the answer
     thoughts: "Thoughts | None" = None  # which are told apart, and in which nothing stops
     budget: "ThinkingBudget | None" = None
+    adapter: int = 0  # by its number among the model's, from 1 on; 0 is none
 
     @property
     def calls_tools(self) -> bool:
@@ -83,6 +84,7 @@ class Span:
     room: int = 0
     num_cached: int = 0
     all_logits: bool = False  # the logits of all its tokens are wanted, not only of the last
+    adapter: int = 0  # with which it is computed; 0 is none
     # The chained hashes of the tokens' whole blocks, as far as anybody has asked for them.
     block_hashes: list[int] = field(default_factory=list, repr=False)
     # The slots of the states of its layers that keep one, by how many tokens they are of, and after
