@@ -268,6 +268,19 @@ def find_adapters_base(settings: Settings, folder: Path) -> Path | None:
         raise StartError(str(error)) from error
 
 
+def find_adapters(settings: Settings) -> dict[str, Path]:
+    """The folders of the adapters by their names. Raises StartError with the remedy."""
+    found: dict[str, Path] = {}
+    for name, _, place in (pair.partition("=") for pair in settings.adapter):
+        try:
+            found[name] = find_model(place)
+        except DownloadError as error:
+            raise StartError(f"--adapter {name}: {error}") from error
+        if not is_adapter(found[name]):
+            raise StartError(f"--adapter {name}: {found[name]} is no folder of a LoRA adapter")
+    return found
+
+
 def read_template(settings: Settings) -> str | None:
     """The chat template that is set, if any. Raises StartError if it cannot be read."""
     path = settings.chat_template
@@ -286,6 +299,7 @@ def check_files(settings: Settings) -> None:
     """Raise StartError at once for what loading would find missing after seconds."""
     if settings.model != "demo":  # which is fetched while the server answers already
         find_adapters_base(settings, find_folder(settings))
+    find_adapters(settings)
     read_template(settings)
 
 
@@ -300,6 +314,7 @@ def load_served(settings: Settings) -> ChatModel:
         device_map=settings.device_map,
         quantize=settings.quantize,
         base=find_adapters_base(settings, folder),
+        adapters=find_adapters(settings),
         chat_template=read_template(settings),
         cache_memory=settings.cache_memory,
         max_batch=settings.max_batch,
@@ -481,6 +496,7 @@ class RequestInfo:
     # How it ended: served, or an error's code, or else its client left.
     outcome: str = "left"
     streaming: bool = False
+    adapter: str = ""  # by its name, of a request that chose one
     # The request's own name for an argument of the engine's, once its body is read.
     field_of: Callable[[str | None], str | None] = lambda argument: argument
 
@@ -512,6 +528,9 @@ class Metrics:
         )
         self.ignored_fields = count("ignored_fields", "Fields that were left out", ["route"])
         self.ignored_names: set[str] = set()
+        self.adapter_requests = count(
+            "adapter_requests", "Requests for an adapter that ended", ["adapter", "outcome"]
+        )
         self.prompt_tokens = count("prompt_tokens", "Tokens of prompts")
         self.cached_tokens = count("prefix_cache_hits", "Tokens of prompts found in the cache")
         self.generation_tokens = count("generation_tokens", "Tokens of answers")
@@ -543,6 +562,9 @@ class Metrics:
     def record(self, info: RequestInfo) -> None:
         """Count a request that has ended, however it did, and log one line of it."""
         line: dict[str, Any] = {"request_id": info.id, "route": info.route, "outcome": info.outcome}
+        if info.adapter:
+            line["adapter"] = info.adapter
+            self.adapter_requests.labels(info.adapter, info.outcome).inc()
         finish_reason = "none"
         if info.choices:
             if info.outcome == "served":
@@ -979,12 +1001,20 @@ class ChatService:
             raise NotServing("the server is stopping; try again after its restart", None, seconds)
         if self._model is None:
             raise NotServing("the model is still loading; try again soon", retry_after=5)
-        if name not in (None, self._model.name):
-            message = (
-                f"there is no model {printable(name)!r} here; this server has {self._model.name!r}"
-            )
-            raise ModelNotFound(message, "model")
-        return self._model
+        if name in (None, self._model.name):
+            return self._model
+        if name in self._model.variants:
+            return self._model.variants[name]
+        names = ", ".join(repr(known) for known in (self._model.name, *self._model.variants))
+        message = f"there is no model {printable(name)!r} here; this server has {names}"
+        raise ModelNotFound(message, "model")
+
+    def chosen(self, info: RequestInfo, body: SamplingFields | InstantRequest) -> ChatModel:
+        """The model that a request asks for, itself or with an adapter; see `model`."""
+        model = self.model(body.model)
+        if model.base:
+            info.adapter = model.name
+        return model
 
     def check_queue(self, model: ChatModel) -> None:
         """Raise QueueFull if no more requests may wait, for the workers or for the model."""
@@ -1026,7 +1056,7 @@ class ChatService:
         self, request: Request, body: SamplingFields, reply_of: ReplyFactory
     ) -> Response:
         info = request_info(request.scope)
-        model = self.model(body.model)
+        model = self.chosen(info, body)
         # Before tokenizing a request that would be refused.
         await self.wait_for_queue(request, model)
         self.metrics.record_prompt(info, body)
@@ -1094,7 +1124,7 @@ class ChatService:
         async with time_limit(info, self.settings.request_timeout):
             body = await read_body(request, schema)
             info.field_of = body.field_of
-            model = self.model(body.model)
+            model = self.chosen(info, body)
             await self.wait_for_queue(request, model)
             work = self.workers.run(partial(body.result, model))
             response = JSONText(await while_connected(request, work))
@@ -1307,7 +1337,9 @@ def build_app(
 
     @app.get("/v1/models", responses=extra_responses(OPENAI))
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_card(service.model())]}
+        model = service.model()
+        served = [model, *model.variants.values()]
+        return {"object": "list", "data": [model_card(each) for each in served]}
 
     @app.get("/v1/models/{name:path}", responses=extra_responses(OPENAI))
     async def model(name: str) -> dict[str, Any]:
@@ -1320,9 +1352,11 @@ def build_app(
 
 
 def model_card(model: ChatModel) -> dict[str, Any]:
-    """The model as OpenAI lists it, with vLLM's max_model_len."""
+    """The model as OpenAI lists it, with vLLM's max_model_len and OpenRouter's context_length."""
     card = {"id": model.name, "object": "model", "created": model.loaded, "owned_by": "chat-api"}
-    return card | {"max_model_len": model.context_length, "version": f"chat-api {__version__}"}
+    card |= {"max_model_len": model.context_length, "context_length": model.context_length}
+    card |= {"parent": model.base.name} if model.base else {}
+    return card | {"version": f"chat-api {__version__}"}
 
 
 def page_config(model: ChatModel) -> dict[str, Any]:
@@ -1332,6 +1366,7 @@ def page_config(model: ChatModel) -> dict[str, Any]:
         defaults["max_new_tokens"] = None  # a chat's answer may take the whole context
     return {
         "model": model.name,
+        "models": [model.name, *model.variants],
         "context_length": model.context_length,
         "defaults": defaults,
         "continue_final_message": model.can_continue,

@@ -41,10 +41,10 @@ def post(body: dict[str, Any], url: str, api_key: str) -> requests.Response:
     raise requests.HTTPError(f"{told} ({answer.status_code})", response=answer)
 
 
-def chat(prompt: str, history: list[Any], url: str, api_key: str) -> list[Any]:
+def chat(prompt: str, history: list[Any], args: argparse.Namespace) -> list[Any]:
     """Print the answer as it comes; return the history with this turn added."""
-    body = {"prompt": prompt, "history": history, "stream": True, "truncate": True}
-    for line in post(body, url, api_key).iter_lines():
+    body = {"prompt": prompt, "history": history, "model": args.model, "stream": True}
+    for line in post(body | {"truncate": True}, args.url, args.api_key).iter_lines():
         event = json.loads(line[6:]) if line.startswith(b"data: {") else {}
         if "error" in event:
             raise requests.HTTPError(event["error"]["message"])
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("prompt", nargs="?", help="the question; without one it is a chat")
     parser.add_argument("--url", default=URL, help=f"where the server is ({URL})")
     parser.add_argument("--api-key", default=KEY, help="one of its keys (CHAT_API_KEY)")
+    parser.add_argument("--model", help="one of its adapters, or its own model, by its name")
     args = parser.parse_args()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
@@ -68,7 +69,7 @@ def main() -> None:
     try:
         for prompt in [args.prompt] if args.prompt else iter(lambda: input("> "), "exit"):
             try:
-                history, failed = chat(prompt, history, args.url, args.api_key), 0
+                history, failed = chat(prompt, history, args), 0
             except requests.RequestException as error:
                 print(f"request.py: {error}", file=sys.stderr)
                 failed = 1

@@ -3,6 +3,7 @@
     python benchmarks/quality.py                                the demo model, in 16, 8 and 4 bits
     python benchmarks/quality.py --model FOLDER --tokens 20000  another, over so many tokens
     python benchmarks/quality.py --quantize none 8bit           without bitsandbytes
+    python benchmarks/quality.py --model FILE.gguf --quantize none   a GGUF file's own bits
 
 The text is Python's own: the topics of its `help()`, which are its reference manual. It is read in
 windows of --window tokens. The first way in the list is what the others' tokens are compared with.
@@ -14,7 +15,7 @@ import math
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +39,20 @@ class Quality(NamedTuple):
 
 def windows_of(folder: str, tokens: int, window: int) -> list[list[int]]:
     """The beginning of the text as token ids, in windows."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    ids = tokenizer_of(Path(folder))(text)["input_ids"]
+    return [ids[n : n + window] for n in range(0, min(tokens, len(ids)) - window + 1, window)]
+
+
+def tokenizer_of(model: Path) -> Any:
+    """The tokenizer of a checkpoint's folder, or of a GGUF file."""
     from transformers import AutoTokenizer
 
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    ids = AutoTokenizer.from_pretrained(folder, local_files_only=True)(text)["input_ids"]
-    return [ids[n : n + window] for n in range(0, min(tokens, len(ids)) - window + 1, window)]
+    from engine.checkpoint.formats.gguf import GGUFFile
+
+    if model.suffix.lower() == ".gguf":
+        return GGUFFile(model).tokenizer()
+    return AutoTokenizer.from_pretrained(model, local_files_only=True)
 
 
 def measure(folder: str, quantize: str, windows: list[list[int]]) -> Quality:

@@ -1,11 +1,12 @@
 """How a chat model is loaded, checked and started."""
 
 import threading
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -20,9 +21,11 @@ from engine.checkpoint.checkpoint import (
     load_model,
 )
 from engine.checkpoint.model_config import context_length, not_supported
+from engine.checkpoint.named_adapter import NamedAdapters
 from engine.errors import StartError
 from engine.layers.autotune import settle_form
 from engine.layers.freed_memory import return_freed_memory
+from engine.layers.named_adapters import Updates
 from engine.layers.quantized import num_parameters
 from engine.layers.weight_format import computes_exactly, tolerance_of
 from engine.model import ChatModel
@@ -38,6 +41,7 @@ from engine.runner.cpu_threads import cores_settled_behind
 from engine.runner.create import create_runner
 from engine.runner.runner import Runner, input_device
 from engine.runner.step_costs import step_costs
+from engine.runner.summary import attention_summary
 from engine.scheduling.engine import Engine
 from engine.sequence import Span
 
@@ -58,12 +62,14 @@ def reference_logits(model: Any, ids: list[int]) -> torch.Tensor:
     return model(input_ids=ids_there, use_cache=False).logits[0]
 
 
-def self_check(runner: Runner, alone: list[torch.Tensor]) -> float:
+def self_check(runner: Runner, alone: list[torch.Tensor], adapter: int = 0) -> float:
     """The relative error of packed and chunked steps against the probes' reference logits.
 
-    Raises StartError if it is too large: such a model would read its neighbours' tokens.
+    The first probe has the adapter, the second none. Raises StartError if it is too large: such a
+    model would read its neighbours' tokens.
     """
-    spans = [Span(ids, start) for ids, start in zip(probes(runner.model), (0, 13), strict=True)]
+    first, second = probes(runner.model)
+    spans = [Span(first, 0, adapter=adapter), Span(second, 13)]
     errors: list[float] = []
     for news in ((4, 5), (7, 1), (1, 1)):
         logits = runner.forward(list(zip(spans, news, strict=True)))
@@ -106,12 +112,26 @@ def logits_alone(model: Any, wanted: list[torch.Tensor]) -> list[torch.Tensor]:
     return found
 
 
-def start_runner(model: Any, cache_memory: str = "auto", max_batch: int = 64) -> Runner:
+def check_batches(runner: Runner, alone: list[torch.Tensor]) -> None:
+    """Note the largest relative error of a batch's logits, those of adapters beside none included.
+
+    An adapter's are held against its own, of the probe alone. Raises StartError if one is large.
+    """
+    runner.difference = self_check(runner, alone)
+    ids, _ = probes(runner.model)
+    for number in range(1, runner.num_adapters + 1):
+        own = runner.forward([(Span(ids, 0, all_logits=True, adapter=number), len(ids))])
+        runner.difference = max(runner.difference, self_check(runner, [own, alone[1]], number))
+
+
+def start_runner(
+    model: Any, cache_memory: str = "auto", max_batch: int = 64, adapters: Sequence[Updates] = ()
+) -> Runner:
     """A runner whose logits were checked against the model's own. Raises StartError otherwise."""
     try:
         alone = [reference_logits(model, ids) for ids in probes(model)]
         most = max_batch * context_length(model.config)
-        runner = create_runner(model, cache_memory, most, max_batch)
+        runner = create_runner(model, cache_memory, most, max_batch, adapters)
     except Exception as error:
         # A model's own code may raise anything for what is none of its customs.
         if is_out_of_memory(error) or owner_of(error.__traceback__) != "transformers":
@@ -123,32 +143,13 @@ def start_runner(model: Any, cache_memory: str = "auto", max_batch: int = 64) ->
         alone = logits_alone(model, alone)
     runner.capture_graphs(max_batch, min(context_length(model.config), runner.rows))
     try:
-        runner.difference = self_check(runner, alone)
+        check_batches(runner, alone)
     except Exception as error:  # whatever a kernel raises
         if runner.way == runner.fallback_way:
             raise
         runner.fall_back(str(error))
-        runner.difference = self_check(runner, alone)
+        check_batches(runner, alone)
     return runner
-
-
-def attention_summary(runner: Runner) -> str:
-    """How attention is computed, and how far it reaches."""
-    scorings = [layer.scoring for layer in runner.pool.layers]
-    windows = Counter(scoring.window for scoring in scorings if scoring.window is not None)
-    reach = [f"; {n} of {len(scorings)} layers see {size:,} tokens" for size, n in windows.items()]
-    return kernel_summary(runner) + "".join(reach)
-
-
-def kernel_summary(runner: Runner) -> str:
-    if runner.fallback_reason:
-        kernel = "our kernels" if runner.one_call else "sdpa"
-        how = "the rows in place" if runner.way == "sliced" else "copied rows"
-        return f"{kernel} over {how} ({runner.fallback_reason})"
-    sizes = sorted({recorded.size for recorded in runner.graphs})
-    graphs = f"CUDA graphs for {', '.join(map(str, sizes)) or 'no'} sequences"
-    kernel = "FlashAttention" if runner.way == "in place" else "a kernel of ours for latents"
-    return f"{kernel} in place, {graphs}"
 
 
 def measured_costs(runner: Runner, prefill_chunk: int) -> dict[int, float]:
@@ -223,6 +224,7 @@ def load(
     device_map: str = "auto",
     quantize: str = "none",
     base: Path | str | None = None,
+    adapters: Mapping[str, Path] = MappingProxyType({}),
     chat_template: str | None = None,
     cache_memory: str = "auto",
     max_batch: int = 64,
@@ -236,23 +238,22 @@ def load(
 
     `dtype` is auto (the checkpoint's) or a torch dtype's name; `device_map` auto, a device, or a
     JSON map of module to device; `quantize` none, 8bit or 4bit; `base` the folder of an adapter's
-    model; `chat_template` Jinja, not the model's own; `cache_memory` auto, a size such as 4GiB, or
-    a fraction of free memory; `prefill_chunk` the most; `timeout` in seconds; `name` by default
-    the folder's. Raises StartError.
+    model; `adapters` folders by the names of requests; `chat_template` Jinja, not the model's own;
+    `cache_memory` auto, a size or a fraction; `timeout` in seconds. Raises StartError.
     """
     check_machine(device_map)
     form = {"dtype": dtype, "device_map": device_map, "quantize": quantize}
-    name = name or name_of(Path(folder))
+    named = NamedAdapters(adapters, name or name_of(Path(folder)))
     limits = {"max_batch": max_batch, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
     with explained(folder):
         model, text, ends = read_model(folder, chat_template, base=base, **form)
-        facts = settled_weights(model, name, dtype)
-        runner = start_runner(model, cache_memory, max_batch)
+        named.fit(model, text, own_templates=chat_template is None)
+        runner, facts = settled_runner(model, named, dtype, cache_memory, max_batch)
         costs = measured_costs(runner, prefill_chunk)
         engine = Engine(
             runner, text.plain, ends, reuse=reuse, timeout=timeout, costs=costs, **limits
         )
-        return chat_model(name, text, engine, facts)
+        return replace(chat_model(named.name, text, engine, facts), adapters=named.texts)
 
 
 def name_of(path: Path) -> str:
@@ -275,6 +276,14 @@ def read_model(
 def vocabulary_of(model: Any) -> int:
     """How many token ids a model has an embedding for."""
     return len(model.get_input_embeddings().weight)
+
+
+def settled_runner(
+    model: Any, named: NamedAdapters, dtype: str, cache_memory: str, max_batch: int
+) -> tuple[Runner, dict[str, str]]:
+    """A runner of a model in its settled form, with its adapters; and what its weights are."""
+    facts = settled_weights(model, named.name + named.told, dtype)
+    return start_runner(model, cache_memory, max_batch, named.updates), facts
 
 
 def settled_weights(model: Any, name: str, dtype: str) -> dict[str, str]:

@@ -8,8 +8,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ContextTooLong, EngineError, InvalidInput
+from engine.engine_status import EngineStatus
+from engine.errors import ContextTooLong, InvalidInput
+from engine.guided.thinking_budget import ThinkingBudget
 from engine.offload import remove
+from engine.prompt import format_probe
 from engine.prompt.bounds import PromptBounds
 from engine.prompt.families import Message
 from engine.prompt.truncation import drop_turns, turns_to_drop
@@ -24,11 +27,8 @@ if TYPE_CHECKING:
     from engine.scheduling.engine import Engine
 
 
-SLOW = 10.0  # times as long as is likely a step may take before it counts as late
-
-
 @dataclass(frozen=True)
-class ChatModel:
+class ChatModel(EngineStatus):
     """A loaded model, ready to answer."""
 
     name: str
@@ -45,10 +45,21 @@ class ChatModel:
     loaded: int = field(default_factory=lambda: int(time.time()))
     # Variables of the chat template, where a request does not set them.
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Mapping[str, "ChatTokenizer"] = field(default_factory=dict)  # in the engine's order
+    adapter: int = 0  # with which this one answers, of another's: `base`
+    base: "ChatModel | None" = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
         self.tokenizer.most_tokens = self.prompt_length
+
+    @cached_property
+    def variants(self) -> dict[str, "ChatModel"]:
+        """The model with each of its adapters: models that share its engine."""
+        return {
+            name: replace(self, adapters={}, base=self, name=name, tokenizer=text, adapter=number)
+            for number, (name, text) in enumerate(self.adapters.items(), 1)
+        }
 
     def answer(self, prompt: Prompt, n: int = 1) -> AsyncGenerator[Delta]:
         """Yield an answer piece by piece, or n of them interleaved; closing it cancels.
@@ -69,47 +80,6 @@ class ChatModel:
     def check_queue(self) -> None:
         """Raise QueueFull if no more requests may wait, EngineStopped if the engine is dead."""
         self.engine.check_queue()
-
-    @property
-    def failure(self) -> BaseException | None:
-        """What the engine died of."""
-        return self.engine.failure
-
-    @property
-    def seconds_late(self) -> float:
-        """By how much the current step is longer than it may be by what steps have taken; or 0."""
-        if not self.engine.num_running:
-            return 0.0
-        due = self.engine.last_step + SLOW * self.engine.expected_step
-        return max(0.0, time.monotonic() - due)
-
-    @property
-    def num_running(self) -> int:
-        return self.engine.num_running
-
-    @property
-    def num_waiting(self) -> int:
-        return self.engine.num_waiting
-
-    @property
-    def cache_tokens(self) -> int:
-        """Tokens that the KV cache holds."""
-        return self.engine.cache.rows
-
-    @property
-    def cache_tokens_used(self) -> int:
-        return self.engine.cache.num_used
-
-    @property
-    def state_slots(self) -> int:
-        """Slots for the states of layers that keep one; 0 if none does."""
-        pool = self.engine.cache.states.pool
-        return pool.slots if pool else 0
-
-    @property
-    def state_slots_used(self) -> int:
-        pool = self.engine.cache.states.pool
-        return pool.slots - len(pool.free) if pool else 0
 
     def close(self) -> None:
         """Stop the engine; those who still generate get EngineStopped."""
@@ -137,18 +107,29 @@ class ChatModel:
         """The same, to be answered with a text or with valid calls of these tools.
 
         `required` says that it must be calls, `parallel` that there may be several; with a `schema`
-        a text is JSON of it. Each tool has
-        the shape of OpenAI's, with parameters. Raises InvalidInput if their schemas are invalid.
+        a text is JSON of it. Each tool has the shape of OpenAI's, with parameters. Raises
+        InvalidInput if their schemas are invalid.
         """
-        grammar = self._tool_grammar.write(
-            tools, ToolChoice(required, parallel, schema), prompt.thoughts or self.thoughts(prompt)
-        )
-        marks = self._tool_grammar.marks
+        thoughts = prompt.thoughts or self.thoughts(prompt)
+        choice = ToolChoice(required, parallel, schema)
+        grammar, marks = self._tool_grammar.write(tools, choice, thoughts), self._tool_grammar.marks
         try:
             guide = self._guides.compile_grammar(grammar, marks)
         except InvalidInput as error:
             raise explained(error, tools) from error
         return replace(prompt, guide=guide, tools=tuple(tools), shown_ids=frozenset(marks))
+
+    def with_budget(self, prompt: Prompt, most: int) -> Prompt:
+        """The same, its answer's thought ended after so many tokens.
+
+        Raises InvalidInput if the model's chat template knows no thoughts.
+        """
+        thoughts = prompt.thoughts or self.thoughts(prompt)
+        if thoughts is None:
+            raise InvalidInput("this model does not think aloud; leave the budget out", "budget")
+        markers = (thoughts.opening, thoughts.closing)
+        budget = ThinkingBudget.of(self.tokenizer.backend, most, markers, thoughts.begun)
+        return replace(prompt, budget=budget)
 
     def tool_parser(self, tools: Iterable[Any] = ()) -> ToolCallParser:
         """What parts the text of an answer that may call tools."""
@@ -172,8 +153,8 @@ class ChatModel:
 
     @property
     def _guides(self) -> "TrialCompiler":
-        with self._lock:
-            return self._compiler
+        with (owner := self.base or self)._lock:
+            return owner._compiler
 
     @cached_property
     def _compiler(self) -> "TrialCompiler":
@@ -244,30 +225,12 @@ class ChatModel:
     @cached_property
     def can_continue(self) -> bool:
         """Whether an answer can go on from a message: some chat templates leave out the last."""
-        begun: list[Message] = [
-            {"role": "user", "content": "hi"},
-            {"role": "assistant", "content": "hello"},
-        ]
-        try:
-            return bool(self.encode(begun, continue_final=True))
-        except EngineError:
-            return False
+        return format_probe.can_continue(self.encode)
 
     @cached_property
     def has_system_turns(self) -> bool:
         """Whether the format takes a system turn in the midst of a conversation, and shows it."""
-        word = "qzasystem"
-        asked = {"role": "user", "content": "hi"}
-        turns: list[Message] = [
-            asked,
-            {"role": "assistant", "content": "hello"},
-            asked,
-            {"role": "system", "content": word},
-        ]
-        try:
-            return word in self.tokenizer.backend.decode(self.encode(turns)).split("hello")[-1]
-        except EngineError:
-            return False
+        return format_probe.has_system_turns(self.encode, self.decode)
 
     @cached_property
     def can_infill(self) -> bool:
@@ -297,7 +260,8 @@ class ChatModel:
         return self.tokenizer.backend.decode(ids, skip_special_tokens=False)
 
     def _with_length(self, ids: list[int], given: dict[str, Any], whole_context: bool) -> Prompt:
-        return self._bounds.fit(ids, self.defaults, given, whole_context)
+        fits = self._bounds.fit(ids, self.defaults, given, whole_context)
+        return replace(fits, adapter=self.adapter)
 
     @property
     def _bounds(self) -> PromptBounds:

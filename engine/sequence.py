@@ -13,6 +13,7 @@ from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from engine.guided.guide import Guide
+    from engine.guided.thinking_budget import ThinkingBudget
     from engine.tools.grammar import Thoughts
 
 FinishReason = Literal["stop", "length"]
@@ -62,6 +63,8 @@ class Prompt:
     num_stable: int | None = None  # tokens with which the next turn begins, too; None if unknown
     shown_ids: frozenset[int] = frozenset()  # special tokens that are text in the answer
     thoughts: "Thoughts | None" = None  # which are told apart, and in which nothing stops
+    budget: "ThinkingBudget | None" = None
+    adapter: int = 0  # by its number among the model's, from 1 on; 0 is none
 
     @property
     def calls_tools(self) -> bool:
@@ -81,6 +84,7 @@ class Span:
     room: int = 0
     num_cached: int = 0
     all_logits: bool = False  # the logits of all its tokens are wanted, not only of the last
+    adapter: int = 0  # with which it is computed; 0 is none
     # The chained hashes of the tokens' whole blocks, as far as anybody has asked for them.
     block_hashes: list[int] = field(default_factory=list, repr=False)
     # The slots of the states of its layers that keep one, by how many tokens they are of, and after
@@ -103,6 +107,7 @@ class Sequence(Span):
     end_ids: frozenset[int] = frozenset()
     open_ended: bool = False  # no length was stated: rows are reserved bit by bit
     guide: "Guide | None" = None
+    budget: "ThinkingBudget | None" = None
     done: bool = False  # ended, or its client has left; may be set from another thread
     spoilt: bool = False  # it failed: nothing that it computed is for others
     finish_reason: FinishReason | None = None
@@ -155,6 +160,8 @@ class Sequence(Span):
         self.draw = self.random.random()
         if self.guide:
             self.guide.matcher.consume_token(token)
+        if self.budget:
+            self.budget.note(token)
         if token in self.end_ids:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.max_tokens:

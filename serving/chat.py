@@ -54,6 +54,7 @@ class ChatCompletionRequest(Conversation, OpenAIRequest):
         "max_new_tokens": "max_tokens",
         "prompt": "messages",
         "schema": "response_format",
+        "budget": "reasoning_budget",
         "template_kwargs": "chat_template_kwargs",
     }
 
@@ -63,6 +64,9 @@ class ChatCompletionRequest(Conversation, OpenAIRequest):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tool_choice: ToolChoice | None = Field(
         None, description="none, auto, required, or the function that must be called"
+    )
+    reasoning_budget: int | None = Field(
+        None, ge=-1, description="most tokens of a thought, -1 is no limit"
     )
     parallel_tool_calls: bool | None = Field(None, description="false: at most one call")
 
@@ -122,6 +126,7 @@ class ChatCompletionRequest(Conversation, OpenAIRequest):
             must_call=named is not None or self.tool_choice == "required",
             parallel=self.parallel_tool_calls is not False and named is None,
             schema=schema,
+            budget=None if self.reasoning_budget == -1 else self.reasoning_budget,
         )
         return [inner.prepare(model)]
 

@@ -37,6 +37,8 @@ class InnerRequest:
     must_call: bool = False
     parallel: bool = True
     schema: dict[str, Any] | None = None
+    budget: int | None = None  # most tokens of a thought
+    budget_field: str = ""  # where it is only a wish
 
     def prepare(self, model: ChatModel) -> Prompt:
         """Tokenize it. Raises InvalidInput if it cannot be served, ContextTooLong if too long."""
@@ -56,7 +58,11 @@ class InnerRequest:
         )
         if length is not None:
             prompt = with_most(prompt, length)
-        return self._guided(model, replace(prompt, thoughts=self._thoughts(model, prompt)))
+        prompt = self._guided(model, replace(prompt, thoughts=self._thoughts(model, prompt)))
+        thinks = prompt.calls_tools or prompt.guide is None
+        if self.budget is None or not thinks or (self.budget_field and not can_think(model)):
+            return prompt
+        return model.with_budget(prompt, self.budget)
 
     def _thoughts(self, model: ChatModel, prompt: Prompt) -> Thoughts | None:
         """What the answer's thoughts stand between, and whether it begins in one."""
@@ -83,12 +89,13 @@ class InnerRequest:
 
     def unmet_hints(self, model: ChatModel) -> list[str]:
         """The fields that wish for what the chat template does not have."""
-        return [
+        wishes = [self.budget_field] if self.budget is not None and not can_think(model) else []
+        return wishes + [
             hint.field
             for hint in self.hints
             if has_variable(model, hint) is None
             # A model that never thinks need not be told.
-            and not (model.tokenizer.thinking_markers is None and hint.variables[-1][1] is False)
+            and (can_think(model) or hint.variables[-1][1] is not False)
         ]
 
     def _guided(self, model: ChatModel, prompt: Prompt) -> Prompt:
@@ -140,6 +147,10 @@ def has_variable(model: ChatModel, hint: TemplateHint) -> tuple[str, Any] | None
     template = "\n".join(model.tokenizer.templates)
     known = (pair for pair in hint.variables if re.search(rf"\b{pair[0]}\b", template))
     return next(known, None)
+
+
+def can_think(model: ChatModel) -> bool:
+    return model.tokenizer.thinking_markers is not None
 
 
 def with_most(prompt: Prompt, length: int) -> Prompt:

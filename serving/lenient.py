@@ -64,6 +64,15 @@ class LenientRequest(SamplingFields):
             check_near(name, cls.names())
         ignored.add(name)
 
+    reasoning_budget: int | None = Field(
+        None, ge=-1, description="most tokens of a thought, -1 is no limit"
+    )
+
+    def thinking_budget(self, wished: int = -1) -> int | None:
+        """Most tokens of a thought, by this field or another of the dialect's."""
+        most = self.reasoning_budget if self.reasoning_budget is not None else wished
+        return None if most < 0 else most
+
     def inner(self) -> InnerRequest:
         """The request in no dialect."""
         raise NotImplementedError
@@ -103,6 +112,12 @@ class ObjectReader:
 
     def flag(self, name: str, default: bool = False) -> bool:
         return self.checked(name, self.take(name, default), bool, "true or false")
+
+    def number(self, name: str, default: int) -> int:
+        value = self.take(name, default)
+        if isinstance(value, bool):
+            raise self.error("must be a whole number", name)
+        return self.checked(name, value, int, "a whole number")
 
     def json_object(self, name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
         """A field that is an object of no certain fields."""

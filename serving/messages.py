@@ -73,6 +73,7 @@ class MessagesRequest(LenientRequest):
     _choice: dict[str, Any] = PrivateAttr(default_factory=dict)
     _schema: dict[str, Any] | None = PrivateAttr(None)
     _hints: list[TemplateHint] = PrivateAttr(default_factory=list)
+    _budget: int = PrivateAttr(-1)
     _hides_thoughts: bool = PrivateAttr(False)
 
     def check(self) -> None:
@@ -134,8 +135,7 @@ class MessagesRequest(LenientRequest):
             self._ignored.add("thinking.type")
         elif kind != "adaptive":
             raise thinking.error("must be enabled, disabled or adaptive", "type")
-        if thinking.take("budget_tokens") is not None:
-            thinking.report("budget_tokens")
+        self._budget = thinking.number("budget_tokens", -1)
         self._hides_thoughts = thinking.text("display", "") == "omitted"
         thinking.done()
 
@@ -197,6 +197,8 @@ class MessagesRequest(LenientRequest):
             hints=self._hints,
             tools=self._declared.usable,
             schema=self._schema,
+            budget=self.thinking_budget(self._budget),
+            budget_field="thinking.budget_tokens",
             **self._choice,
         )
 

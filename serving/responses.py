@@ -276,6 +276,8 @@ class ResponsesRequest(LenientRequest):
             hints=self._hints,
             tools=self.usable_tools,
             schema=self._schema,
+            budget=self.thinking_budget(),
+            budget_field="reasoning_budget",
             **self._choice,
         )
 

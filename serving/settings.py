@@ -4,10 +4,10 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from serving import __version__
 from serving.command_line import check_flags, command_line, setting_error
@@ -39,6 +39,18 @@ def split_list(text: str) -> tuple[str, ...]:
     return tuple(part for part in map(str.strip, text.split(",")) if part)
 
 
+def split_adapters(given: Any) -> tuple[str, ...]:
+    """NAME=FOLDER, several of them separated by commas. Raises ValueError."""
+    pairs = split_list(",".join([given] if isinstance(given, str) else given))
+    for pair in pairs:
+        if not re.fullmatch(r"[\w.:-]+=.+", pair):
+            raise ValueError("must be NAME=FOLDER, such as poet=output/checkpoint-699")
+    names = [pair.partition("=")[0] for pair in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"must not have two adapters of one name ({twice[0]})")
+    return pairs
+
+
 class Settings(BaseSettings):
     """What a start can be told; serving/command_line.py has the groups of --help."""
 
@@ -55,7 +67,8 @@ class Settings(BaseSettings):
 
     model: str = Field(
         "demo",
-        description="a name under models/, or the folder of a checkpoint or a LoRA adapter; demo is"
+        description="a name under models/, the folder of a checkpoint or a LoRA adapter, or a GGUF"
+        " file; demo is"
         " downloaded",
     )
     base: str | None = Field(
@@ -65,6 +78,11 @@ class Settings(BaseSettings):
     )
     served_model_name: Annotated[str, AfterValidator(check_name)] = Field(
         "", description="what clients call the model; without it, as its folder is called"
+    )
+    adapter: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_adapters)] = Field(
+        (),
+        description="a LoRA adapter that requests choose by its name, beside the model itself; may"
+        " be given several times",
     )
     check: bool = Field(
         False, description="load the model, print a summary and eight tokens, and exit"

@@ -274,7 +274,7 @@ def test_table_of_settings_is_the_programs():
             return "on" if value else "off"
         if isinstance(value, SecretStr):
             value = value.get_secret_value()
-        return "" if value is None else str(value)
+        return "" if value in (None, ()) else str(value)
 
     real = {
         f"--{name.replace('_', '-')}": spelled(f.default)

@@ -75,6 +75,13 @@ def test_get_completion_returns_the_text(server, runner):
     ]
 
 
+def test_model_is_chosen_by_its_name(server, runner):
+    assert run("hi", "--url", server, "--model", "test").stdout == f"{runner.say}\n"
+    refused = run("hi", "--url", server, "--model", "poet")
+    assert refused.returncode == 1
+    assert "there is no model 'poet' here" in refused.stderr
+
+
 def test_get_completion_raises_the_servers_message(server):
     with pytest.raises(requests.HTTPError, match=r"prompt is empty.*\(400\)") as refused:
         get_completion("", url=server)

@@ -56,6 +56,10 @@ class Step:
         # The pool's row of each packed token, and the indices of the tokens with wanted logits.
         self.write = torch.tensor([start + position for start, position in places])
         self.wanted = torch.tensor(wanted)
+        # The adapter of each packed token, where any has one; and of each adapter, which tokens.
+        adapters = [span.adapter for span, new in work for _ in range(new)]
+        self.adapters = torch.tensor(adapters) if any(adapters) else None
+        self.tokens_of = {n: indices_of(n, adapters) for n in sorted({*adapters} - {0})}
         self.groups: list[Group] = list(self._groups(work))
         self.attended = 0
         self.inputs: dict[Any, Any] = {}  # what its layers have made of it for all of them
@@ -94,10 +98,15 @@ class Step:
         if device not in self._copies:
             there = self._copies[device] = copy(self)
             there._copies = {}  # a shared dict would be a reference cycle that holds GPU memory
-            for name in ("ids", "positions", "write", "wanted", "groups"):
+            for name in ("ids", "positions", "write", "wanted", "adapters", "tokens_of", "groups"):
                 here = getattr(self, name)
                 setattr(there, name, send_to_device(here, device, non_blocking=True))
         return self._copies[device]
+
+
+def indices_of(wanted: int, values: list[int]) -> torch.Tensor:
+    """Where a value stands among others."""
+    return torch.tensor([n for n, value in enumerate(values) if value == wanted])
 
 
 class LayerRows:

@@ -54,6 +54,20 @@ class Linear(ctypes.Structure):
     ]
 
 
+class Update(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("down", "up")),
+        *((name, ctypes.c_int64) for name in ("rank", "first", "out")),
+    ]
+
+
+class Updates(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("parts", "begins")),
+        *((name, ctypes.c_int64) for name in ("in_features", "ranks")),
+    ]
+
+
 class Layer(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "head_norm")),
@@ -63,6 +77,7 @@ class Layer(ctypes.Structure):
             for name in ("width", "inner", "queries", "kv_heads", "head_width", "window")
         ),
         *((name, ctypes.c_float) for name in ("input_eps", "post_eps", "head_eps", "scale")),
+        ("updates", ctypes.c_void_p),
     ]
 
 
@@ -71,6 +86,7 @@ class StepInputs(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("rows", "positions", "cos", "sin", "scratch")),
         ("threads", ctypes.c_int64),
+        ("adapters", ctypes.c_void_p),
     ]
 
 
@@ -156,11 +172,14 @@ def loaded(path: Path) -> Any:
     number, pointer, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
     found.linear.argtypes = [pointer, number, pointer, pointer, ctypes.c_int]
     found.rms_norm.argtypes = [pointer, real, number, number, pointer, pointer]
+    found.adapt.argtypes = [pointer, pointer, number, pointer, pointer, number, pointer]
+    found.adapt.argtypes += [ctypes.c_int]
     found.scratch_floats.argtypes = [pointer]
     found.scratch_floats.restype = number
     found.decoder_layer.argtypes = [*[pointer] * 4, number, pointer, pointer]
     found.gated_delta.argtypes = [pointer] * 9
-    for function in (found.linear, found.rms_norm, found.decoder_layer, found.gated_delta):
+    computing = found.linear, found.rms_norm, found.adapt, found.decoder_layer, found.gated_delta
+    for function in computing:
         function.restype = None
     return found
 

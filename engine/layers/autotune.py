@@ -181,7 +181,8 @@ def settle_form(model: Any, dtype: str = "auto") -> str:
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     asked = dtype != "auto" or model.dtype not in (torch.bfloat16, torch.float16)
     if any(isinstance(module, BlockLinear) for module in model.modules()):
-        return f"as they are in the checkpoint, {settle_quantized(model, asked)}"
+        how = settle_quantized(model, asked)
+        return f"as they are in the checkpoint, {held_size(model)} ({how})"
     if bits := bits_of(model):
         unfit = unfit_summary(model, bits)
         how = settle_quantized(model, asked) if on_cpu else settle_kernel(bits, model)

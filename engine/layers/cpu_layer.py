@@ -7,9 +7,10 @@ import torch
 from transformers.activations import SiLUActivation
 
 from engine.attention.forward_batch import Step
-from engine.kernels.cpu import Layer, StepInputs, kernels
+from engine.kernels.cpu import Layer, StepInputs, Updates, kernels
 from engine.layers.cpu_linear import CpuLinear, pointer_to
 from engine.layers.fused_layer import FusedLayer
+from engine.layers.lora import Table
 
 # Of numbers that the kernels read at once, on any CPU.
 VECTOR = 16
@@ -43,9 +44,10 @@ class Inputs:
     def __init__(self, step: Step, embeddings: tuple[torch.Tensor, torch.Tensor], floats: int):
         scratch = torch.empty(len(step.ids) * floats)
         tensors = step.write, step.positions, *(x[0].contiguous() for x in embeddings), scratch
-        self.tensors = tensors
+        self.tensors = tensors, step.adapters
         pointers = [x.data_ptr() for x in tensors]
-        self.described = StepInputs(len(step.ids), *pointers, torch.get_num_threads())
+        threads, adapters = torch.get_num_threads(), pointer_to(step.adapters)
+        self.described = StepInputs(len(step.ids), *pointers, threads, adapters)
         self.address = ctypes.addressof(self.described)
 
 
@@ -90,6 +92,18 @@ class CpuLayer(torch.nn.Module):
             head_eps=0.0 if attention.norm is None else attention.norm.eps,
             scale=attention.width**-0.5 if scale is None else scale,
         )
+
+    def adapt(self, count: int) -> None:
+        """Let the kernel add what the `count` adapters of the products do."""
+        products = products_of(self.layer)
+        updates = [getattr(product, "updates", None) for product in products]
+        self.tables = [
+            table if isinstance(table, Table) else Table(product.in_features, {}, count)
+            for table, product in zip(updates, products, strict=True)
+        ]
+        self.updates = (Updates * len(products))(*(table.described for table in self.tables))
+        self.described.updates = ctypes.addressof(self.updates)
+        self.floats = kernels().scratch_floats(self.address)
 
     def forward(
         self,

@@ -24,6 +24,7 @@ from engine.layers.fbgemm import (
     WideEmbedding,
 )
 from engine.layers.freed_memory import return_freed_memory
+from engine.layers.lora import Adapted
 from engine.layers.merged import Part, fuse_parts, parents_of_siblings, share_products
 from engine.layers.quantized import QuantizedExperts, QuantizedLinear, bits_of
 from engine.relative_error import relative_error
@@ -162,7 +163,8 @@ def tolerance_of(model: Any) -> float:
 def product_of(module: Any) -> Any:
     """A module itself, or the product that the first of several layers computes for all."""
     if isinstance(module, Part):
-        return module.shared.product if module.index == 0 else None
+        product = module.shared.product if module.index == 0 else None
+        return product.product if isinstance(product, Adapted) else product
     return module
 
 

@@ -1,6 +1,7 @@
 """How a model is made ready for packed steps, and its runner made as large as memory allows."""
 
 import logging
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +18,7 @@ from engine.kernels.cpu import why_missing
 from engine.layers.cpu_layer import CpuLayer, can_be_one_call
 from engine.layers.fused_layer import fuse_layers, replace
 from engine.layers.gated_delta import PackedDelta, can_be_packed
+from engine.layers.named_adapters import Updates, attach
 from engine.layers.recurrent import use_state_groups
 from engine.runner.cache_budget import affordable_rows, affordable_slots
 from engine.runner.runner import Runner, input_device
@@ -86,9 +88,15 @@ def prepare_model(model: Any) -> None:
 
 
 def create_runner(
-    model: Any, cache_memory: str = "auto", max_rows: int = 2**31 - 1, max_batch: int = 64
+    model: Any,
+    cache_memory: str = "auto",
+    max_rows: int = 2**31 - 1,
+    max_batch: int = 64,
+    adapters: Sequence[Updates] = (),
 ) -> Runner:
     """A runner with as many rows as the memory for the KV cache holds, at most `max_rows`.
+
+    The adapters' numbers in spans are their places among `adapters`, counted from 1.
 
     Raises StartError if the model cannot be batched this way, or the memory is too small.
     """
@@ -96,6 +104,7 @@ def create_runner(
     # A few tokens make each layer create its rows, which shows what a row costs on which device.
     trial = Runner(model, 8, 3)
     make_faster(trial)
+    current = attach(model, adapters)
     slots = affordable_slots(trial, cache_memory, 2 * max_batch + 1 + MAX_STATES)
     if slots < 5:
         raise StartError(f"the cache holds the states of {slots} texts; raise --cache-memory")
@@ -103,6 +112,7 @@ def create_runner(
     if rows < 64:
         raise StartError(f"the KV cache holds only {rows} tokens; raise --cache-memory")
     runner = Runner(model, rows, slots)
+    runner.current, runner.num_adapters = current, len(adapters)
     runner.fallback_reason = why_not_in_place(trial.pool.layers)
     if not trial.pool.layers:
         runner.fallback_reason = "no layer computes attention"

@@ -36,11 +36,13 @@ def capture(
 class DecodeGraph:
     """A decode step of a fixed batch size as a CUDA graph, whose inputs are overwritten.
 
-    `longest` bounds the sequences' lengths: by it, the kernel divides its work at capture.
+    `longest` bounds the sequences' lengths: by it, the kernel divides its work at capture. Adapters
+    are computed by a graph whose step has room for their numbers.
     """
 
     size: int  # sequences
     longest: int
+    adapted: bool  # whether sequences may have adapters
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class DecodeGraph:
         self.step = step
         self.longest = longest
         self.size = len(step.ids)
+        self.adapted = step.adapters is not None
         self.group: Any = group.bounded(longest)  # type: ignore[attr-defined]
         step.groups = [self.group]
         self.logits, self.replay = capture(partial(compute, step), device, memory)
@@ -61,8 +64,9 @@ class DecodeGraph:
     def __call__(self, step: Step) -> torch.Tensor:
         """Replay with a step's inputs; the returned logits are overwritten by the next call."""
         (given,) = step.groups
-        for name in ("ids", "positions", "write", "wanted"):
-            getattr(self.step, name).copy_(getattr(step, name), non_blocking=True)
+        for name in ("ids", "positions", "write", "wanted", "adapters"):
+            if (kept := getattr(self.step, name)) is not None:
+                kept.copy_(getattr(step, name), non_blocking=True)
         self.group.overwrite(given)
         self.replay()
         return self.logits

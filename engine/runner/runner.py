@@ -13,6 +13,7 @@ from engine.checkpoint.model_config import cache_argument
 from engine.errors import StartError
 from engine.layers.cpu_layer import CpuLayer
 from engine.layers.freed_memory import return_freed_memory
+from engine.layers.lora import Current
 from engine.layers.recurrent import StateCache
 from engine.layers.weight_format import computes_exactly
 from engine.runner.cpu_threads import FreeCores
@@ -59,6 +60,8 @@ class Runner:
         self.graphs: list[DecodeGraph] = []
         self.cores = FreeCores() if self.device.type == "cpu" else None
         self.difference = 0.0  # from the plain forward pass, as self_check measured it
+        self.num_adapters = 0
+        self.current = Current()
 
     @property
     def fallback_way(self) -> Way:
@@ -112,14 +115,15 @@ class Runner:
         kept = step.wanted[:wanted].tolist() if self.split else here.wanted[:wanted]
         before = step.attended
         given = {cache_argument(self.model): step.states} if self.states else {}
-        out = self.model(
-            input_ids=here.ids[None],
-            position_ids=here.positions[None],
-            use_cache=False,
-            step=step,
-            logits_to_keep=kept,
-            **given,
-        )
+        with self.current.computing(step):
+            out = self.model(
+                input_ids=here.ids[None],
+                position_ids=here.positions[None],
+                use_cache=False,
+                step=step,
+                logits_to_keep=kept,
+                **given,
+            )
         if step.attended - before != len(self.pool.layers):
             raise StartError("the model's attention cannot be reached")
         if self.states and step.states.calls != len(self.state_modules):
@@ -139,9 +143,10 @@ class Runner:
         memory = torch.cuda.graph_pool_handle()
         failed: dict[tuple[int, int], Exception] = {}
         # Largest first: the others then fit into its memory.
-        for size, longest in reversed([*product(sizes, lengths)]):
+        kinds = [False, True] if self.num_adapters else [False]
+        for size, longest, adapted in reversed([*product(sizes, lengths, kinds)]):
             try:
-                self.graphs.insert(0, self._decode_graph(size, longest, memory))
+                self.graphs.insert(0, self._decode_graph(size, longest, adapted, memory))
             except Exception as error:  # not every model's code can be captured
                 failed[size, longest] = error
         if failed:
@@ -173,9 +178,12 @@ class Runner:
 
     def _fitting_graph(self, work: Work) -> DecodeGraph | None:
         longest = max(span.num_cached + new for span, new in work)
+        adapted = any(span.adapter for span, _ in work)
         fitting = (g for g in self.graphs if g.size >= len(work) and g.longest >= longest)
-        return next(fitting, None)
+        return next((g for g in fitting if g.adapted == adapted), None)
 
-    def _decode_graph(self, size: int, longest: int, memory: Any) -> DecodeGraph:
+    def _decode_graph(self, size: int, longest: int, adapted: bool, memory: Any) -> DecodeGraph:
         step = Step([(self.idle, 1)] * size, self.way).on(self.device)
+        if adapted:  # whose tokens are none's at first
+            step.adapters = torch.zeros_like(step.ids)
         return DecodeGraph(step, longest, self.compute, self.device, memory)

@@ -154,6 +154,8 @@ class Engine:
             request=outbox,
             end_ids=ends.union(params.stop_token_ids),
             guide=prompt.guide.copy() if prompt.guide else None,
+            budget=prompt.budget.copy() if prompt.budget else None,
+            adapter=prompt.adapter,
             open_ended=prompt.open_ended,
             num_stable=prompt.num_stable,
             outbox=outbox,

@@ -163,7 +163,14 @@ class SpanCache:
         count = seq.num_cached if keeps else 0
         if count:
             hashes = block_hashes(seq, count)
-            prefix = Span(seq.tokens[:count], seq.start, count, count, block_hashes=hashes)
+            prefix = Span(
+                seq.tokens[:count],
+                seq.start,
+                count,
+                count,
+                adapter=seq.adapter,
+                block_hashes=hashes,
+            )
             self.kept[prefix] = None
             self.computed.add(prefix, count)
             self.states.hand_over(seq, prefix)
@@ -188,7 +195,7 @@ class SpanCache:
         known = self.computed.longest(seq)
         longest, source = 0, None
         for span in self.computed.sharing(seq, known):
-            count = common_prefix(span, seq.tokens, known)
+            count = common_prefix(span, seq, known)
             if count > longest:
                 longest, source = count, span
         return longest, source

@@ -26,10 +26,13 @@ def in_blocks(num_tokens: int) -> int:
 
 
 def block_hashes(span: Span, num_tokens: int) -> list[int]:
-    """The hashes of the whole blocks in a span's first tokens, each of all up to its end."""
+    """The hashes of the whole blocks in a span's first tokens, each of all up to its end.
+
+    Rows that another adapter computed are others: the chain begins with its number.
+    """
     hashes, count = span.block_hashes, num_tokens // BLOCK
     for n in range(len(hashes), count):
-        before = hashes[-1] if hashes else SEED
+        before = hashes[-1] if hashes else hash((SEED, span.adapter))
         hashes.append(hash((before, *span.tokens[n * BLOCK : (n + 1) * BLOCK])))
     return hashes[:count]
 
@@ -124,7 +127,7 @@ class StateIndex:
             best: tuple[int, Span | None] = 0, None
             known = self.found.get(hashes[count - 1], {})
             for span, position in islice(reversed(known), MAX_COMPARED):
-                shared = common_prefix(span, tokens.tokens, count * BLOCK)
+                shared = common_prefix(span, tokens, count * BLOCK)
                 if best[0] < position <= shared:
                     best = position, span
             if best[1]:
@@ -137,12 +140,14 @@ class StateIndex:
         return min(each, key=self.used.__getitem__, default=None)
 
 
-def common_prefix(cached: Span, tokens: list[int], known: int) -> int:
+def common_prefix(cached: Span, given: Span, known: int) -> int:
     """How many of the cached tokens are a prefix of the given ones, if at least `known` are.
 
-    Never all of the given ones, since the last one's logits are wanted.
+    Never all of the given ones, since the last one's logits are wanted; none of another adapter's.
     """
-    return min(cached.num_cached, equal_tokens(cached.tokens, tokens, known))
+    if cached.adapter != given.adapter:  # the hashes collided
+        return 0
+    return min(cached.num_cached, equal_tokens(cached.tokens, given.tokens, known))
 
 
 def equal_tokens(some: list[int], tokens: list[int], known: int) -> int:

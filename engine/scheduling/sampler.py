@@ -83,7 +83,10 @@ def restrict(seqs: list[Sequence], logits: torch.Tensor) -> dict[int, EngineErro
             )
         if banned := seq.banned:
             logits[row, sorted(banned)] = -torch.inf
-        if seq.guide:
+        if seq.budget and seq.budget.next_id is not None:
+            logits[row] = -torch.inf
+            logits[row, seq.budget.next_id] = 0.0
+        elif seq.guide:
             try:
                 apply_guide(seq.guide, logits[row])
             except EngineError as error:

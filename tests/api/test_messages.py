@@ -324,6 +324,17 @@ def test_omitted_thought_comes_back_by_its_signature(url, runner, stream):
     assert told.startswith("[hm, so]")
 
 
+@pytest.mark.parametrize("budget", [0, 1, 3])
+def test_budget_ends_a_thought_to_the_token(url, budget):
+    thinking = {"type": "enabled", "budget_tokens": budget}
+    answer = post(url, ASK | {"max_tokens": 40, "thinking": thinking})
+    assert "x-ignored-fields" not in answer.headers
+    thoughts = [b["thinking"] for b in answer.json()["content"] if b["type"] == "thinking"]
+    assert "".join(thoughts) == "hm,"[:budget]
+    used = answer.json()["usage"]["output_tokens_details"]["thinking_tokens"]
+    assert used == len("<think></think>") + budget
+
+
 def test_thoughts_taken_back_are_bounded():
     """A few bytes may be deflated from very many."""
     decoder = ThoughtDecoder()

@@ -308,7 +308,11 @@ def test_completions_have_openais_shape(server, fields):
 
 def test_a_model_has_openais_shape(server):
     (card,) = httpx.get(f"{server}/v1/models").json()["data"]
-    assert unknown_fields(Model.model_validate(card, strict=True)) == [".max_model_len", ".version"]
+    assert unknown_fields(Model.model_validate(card, strict=True)) == [
+        ".max_model_len",
+        ".context_length",
+        ".version",
+    ]
 
 
 # ---- Counting tokens, in vLLM's shape

@@ -557,6 +557,19 @@ def test_a_thought_comes_before_a_call(thinking, choice, begun):
     assert next(d.tool_calls[0].function.name for d in chunks if d.tool_calls) == "weather"
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_thought_before_a_call_ends_at_its_budget(thinking, begun):
+    client, caller = thinking
+    opening = "" if begun else "<think>"
+    # What follows is written behind the marker, which takes the place of so many characters.
+    caller.begin = f"{opening}hm, and so on</think>\n<tool_call>"
+    extra = {"chat_template_kwargs": {"think": begun}, "reasoning_budget": 5}
+    how = {"tool_choice": "required", "extra_body": extra}
+    message = ask(client, **how).choices[0].message
+    assert message.reasoning_content == "hm, a"
+    assert [name for name, _ in calls_of(message)] == ["weather"]
+
+
 def test_an_answer_may_go_without_a_thought(thinking):
     client, caller = thinking
     caller.begin = "<tool_call>"

@@ -28,10 +28,24 @@ void rms_norm(const float *weight, float eps, int64_t tokens, int64_t width, con
         normalize(x + t * width, weight, eps, width, out + t * width);
 }
 
+// What adapters add to a product [tokens, stride] of x [tokens, in]; `said` is [tokens, ranks].
+void adapt(const Updates *updates, const int64_t *adapters, int64_t tokens, const float *x,
+           float *out, int64_t stride, float *said, int threads) {
+    const Adapting adapting(updates, adapters, tokens, said);
+#pragma omp parallel num_threads(threads)
+    {
+        adapting.down(0, x);
+        adapting.up(0, out, stride);
+    }
+}
+
 // The floats that a step's scratch has for each token.
 int64_t scratch_floats(const Layer *layer) {
     const int64_t heads = 2 * layer->queries + 2 * layer->kv_heads;
-    return layer->width + heads * layer->head_width + 3 * layer->inner;
+    int64_t ranks = 0;
+    for (int n = 0; layer->updates && n < 4; n++)
+        ranks = std::max(ranks, layer->updates[n].ranks);
+    return layer->width + heads * layer->head_width + 3 * layer->inner + ranks;
 }
 
 // x [tokens, width] through a layer to out; its keys and values are written to `rows` rows a head.
@@ -48,6 +62,7 @@ void decoder_layer(const Layer *of, const Step *with, float *keys, float *values
     float *said = qkv + tokens * heads * head_width;
     float *gate_up = said + tokens * layer.queries * head_width;
     float *gated = gate_up + tokens * 2 * inner;
+    const Adapting adapting(layer.updates, step.adapters, tokens, gated + tokens * inner);
     const std::vector<int64_t> runs = runs_of(step);
     const int64_t num_runs = runs.size();
     // Heads that share keys read them together, unless a thread would have none.
@@ -57,7 +72,9 @@ void decoder_layer(const Layer *of, const Step *with, float *keys, float *values
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++)
             normalize(x + t * width, layer.input_norm, layer.input_eps, width, normed + t * width);
+        adapting.down(0, normed);
         multiply(normed, tokens, layer.qkv, {qkv, nullptr, heads * head_width});
+        adapting.up(0, qkv, heads * head_width);
 #pragma omp barrier
 #pragma omp for schedule(static) collapse(2)
         for (int64_t t = 0; t < tokens; t++)
@@ -68,17 +85,23 @@ void decoder_layer(const Layer *of, const Step *with, float *keys, float *values
             for (int64_t h = 0; h < layer.queries; h += group)
                 attend_run(layer, step, cache, runs[run],
                            run + 1 < num_runs ? runs[run + 1] : tokens, h, h + group, qkv, said);
+        adapting.down(1, said);
         multiply(said, tokens, layer.o, {out, x, width});
+        adapting.up(1, out, width);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++)
             normalize(out + t * width, layer.post_norm, layer.post_eps, width, normed + t * width);
+        adapting.down(2, normed);
         multiply(normed, tokens, layer.gate_up, {gate_up, nullptr, 2 * inner});
+        adapting.up(2, gate_up, 2 * inner);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++)
             gate(gate_up + t * 2 * inner, inner, gated + t * inner);
+        adapting.down(3, gated);
         multiply(gated, tokens, layer.down, {out, out, width});
+        adapting.up(3, out, width);
     }
 }
 

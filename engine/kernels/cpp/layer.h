@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "lora.h"
 #include "norms.h"
 #include "products.h"
 
@@ -13,6 +14,7 @@ struct Layer {
     int64_t width, inner, queries, kv_heads, head_width;
     int64_t window;  // the most keys that a query sees, or 0
     float input_eps, post_eps, head_eps, scale;
+    const Updates *updates;  // adapters' of the four products, in their order, or null
 };
 
 // A layer's part of the cache, [kv heads, rows, head width] each.
@@ -29,6 +31,7 @@ struct Step {
     const float *cos, *sin;    // [tokens, head width]
     float *scratch;            // see scratch_floats
     int64_t threads;
+    const int64_t *adapters;   // each token's, 0 for none; or null
 };
 
 namespace {

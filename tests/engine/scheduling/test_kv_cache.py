@@ -99,6 +99,27 @@ def test_colliding_hashes_reuse_nothing(monkeypatch):
     assert len(cache.kept) == 2
 
 
+def test_rows_of_another_adapter_are_not_shared(monkeypatch):
+    """Neither where hashes tell them apart, nor where these collide."""
+    tokens = [1] * 64
+    cache = cache_with(1000, Span(tokens, 0, 64, 64, adapter=1))
+    cache.allocator.gaps = [(100, 900)]
+    for adapter, shared in ((0, 0), (2, 0), (1, 63)):
+        seq = sequence(tokens, max_new_tokens=10)
+        seq.adapter = adapter
+        assert cache.place(seq)
+        assert seq.num_cached == shared
+        seq.num_cached = 64
+        cache.release(seq)
+    assert {span.adapter for span in cache.kept} == {0, 1, 2}
+    monkeypatch.setattr("engine.scheduling.kv_cache.hash", lambda tokens: 1, raising=False)
+    cache = cache_with(1000, Span(tokens, 0, 64, 64, adapter=1))
+    cache.allocator.gaps = [(100, 900)]
+    other = sequence(tokens, max_new_tokens=10)
+    assert cache.place(other)
+    assert other.num_cached == 0
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=80), min_size=1, max_size=12)

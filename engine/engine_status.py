@@ -1,0 +1,56 @@
+"""What is asked of a running engine: how full it is, how late, and what it died of."""
+
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.scheduling.engine import Engine
+
+SLOW = 10.0  # times as long as is likely a step may take before it counts as late
+
+
+class EngineStatus:
+    """Of a model that has an engine."""
+
+    engine: "Engine"
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What the engine died of."""
+        return self.engine.failure
+
+    @property
+    def seconds_late(self) -> float:
+        """By how much the current step is longer than it may be by what steps have taken; or 0."""
+        if not self.engine.num_running:
+            return 0.0
+        due = self.engine.last_step + SLOW * self.engine.expected_step
+        return max(0.0, time.monotonic() - due)
+
+    @property
+    def num_running(self) -> int:
+        return self.engine.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self.engine.num_waiting
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.engine.cache.rows
+
+    @property
+    def cache_tokens_used(self) -> int:
+        return self.engine.cache.num_used
+
+    @property
+    def state_slots(self) -> int:
+        """Slots for the states of layers that keep one; 0 if none does."""
+        pool = self.engine.cache.states.pool
+        return pool.slots if pool else 0
+
+    @property
+    def state_slots_used(self) -> int:
+        pool = self.engine.cache.states.pool
+        return pool.slots - len(pool.free) if pool else 0
