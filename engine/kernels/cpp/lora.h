@@ -22,9 +22,9 @@ namespace {
 
 // Tokens of one adapter that read its numbers together, and the columns that they read at once.
 constexpr int TOGETHER = 4;
-constexpr int64_t COLUMNS = 4 * LANES;
+constexpr int64_t UP_COLUMNS = 4 * LANES;
 // Rows of `down` whose sums are added up together.
-constexpr int64_t ROWS = 4;
+constexpr int64_t DOWN_ROWS = 4;
 
 struct Together {
     int64_t adapter;
@@ -50,18 +50,18 @@ std::vector<Together> together_of(const int64_t *adapters, int64_t tokens) {
     return groups;
 }
 
-// ROWS rows of `down`, from `row` on, by TOKENS rows of x.
+// DOWN_ROWS rows of `down`, from `row` on, by TOKENS rows of x.
 template <int TOKENS>
 void down_rows(const Update &update, int64_t in, int64_t row, const float *const *x,
                float *const *said) {
-    const float *rows[ROWS];
-    for (int64_t r = 0; r < ROWS; r++)
+    const float *rows[DOWN_ROWS];
+    for (int64_t r = 0; r < DOWN_ROWS; r++)
         rows[r] = update.down + std::min(row + r, update.rank - 1) * in;
-    Floats sums[TOKENS][ROWS] = {};
+    Floats sums[TOKENS][DOWN_ROWS] = {};
     int64_t k = 0;
     for (; k + LANES <= in; k += LANES)
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++) {
+        for (int r = 0; r < DOWN_ROWS; r++) {
             const Floats weights = load(rows[r] + k);
 #pragma GCC unroll 4
             for (int m = 0; m < TOKENS; m++)
@@ -69,7 +69,7 @@ void down_rows(const Update &update, int64_t in, int64_t row, const float *const
         }
     for (int m = 0; m < TOKENS; m++) {
         Four four = sums_of(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
-        for (int64_t r = 0; r < ROWS && row + r < update.rank; r++) {
+        for (int64_t r = 0; r < DOWN_ROWS && row + r < update.rank; r++) {
             float sum = four[r];
             for (int64_t n = k; n < in; n++) sum += rows[r][n] * x[m][n];
             said[m][row + r] = sum;
@@ -101,7 +101,7 @@ void up_columns(const Update &update, int64_t column, const float *const *said,
 template <int TOKENS>
 void up_to(const Update &update, int64_t column, int64_t last, const float *const *said,
            float *const *out) {
-    if (column + COLUMNS <= last) return up_columns<TOKENS, 4>(update, column, said, out);
+    if (column + UP_COLUMNS <= last) return up_columns<TOKENS, 4>(update, column, said, out);
     for (; column + LANES <= last; column += LANES)
         up_columns<TOKENS, 1>(update, column, said, out);
     for (; column < last; column++)
@@ -129,27 +129,27 @@ struct Adapting {
         if (groups.empty()) return;
         const Updates &updates = products[product];
         const Most most = most_of(updates);
-        const int64_t blocks = (most.rank + ROWS - 1) / ROWS, number = groups.size();
+        const int64_t blocks = (most.rank + DOWN_ROWS - 1) / DOWN_ROWS, number = groups.size();
 #pragma omp for schedule(static, 1) collapse(3) nowait
         for (int64_t g = 0; g < number; g++)
             for (int64_t p = 0; p < most.parts; p++)
                 for (int64_t block = 0; block < blocks; block++)
-                    down_block(updates, groups[g], p, block * ROWS, x);
+                    down_block(updates, groups[g], p, block * DOWN_ROWS, x);
     }
 
-    // Added to the product in out [tokens, stride], once all threads have computed their part of it.
+    // Added to the product in out [tokens, stride], once all threads have computed their part.
     // Nobody waits for the others afterwards.
     void up(int product, float *out, int64_t stride) const {
         if (groups.empty()) return;
         const Updates &updates = products[product];
         const Most most = most_of(updates);
-        const int64_t blocks = (most.out + COLUMNS - 1) / COLUMNS, number = groups.size();
+        const int64_t blocks = (most.out + UP_COLUMNS - 1) / UP_COLUMNS, number = groups.size();
 #pragma omp barrier
 #pragma omp for schedule(static, 1) collapse(3) nowait
         for (int64_t g = 0; g < number; g++)
             for (int64_t p = 0; p < most.parts; p++)
                 for (int64_t block = 0; block < blocks; block++)
-                    up_block(updates, groups[g], p, block * COLUMNS, out, stride);
+                    up_block(updates, groups[g], p, block * UP_COLUMNS, out, stride);
     }
 
    private:
@@ -203,7 +203,7 @@ struct Adapting {
         int64_t place;
         const Update *update = part(updates, group.adapter, p, place);
         if (!update || column >= update->out) return;
-        const int64_t last = std::min(column + COLUMNS, update->out);
+        const int64_t last = std::min(column + UP_COLUMNS, update->out);
         const float *from[TOGETHER];
         float *to[TOGETHER];
         for (int m = 0; m < group.count; m++) {
