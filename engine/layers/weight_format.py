@@ -109,7 +109,17 @@ def convert_module(model: Any, form: Form) -> None:
     for parameter in model.parameters():
         if parameter not in kept and parameter.is_floating_point():
             parameter.data = parameter.data.float()
+    for module in model.modules():
+        if hasattr(module, "get_slope_rate"):
+            widen_decays(module)
     fuse_parts(model)
+
+
+def widen_decays(module: Any) -> None:
+    """Make MiniMax's decays again in float32: they are computed, and were rounded when loaded."""
+    slope = module.get_slope_rate(device=module.slope_rate.device)
+    module.slope_rate = slope
+    module.query_decay, module.key_decay, module.diagonal_decay = module.decay_factors(slope)
 
 
 def convert_half(model: Any, name: str, layer: Any, products: Products) -> None:
