@@ -4,6 +4,7 @@ Each is called once for all sequences in decode, and once for each piece of a pr
 cache that holds the states of these sequences alone.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,12 @@ import torch.nn.functional as F
 
 from engine.attention.state_pool import Key, StateGroup, StatePool
 from engine.relative_error import relative_error
+
+# transformers tells of packages that would be faster on a card, once for each function that it has
+# written in torch too.
+logging.getLogger("transformers.integrations.hub_kernels").addFilter(
+    lambda record: "falling back to its reference" not in record.getMessage()
+)
 
 
 class StateCache:
