@@ -104,7 +104,7 @@ def logits_alone(model: Any, wanted: list[torch.Tensor]) -> list[torch.Tensor]:
     In half precision these are what batches are held against: two right ways to compute a model
     differ by more than two batches of one may. Raises StartError if they are not near the wanted.
     """
-    runner = Runner(model, 16)
+    runner = Runner(model, 16, slots=5)
     spans = [Span(ids, 0, all_logits=True) for ids in probes(model)]
     found = [runner.forward([(span, len(span.tokens))]) for span in spans]
     for logits, own in zip(found, wanted, strict=True):

@@ -6,8 +6,10 @@ can be computed again, sequences share a state by its number, and one is kept by
 """
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from engine.sequence import Span, Work
@@ -84,15 +86,26 @@ class StatePool:
     def prepare(self, key: Key, shape: tuple[int, ...]) -> torch.Tensor:
         """All slots of a layer's states [slots, *shape], float32 on the CPU."""
         if key not in self.tensors:
-            self.tensors[key] = torch.zeros(self.slots, *shape)
+            self.tensors[key] = zeros((self.slots, *shape), torch.empty(0))
         return self.tensors[key]
 
     def write(self, key: Key, slots: torch.Tensor, states: torch.Tensor) -> None:
         """Put a layer's states [slots, ...] into these slots."""
         if key not in self.tensors:
-            self.tensors[key] = states.new_zeros((self.slots, *states.shape[1:]))
+            self.tensors[key] = zeros((self.slots, *states.shape[1:]), states)
         tensor = self.tensors[key]
         tensor.index_copy_(0, slots.to(tensor.device, non_blocking=True), states.to(tensor.dtype))
+
+
+def zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Zeros of a dtype and device; on a CPU by calloc: until a page is written it costs nothing."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    return (
+        torch.from_numpy(np.zeros(prod(shape) * like.itemsize, np.uint8))
+        .view(like.dtype)
+        .view(shape)
+    )
 
 
 class StateGroup(NamedTuple):

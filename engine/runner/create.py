@@ -118,7 +118,7 @@ def create_runner(
         runner.fallback_reason = "no layer computes attention"
     if runner.fallback_reason is None:
         runner.way = "in place"
-    elif are_latents(trial.pool.layers):
+    elif trial.pool.layers and are_latents(trial.pool.layers):
         runner.fallback_reason = why_not_latents(trial.pool.layers)
         if runner.fallback_reason is None:
             runner.way = "latents"
