@@ -1,5 +1,4 @@
-"""Ask the server: `python request.py "你好"` prints the answer as it is written, and
-`python request.py` is a chat that remembers, left with Ctrl-D or exit. Needs only requests."""
+"""Ask the server a question, or chat with it, left with Ctrl-D or exit. Needs only requests."""
 
 import argparse
 import json
@@ -20,8 +19,7 @@ def get_completion(prompt: str, history: Any = None, url: str = URL, api_key: st
 
 def post(body: dict[str, Any], url: str, api_key: str) -> requests.Response:
     session = requests.Session()
-    # A proxy that the environment names would look for 127.0.0.1 on a machine of its own.
-    session.trust_env = urlsplit(url).hostname not in ("127.0.0.1", "localhost")
+    session.trust_env = urlsplit(url).hostname not in ("127.0.0.1", "localhost")  # no proxy for us
     headers = {"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
     try:
         answer = session.post(url, json=body, headers=headers, stream=True, timeout=(10, None))
@@ -61,11 +59,15 @@ def main() -> None:
     parser.add_argument("--url", default=URL, help=f"where the server is ({URL})")
     parser.add_argument("--api-key", default=KEY, help="one of its keys (CHAT_API_KEY)")
     parser.add_argument("--model", help="one of its adapters, or its own model, by its name")
+    parser.add_argument("--print-client", help="codex, claude or opencode: print its settings")
     args = parser.parse_args()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    history: list[Any] = []
-    failed = 0
+    history, failed = list[Any](), 0
+    if args.print_client:
+        from client_settings import print_settings
+
+        sys.exit(print_settings(args.print_client, args.url, args.api_key))
     try:
         for prompt in [args.prompt] if args.prompt else iter(lambda: input("> "), "exit"):
             try:

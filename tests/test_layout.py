@@ -68,6 +68,7 @@ ORDER = [
     "serving.tokens",
     "api",
     "deploy.cluster",
+    "client_settings",
     "request",
     "bundle",
 ]

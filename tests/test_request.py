@@ -1,12 +1,15 @@
 """request.py is what a user copies, so it runs here against a live server."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -241,6 +244,31 @@ def test_address_of_another_server_is_one_sentence(answer, words):
 
 def test_address_without_a_scheme_is_one_sentence():
     assert "127.0.0.1:6006" in failed(run("hi", "--url", "127.0.0.1:6006"))
+
+
+@pytest.mark.parametrize("client", ["codex", "claude", "opencode"])
+def test_agents_settings_name_this_server(server, client, tmp_path):
+    told = run("--print-client", client, "--url", server)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert server in told.stdout
+    assert "512" in told.stdout  # the model's context
+    # What it writes, it can write: the agent itself is left out.
+    shell = f"codex() {{ :; }}; opencode() {{ :; }}; claude() {{ :; }}\n{told.stdout}"
+    subprocess.run(["bash", "-ec", shell], cwd=tmp_path, check=True, capture_output=True)
+    if client == "codex":
+        config = tomllib.loads((tmp_path / "codex-home/config.toml").read_text())
+        assert config["model_providers"]["local"]["base_url"] == f"{server}/v1"
+        catalogue = json.loads(Path(config["model_catalog_json"]).read_text())
+        assert catalogue["models"][0]["context_window"] == 512
+    if client == "opencode":
+        provider = json.loads((tmp_path / "opencode.json").read_text())["provider"]["local"]
+        assert provider["models"]["test"]["limit"]["context"] == 512
+
+
+def test_agents_settings_need_a_server():
+    told = run("--print-client", "codex", "--url", "http://127.0.0.1:1")
+    assert told.returncode == 1
+    assert told.stderr.startswith("request.py: the server at http://127.0.0.1:1 does not say")
 
 
 def test_request_py_is_at_most_70_lines():
