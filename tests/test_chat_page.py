@@ -1293,7 +1293,9 @@ def test_browser_is_sent_to_the_page(url):
 
 def test_files_have_a_strict_policy_and_are_sent_once(url):
     for path in PATHS:
-        page = httpx.get(f"{url}/chat/{path}", headers={"Origin": "https://elsewhere.example"})
+        elsewhere = httpx.get(f"{url}/chat/{path}", headers={"Origin": "https://elsewhere.example"})
+        assert elsewhere.status_code == 403
+        page = httpx.get(f"{url}/chat/{path}")
         assert page.status_code == 200
         policy = page.headers["content-security-policy"]
         assert "default-src 'none'" in policy

@@ -233,7 +233,7 @@ def why_untrusted(file: Path) -> str | None:
     if not hasattr(os, "geteuid"):
         return None  # on Windows the folder of a user is the user's
     for path in (file, *file.parents):
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             found = path.stat()
             ours = found.st_uid in (0, os.geteuid())
             if path in (file, file.parent) and not ours:

@@ -71,6 +71,7 @@ HONOURED_BY = {
     "suffix": ("x", "", {COMPLETION}),
     "tools": (TOOLS, [], {CHAT_COMPLETION}),
     "tool_choice": ("required", "auto", {CHAT_COMPLETION}),
+    "reasoning_budget": (5, None, {CHAT_COMPLETION}),
 }
 # One has them, and for the others they cannot change an answer.
 IGNORED_BY_OTHERS = {"parallel_tool_calls": {CHAT_COMPLETION}}
@@ -81,7 +82,7 @@ IGNORED = [
     "xtc_threshold", "mirostat_tau", "mirostat_eta", "adaptive_decay", "use_cache",
     "low_memory", "pad_token_id", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size",
-    "keep_alive",
+    "keep_alive", "verbosity",
 ]  # fmt: skip
 # What asks for something is refused, what asks for nothing is not.
 REFUSED_UNLESS = {
@@ -174,7 +175,6 @@ REFUSED_UNLESS = {
     "typ_p": (0.5, 1.0),
     "typical_p": (0.5, 1.0),
     "use_beam_search": (True, False),
-    "verbosity": ("low", "medium"),
     "watermark": (True, False),
     "xtc_probability": (0.5, 0.0),
 }
@@ -194,7 +194,7 @@ REFUSED = [
     "max_output_tokens", "max_thinking", "max_time", "max_tool_calls", "model_kwargs", "models",
     "n_cmpl", "no_stop_trim", "num_ctx", "num_gpu", "num_predict", "num_thread", "options",
     "prediction", "prefill", "prompt_embeds", "prompt_logprobs", "prompt_template", "provider",
-    "raw", "reasoning", "reasoning_effort", "reasoning_budget", "regex", "return_logprob",
+    "raw", "reasoning", "reasoning_effort", "regex", "return_logprob",
     "route", "sampling_params", "session_params", "stop_regex", "stream_reasoning",
     "stop_sequences", "structural_tag", "structured_outputs", "target_lookbehind", "template",
     "temprature", "text", "think", "thinking", "thinking_budget", "thinking_token_budget",

@@ -89,6 +89,7 @@ def test_the_docs_promise_what_we_send(client):
             assert "422" not in answers
             if path != "/health" and "307" not in answers:
                 kind = "OpenAIError" if path.startswith("/v1/") else "ErrorBody"
+                kind = "MessagesError" if path.startswith("/v1/messages") else kind
                 shapes = [answers[status]["content"] for status in ("4XX", "5XX")]
                 wanted = {"schema": {"$ref": f"#/components/schemas/{kind}"}}
                 assert shapes == [{"application/json": wanted}] * 2

@@ -151,7 +151,7 @@ def test_a_websocket_that_a_library_brings_stays_shut():
     async def send(message: dict) -> None:
         sent.append(message["type"])
 
-    guard = api.RequestIDMiddleware(app)
+    guard = api.RequestIDMiddleware(app, 0)
     scope = {"type": "websocket", "path": "/chat/", "headers": [], "root_path": ""}
     asyncio.run(guard(scope, None, send))
     assert sent == ["websocket.close"]
@@ -165,7 +165,7 @@ def test_keys_are_compared_in_a_time_that_tells_nothing(monkeypatch):
         api.hmac, "compare_digest", lambda a, b: compared.append(b) or compare(a, b)
     )
     guard = api.APIKeyMiddleware(None, ("a", "b", "c"), True, lambda *_: None)
-    assert guard._has_key({"type": "http", "headers": [(b"authorization", b"Bearer a")]})
+    assert guard._key_of({"type": "http", "headers": [(b"authorization", b"Bearer a")]}) == "a"
     assert compared == [b"a", b"b", b"c"]
 
 

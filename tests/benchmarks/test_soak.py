@@ -71,7 +71,7 @@ def test_a_rush_is_answered_or_told_to_come_back(report, runner, tokenizer):
 
 
 def test_a_refusal_that_does_not_say_when_is_noticed(report, runner, tokenizer, monkeypatch):
-    def refuse(engine: Engine) -> None:
+    def refuse(engine: Engine, _: int = 1) -> None:
         if engine.num_waiting > 10:
             raise QueueFull("later")
 
@@ -148,8 +148,8 @@ def test_nobody_hears_anothers_secret(report, tokenizer):
 
 
 def test_a_span_that_is_reused_unread_is_noticed(report, tokenizer, monkeypatch):
-    def unread(span: Span, tokens: list[int], known: int) -> int:
-        return min(span.num_cached, len(tokens) - 1)
+    def unread(span: Span, other: Span, known: int) -> int:
+        return min(span.num_cached, len(other.tokens) - 1)
 
     # As if all prompts were alike, whatever their tokens are.
     monkeypatch.setattr(

@@ -207,7 +207,7 @@ def test_tensors_of_another_shape_are_refused(folders, tmp_path, quantize):
     name = "model.layers.0.mlp.up_proj.weight"
     weights[name] = torch.cat([weights[name], weights[name]])
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"of another shape.*up_proj"):
+    with pytest.raises(StartError, match=r"of another shape.*up_proj"):
         loaded(folder, quantize)
 
 

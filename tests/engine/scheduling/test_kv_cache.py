@@ -112,7 +112,7 @@ def test_rows_of_another_adapter_are_not_shared(monkeypatch):
         seq.num_cached = 64
         cache.release(seq)
     assert {span.adapter for span in cache.kept} == {0, 1, 2}
-    monkeypatch.setattr("engine.scheduling.kv_cache.hash", lambda tokens: 1, raising=False)
+    monkeypatch.setattr("engine.scheduling.prefix_index.hash", lambda tokens: 1, raising=False)
     cache = cache_with(1000, Span(tokens, 0, 64, 64, adapter=1))
     cache.allocator.gaps = [(100, 900)]
     other = sequence(tokens, max_new_tokens=10)
