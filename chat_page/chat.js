@@ -250,6 +250,9 @@ function bodyToContinue(messages, answer) {
     return { messages: [...begun, { role: "user", content: say("continue") }] };
 }
 
+// The one that was chosen, as long as it is served.
+const model = () => (config?.models.includes(settings.model) ? settings : config)?.model;
+
 function sampling() {
     const given = Object.keys(SAMPLING).filter((name) => settings[name]);
     return Object.fromEntries(given.map((name) => [name, Number(settings[name])]));
@@ -271,7 +274,7 @@ async function answer(conversation, { begun = null, previous = null } = {}) {
     try {
         if (begun && !config) await connect(); // how it can go on
         const body = {
-            ...(begun ? bodyToContinue(messages, begun) : { messages }), ...sampling(),
+            ...(begun ? bodyToContinue(messages, begun) : { messages }), ...sampling(), model: model(),
             stream: true, stream_options: { include_usage: true },
         };
         const response = await request("../v1/chat/completions", body, controller.signal);
@@ -444,7 +447,7 @@ function answerNode(message) {
     const details = element("details", {}, element("summary", {}, say("thinking")), thought);
     const tail = element("div", { className: "plain tail" }, "");
     const body = element("div", { className: "body" }, tail);
-    const who = element("h2", { className: "unseen" }, config?.model ?? "chat-api");
+    const who = element("h2", { className: "unseen" }, model() ?? "chat-api");
     const node = element("article", { className: "answer" }, who, details, body, element("footer"));
     Object.assign(node, { thought, details, body, tail, cutter: new Cutter(), done: 0 });
     return node;
@@ -723,7 +726,11 @@ function asMarkdown(id) {
 
 function showConfig() {
     const isDemo = config?.model === "demo";
-    part("model").textContent = config?.model ?? "chat-api";
+    part("model").textContent = model() ?? "chat-api";
+    const choice = part("fields").querySelector("select");
+    choice.replaceChildren(...(config?.models ?? []).map((name) => new Option(name)));
+    choice.value = model() ?? "";
+    choice.parentElement.hidden = choice.options.length < 2;
     part("demo").hidden = !isDemo;
     part("examples").replaceChildren(...examples(isDemo).map((text) => {
         return element("button", { type: "button", onclick: () => ask(text) }, text);
@@ -739,6 +746,7 @@ function showSettings() {
     const keep = (field) => {
         settings[field.name] = field.value;
         store(`${PREFIX}settings`, settings);
+        if (field.name === "model") showConfig();
     };
     const labelled = (name, field) => {
         Object.assign(field, { name, value: settings[name] ?? "", oninput: () => keep(field) });
@@ -747,7 +755,9 @@ function showSettings() {
     const rows = Object.entries(SAMPLING).map(([name, [min, max, step]]) => {
         return labelled(name, element("input", { type: "number", min, max, step }));
     });
-    part("fields").replaceChildren(labelled("system", element("textarea", { rows: 4 })), ...rows);
+    const choice = labelled("model", element("select"));
+    const system = labelled("system", element("textarea", { rows: 4 }));
+    part("fields").replaceChildren(system, choice, ...rows);
     showConfig();
 }
 

@@ -47,22 +47,13 @@ const TEXTS = {
     answering: ["Answering", "正在回答"],
     answered: ["The answer is complete", "回答完毕"],
     speed: ["{tokens} tokens · {speed} tokens/s", "{tokens} 个 token · 每秒 {speed} 个"],
-    length: [
-        "The answer reached its greatest length.",
-        "回答已达到长度上限。",
-    ],
+    length: ["The answer reached its greatest length.", "回答已达到长度上限。"],
     stopped: ["Stopped.", "已停止。"],
-    broken: [
-        "The connection broke; this is what came.",
-        "连接中断，以上是已收到的内容。",
-    ],
+    broken: ["The connection broke; this is what came.", "连接中断，以上是已收到的内容。"],
     elsewhere: ["Being answered in another tab.", "正在另一个标签页中回答。"],
     code: ["Code", "代码"],
     table: ["Table", "表格"],
-    skipped: [
-        "The model no longer sees the {n} turns above.",
-        "模型已看不到以上 {n} 轮对话。",
-    ],
+    skipped: ["The model no longer sees the {n} turns above.", "模型已看不到以上 {n} 轮对话。"],
     loading: ["The model is loading.", "模型正在加载。"],
     draining: ["The server is stopping.", "服务器正在停止。"],
     dead: ["The server cannot answer; it has to be restarted.", "服务器无法回答，需要重启。"],
@@ -74,14 +65,8 @@ const TEXTS = {
     keyRefused: ["The server does not know this key.", "API Key 不正确。"],
     remember: ["Remember it in this browser", "在此浏览器中记住"],
     use: ["Use", "使用"],
-    tooLong: [
-        "The conversation no longer fits into the model's context.",
-        "对话已超出模型的上下文长度。",
-    ],
-    questionTooLong: [
-        "The question does not fit into the model's context; shorten it.",
-        "问题超出了模型的上下文长度，请缩短后重试。",
-    ],
+    tooLong: ["The conversation no longer fits into the model's context.", "对话已超出模型的上下文长度。"],
+    questionTooLong: ["The question does not fit into the model's context; shorten it.", "问题超出了模型的上下文长度，请缩短后重试。"],
     skip: ["Leave out the oldest turns ({n}) and retry", "去掉最早的 {n} 轮对话后重试"],
     full: [
         "This browser's storage is full: the conversation is not saved. Export or delete some.",
@@ -97,6 +82,7 @@ const TEXTS = {
     presence_penalty: ["Presence penalty", "存在惩罚"],
     frequency_penalty: ["Frequency penalty", "频率惩罚"],
     seed: ["Seed", "随机种子"],
+    model: ["Model or adapter", "模型或适配器"],
     random: ["random", "随机"],
     unlimited: ["no limit", "不限"],
 };
