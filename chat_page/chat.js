@@ -250,7 +250,7 @@ function bodyToContinue(messages, answer) {
     return { messages: [...begun, { role: "user", content: say("continue") }] };
 }
 
-// The one that was chosen, as long as it is served.
+// The chosen one, if it is served.
 const model = () => (config?.models.includes(settings.model) ? settings : config)?.model;
 
 function sampling() {
@@ -746,7 +746,7 @@ function showSettings() {
     const keep = (field) => {
         settings[field.name] = field.value;
         store(`${PREFIX}settings`, settings);
-        if (field.name === "model") showConfig();
+        showConfig();
     };
     const labelled = (name, field) => {
         Object.assign(field, { name, value: settings[name] ?? "", oninput: () => keep(field) });

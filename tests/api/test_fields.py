@@ -82,7 +82,7 @@ IGNORED = [
     "xtc_threshold", "mirostat_tau", "mirostat_eta", "adaptive_decay", "use_cache",
     "low_memory", "pad_token_id", "num_assistant_tokens", "num_assistant_tokens_schedule",
     "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size",
-    "keep_alive", "verbosity",
+    "keep_alive",
 ]  # fmt: skip
 # What asks for something is refused, what asks for nothing is not.
 REFUSED_UNLESS = {
@@ -175,6 +175,7 @@ REFUSED_UNLESS = {
     "typ_p": (0.5, 1.0),
     "typical_p": (0.5, 1.0),
     "use_beam_search": (True, False),
+    "verbosity": ("loud", "low"),
     "watermark": (True, False),
     "xtc_probability": (0.5, 0.0),
 }
