@@ -13,7 +13,7 @@ import bundle
 from tests.conftest import ROOT, byte_tokenizer, ready, tiny_llama, wait_for
 
 # What the server does not need.
-APART = {"benchmarks", "bundle", "deploy", "request", "tests"}
+APART = {"benchmarks", "bundle", "client_settings", "deploy", "request", "tests"}
 
 
 def answers(url: str) -> bool:

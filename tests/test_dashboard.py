@@ -167,7 +167,8 @@ def answers(url: str) -> bool:
 def test_watchers_are_bounded(url, monkeypatch):
     monkeypatch.setattr(dashboard, "MAX_WATCHERS", 1)
     with httpx.stream("GET", f"{url}/dashboard/events") as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # closed with its generator, so kept
+        next(lines)
         refused = httpx.get(f"{url}/dashboard/events")
     assert refused.status_code == 429
     assert "try again" in refused.json()["error"]["message"]

@@ -32,7 +32,8 @@ from tests.server_process import server_process
 def test_demo_comes_with_tokenizer_and_licence(demo_folder):
     names = {path.name for path in demo_folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "LICENSE"} <= names
-    assert not list(demo_folder.parent.glob(".demo-*"))
+    # Where several make it at once, the others throw theirs away.
+    wait_for(lambda: not list(demo_folder.parent.glob(".demo-*")))
 
 
 def test_demo_tokenizer_splits_digits(demo_folder):
