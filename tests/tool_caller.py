@@ -34,6 +34,18 @@ def tool_tokenizer(special: Iterable[str] = ()) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def thinking_tokenizer() -> PreTrainedTokenizerFast:
+    """Its template shows what it is given of thoughts, and names their markers."""
+    tokenizer = tool_tokenizer()
+    tokenizer.chat_template = (
+        "{% if enable_thinking is defined and not enable_thinking %}(no){% endif %}"
+        "{% if reasoning_effort %}({{ reasoning_effort }}){% endif %}"
+        "{% for m in messages %}{% if m.reasoning_content %}[{{ m.reasoning_content }}]{% endif %}"
+        "{% endfor %}" + TOOL_TEMPLATE + "{# <think> </think> #}"
+    )
+    return tokenizer
+
+
 class ToolCaller(ScriptedRunner):
     """Writes `begin`, and then always the likeliest token that its guide allows.
 

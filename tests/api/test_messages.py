@@ -13,7 +13,7 @@ from anthropic.types import ErrorResponse, Message, RawMessageStreamEvent
 from engine import SamplingParams
 from serving.thought_code import MAX_BYTES, ThoughtDecoder, encode_thought
 from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve, wait_for
-from tests.tool_caller import TOOL_TEMPLATE, ToolCaller, tool_tokenizer
+from tests.tool_caller import ToolCaller, thinking_tokenizer, tool_tokenizer
 
 PATH = "/v1/messages"
 ASK = {"model": "test", "max_tokens": 20, "messages": [{"role": "user", "content": "hi"}]}
@@ -27,19 +27,11 @@ TOOL = {
     },
 }
 EVENT = pydantic.TypeAdapter(RawMessageStreamEvent)
-THINKS = (
-    "{% if enable_thinking is defined and not enable_thinking %}(no){% endif %}"
-    "{% if reasoning_effort %}({{ reasoning_effort }}){% endif %}"
-    "{% for m in messages %}{% if m.reasoning_content %}[{{ m.reasoning_content }}]{% endif %}"
-    "{% endfor %}" + TOOL_TEMPLATE + "{# <think> </think> #}"
-)
 
 
 @pytest.fixture(scope="module")
 def runner() -> ScriptedRunner:
-    tokenizer = tool_tokenizer()
-    tokenizer.chat_template = THINKS
-    return ScriptedRunner(tokenizer, "<think>hm, so</think>hello")
+    return ScriptedRunner(thinking_tokenizer(), "<think>hm, so</think>hello")
 
 
 @pytest.fixture(scope="module")

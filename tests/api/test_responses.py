@@ -18,7 +18,7 @@ from serving.kept import KeptAnswers
 from serving.responses_tools import InputDecoder
 from serving.thought_code import encode_thought
 from tests.conftest import ScriptedRunner, chat_model, ready, serve, wait_for
-from tests.tool_caller import TOOL_TEMPLATE, ToolCaller, tool_tokenizer
+from tests.tool_caller import ToolCaller, thinking_tokenizer, tool_tokenizer
 
 PATH = "/v1/responses"
 ASK = {"model": "test", "input": "hi"}
@@ -30,19 +30,11 @@ CITY = {
     "additionalProperties": False,
 }
 WEATHER = {"type": "function", "name": "weather", "description": "How", "parameters": CITY}
-THINKS = (
-    "{% if enable_thinking is defined and not enable_thinking %}(no){% endif %}"
-    "{% if reasoning_effort %}({{ reasoning_effort }}){% endif %}"
-    "{% for m in messages %}{% if m.reasoning_content %}[{{ m.reasoning_content }}]{% endif %}"
-    "{% endfor %}" + TOOL_TEMPLATE + "{# <think> </think> #}"
-)
 
 
 @pytest.fixture(scope="module")
 def runner() -> ScriptedRunner:
-    tokenizer = tool_tokenizer()
-    tokenizer.chat_template = THINKS
-    return ScriptedRunner(tokenizer, "<think>hm, so</think>hello")
+    return ScriptedRunner(thinking_tokenizer(), "<think>hm, so</think>hello")
 
 
 @pytest.fixture(scope="module")
