@@ -74,9 +74,9 @@ def test_samples_equal_usage(url):
 def test_running_request_is_told(url, runner):
     runner.say = "one two three"
     runner.hold()
+    runner.permits.release(4)  # as the headers come with the first text
     try:
         with httpx.stream("POST", url, json={"prompt": "secret", "stream": True}) as stream:
-            runner.permits.release(4)
             lines = stream.iter_lines()
             next(lines)
             wait_for(lambda: events(url, 2)[1]["samples"][0]["completion_tokens"] >= 1)
@@ -211,6 +211,7 @@ def test_without_the_page_there_is_none(runner, tokenizer):
 def test_figures_in_the_browser(browser: Browser, url, runner):
     ask(url)
     runner.hold()
+    runner.permits.release(2)
     with browser.new_context(locale="en-US") as context:
         page = context.new_page()
         failures: list[object] = []
@@ -220,7 +221,6 @@ def test_figures_in_the_browser(browser: Browser, url, runner):
         expect(page.locator("#state")).to_have_text("ready")
         expect(page.locator("#none")).to_be_visible()
         with httpx.stream("POST", url, json={"prompt": "hi", "stream": True}) as stream:
-            runner.permits.release(2)
             lines = stream.iter_lines()
             next(lines)
             expect(page.locator("#requests tr")).to_have_count(1)
