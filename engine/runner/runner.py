@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from engine.attention.forward_batch import AttentionBackend, ForwardBatch, KVCache
+from engine.attention.forward_batch import AttentionBackend, ForwardBatch
+from engine.attention.kv_pool import KVCache
 from engine.attention.state_pool import StatePool, state_groups
 from engine.blame import first_line
 from engine.checkpoint.model_config import cache_argument
