@@ -76,13 +76,9 @@ KNOWN = {
             "huggingface": "internlm/internlm2-chat-7b",
         },
     ),
+    "qwen3.5-0.8b": Model("1.8 GB", "4 / 4 / 4 GB", dict.fromkeys(BOTH, "Qwen/Qwen3.5-0.8B")),
+    "qwen3.5-4b": Model("9.3 GB", "12 / 8 / 6 GB", dict.fromkeys(BOTH, "Qwen/Qwen3.5-4B")),
     "demo": Model("93 MB", "any CPU", {}),
-}
-
-# Where each name is fetched from. Some are not in the table of models yet.
-REPOS = {name: model.repos for name, model in KNOWN.items()} | {
-    "qwen3.5-0.8b": dict.fromkeys(BOTH, "Qwen/Qwen3.5-0.8B"),
-    "qwen3.5-4b": dict.fromkeys(BOTH, "Qwen/Qwen3.5-4B"),
 }
 
 
@@ -108,8 +104,8 @@ def fetch(name: str, source: str | None = None, folder: Path = MODELS) -> Path:
 
 def _repos(name: str) -> tuple[dict[str, str], Reference]:
     """The repository on each hub of a model in the table, or of any other by its hub id."""
-    if name in REPOS:
-        return REPOS[name], Reference(name)
+    if name in KNOWN:
+        return KNOWN[name].repos, Reference(name)
     if wish := read_reference(name):
         return dict.fromkeys([wish.source] if wish.source else HUBS, wish.repo), wish
     raise DownloadError(_no_such_name(name))
@@ -117,7 +113,7 @@ def _repos(name: str) -> tuple[dict[str, str], Reference]:
 
 def _no_such_name(name: str) -> str:
     here = [folder.name for folder in MODELS.glob("*/")]
-    near = difflib.get_close_matches(name.lower(), [*REPOS, *here], 1)
+    near = difflib.get_close_matches(name.lower(), [*KNOWN, *here], 1)
     return (
         f"there is no model {name!r}; {f'did you mean {near[0]}? ' if near else ''}the names are"
         f" {', '.join(KNOWN)}, and any other model is named by its hub id, such as"
@@ -182,8 +178,8 @@ def find_base(adapter: Path, base: str | None = None) -> Path:
 def _known(path: str) -> str:
     """The name in the table of a model at a path, if it has one."""
     last = hub_id_of(path).rpartition("/")[2].casefold()
-    for name, repos in REPOS.items():
-        if last in {name, *(repo.rpartition("/")[2].casefold() for repo in repos.values())}:
+    for name, model in KNOWN.items():
+        if last in {name, *(repo.rpartition("/")[2].casefold() for repo in model.repos.values())}:
             return name
     return ""
 
@@ -210,7 +206,7 @@ def _why_not_found(name: str, place: Path) -> str:
         )
     if re.search(r"^[.~]|[/\\]", name) and not is_hub_id:
         return f"there is no folder {place.absolute()}; give --model the folder of a model"
-    if name in REPOS or is_hub_id:
+    if name in KNOWN or is_hub_id:
         get = f"fetch it with `python model_download.py {name}`"
         return f"there is no model {name!r} in {MODELS} yet; {get}"
     return f"{_no_such_name(name)}; or give --model the folder of a model"

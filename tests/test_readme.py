@@ -58,6 +58,9 @@ FAMILY_OF = {
     "llama-3-8b": "llama-3",
     "xverse-7b": "xverse",
     "internlm2-7b": "internlm2",
+    # Of no family; these defaults are any model's.
+    "qwen3.5-0.8b": "internlm2",
+    "qwen3.5-4b": "internlm2",
 }
 
 IN_THE_OTHER_LANGUAGE = {Path(name).name for pair in PAIRS for name in pair}
