@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention.state_pool import Key, StateGroup, StatePool
+from engine.layers import selective_scan
 from engine.relative_error import relative_error
 
 # transformers tells of packages that would be faster on a card, once for each function that it has
@@ -37,6 +38,7 @@ class StateCache:
         self.group = groups[0]  # that is being computed
         self.changed: dict[Key, torch.Tensor] = {}
         self.calls = 0
+        self.recurrent: torch.Tensor | None = None  # the state that was last asked for
         self.inputs: dict[int, Any] = {}  # what layers have made of the groups for all of them
         self.layer_idx = -1  # of the attention layer that came last
 
@@ -70,7 +72,8 @@ class StateCache:
         return self._get((layer_idx, "conv", state_idx))
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._get((layer_idx, "recurrent", state_idx))
+        self.recurrent = self._get((layer_idx, "recurrent", state_idx))
+        return self.recurrent
 
     def update_conv_state(
         self,
@@ -122,10 +125,11 @@ class StateCache:
             groups = [single for group in groups for single in group.singles()]
         parts = []
         for self.group in groups:
-            self.changed = {}
+            self.changed, self.recurrent = {}, None
             given = [self.group.select(x, self.total) for x in args]
             named = {name: self.group.select(x, self.total) for name, x in kwargs.items()}
-            parts.append(layer.forward(*given, **named))
+            with selective_scan.going_on(self):
+                parts.append(layer.forward(*given, **named))
             for key, states in self.changed.items():
                 self.pool.write(key, self.group.target, states)
         self.changed = {}
@@ -150,6 +154,7 @@ class StateCache:
 def use_state_groups(modules: Sequence[Any]) -> None:
     """Let modules that keep a state compute group after group in a packed step."""
     for module in modules:
+        selective_scan.carry_states(module)
         module.forward = InGroups(module.forward)
 
 
