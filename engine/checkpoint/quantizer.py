@@ -66,6 +66,8 @@ def kept(model: Any) -> Iterator[Any]:
         if hasattr(module, "expand_kv"):
             yield getattr(module, "kv_b_proj", None)
         yield getattr(module, "dt_proj", None)  # Mamba's code takes its weights
+        if hasattr(module, "A_log"):  # a few rows, which say how long a state remembers
+            yield from (getattr(module, name, None) for name in ("in_proj_a", "in_proj_b"))
         # Beside a mixture's experts stand its routers.
         if any(has_fused_experts(child) for child in module.children()):
             yield from (child for child in module.children() if type(child) is torch.nn.Linear)

@@ -108,6 +108,17 @@ class DeltaLayer(ctypes.Structure):
     ]
 
 
+class DeltaBlock(ctypes.Structure):
+    """A decoder layer of such a mixer and a gated MLP."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("input_norm", "post_norm")),
+        *((name, Linear) for name in ("inputs", "gates", "o", "gate_up", "down")),
+        *((name, ctypes.c_int64) for name in ("width", "inner")),
+        *((name, ctypes.c_float) for name in ("input_eps", "post_eps")),
+    ]
+
+
 class DeltaStep(ctypes.Structure):
     """What a step gives such a layer, as the kernels have it."""
 
@@ -189,9 +200,11 @@ def loaded(path: Path) -> Any:
     found.scratch_floats.argtypes = [pointer]
     found.scratch_floats.restype = number
     found.decoder_layer.argtypes = [*[pointer] * 4, number, pointer, pointer]
-    found.gated_delta.argtypes = [pointer] * 9
-    computing = found.linear, found.rms_norm, found.adapt, found.decoder_layer, found.gated_delta
-    for function in computing:
+    found.gated_delta.argtypes = found.delta_layer.argtypes = [pointer] * 7
+    found.delta_floats.argtypes = [pointer] * 2
+    found.delta_floats.restype = number
+    computing = found.linear, found.rms_norm, found.adapt, found.decoder_layer
+    for function in (*computing, found.gated_delta, found.delta_layer):
         function.restype = None
     return found
 

@@ -15,7 +15,12 @@ from engine.layers.quantized import QuantizedLinear, bits_of
 
 # Layers of one module that have the same input, by their names in transformers.
 PRODUCTS = ("q_proj", "k_proj", "v_proj")
-SIBLINGS = (PRODUCTS, ("gate_proj", "up_proj"))
+SIBLINGS = (
+    PRODUCTS,
+    ("gate_proj", "up_proj"),
+    ("in_proj_qkv", "in_proj_z"),  # of the gated delta rule
+    ("in_proj_b", "in_proj_a"),
+)
 
 
 class _MergedLinear:
@@ -148,14 +153,18 @@ def norm_parameters(module: Any) -> tuple[torch.nn.Parameter, float] | None:
 
 
 def plain_norm(module: Any) -> RMSNorm | None:
-    """Our RMSNorm in place of a module, if it computes the same: some models add 1."""
+    """Our RMSNorm in place of a module, if it computes the same; to weights some models add 1."""
     parameters = norm_parameters(module)
     if parameters is None:
         return None
-    weight = parameters[0]
-    norm = RMSNorm(*parameters)
+    weight, eps = parameters
     probe = torch.linspace(-3, 3, 2 * weight.numel()).reshape(1, 2, -1)
-    return norm if torch.allclose(norm(probe), module(probe), atol=1e-5, rtol=1e-5) else None
+    wanted = module(probe)
+    for scale in (weight, torch.nn.Parameter(weight.detach().float() + 1, requires_grad=False)):
+        norm = RMSNorm(scale, eps)
+        if torch.allclose(norm(probe), wanted, atol=1e-5, rtol=1e-5):
+            return norm
+    return None
 
 
 def looks_gated(module: Any) -> TypeGuard[GatedMLP]:

@@ -9,7 +9,7 @@ from engine.errors import StartError
 from engine.kernels.cpu import why_missing
 from engine.layers import merged
 from engine.layers.cpu_layer import CpuLayer
-from engine.layers.gated_delta import PackedDelta
+from engine.layers.gated_delta import DeltaBlock, PackedDelta
 from engine.layers.lora import Adapted, Current, Part, Update
 from engine.layers.recurrent import InGroups
 from engine.layers.weight_format import computes_exactly
@@ -53,7 +53,7 @@ def _place_of(model: Any, layer: str) -> _Place:
 
 def _inside(module: Any) -> Any:
     """A layer as it was before it became one call."""
-    return module.layer if type(module) is CpuLayer else module
+    return module.layer if isinstance(module, CpuLayer | DeltaBlock) else module
 
 
 def _widths_of(parent: Any, names: tuple[str, ...]) -> list[int]:
@@ -96,6 +96,6 @@ def attach(model: Any, adapters: Sequence[Updates]) -> Current:
         like = None if by_kernel else torch.empty(0, device=device, dtype=dtype)
         product.seal(len(adapters), like)
     for module in model.modules() if adapted else ():
-        if type(module) is CpuLayer:
+        if isinstance(module, CpuLayer | DeltaBlock):
             module.adapt(len(adapters))
     return current

@@ -15,9 +15,9 @@ from engine.checkpoint.attention_probe import probe_layers
 from engine.checkpoint.model_config import context_length
 from engine.errors import StartError
 from engine.kernels.cpu import why_missing
+from engine.layers import gated_delta
 from engine.layers.cpu_layer import CpuLayer, can_be_one_call
 from engine.layers.fused_layer import fuse_layers
-from engine.layers.gated_delta import PackedDelta, can_be_packed
 from engine.layers.named_adapters import Updates, attach
 from engine.layers.recurrent import use_state_groups
 from engine.layers.replacing import replace
@@ -130,13 +130,20 @@ def make_faster(trial: Runner) -> None:
     """Let a model's layers take fewer and larger operations, where they compute the same."""
 
     def run() -> torch.Tensor:
-        return trial.forward([(KVSpan([*range(7)]), 7)])
+        span = KVSpan([*range(7)])
+        try:
+            return trial.forward([(span, 7)])
+        finally:
+            if trial.states is not None:
+                trial.states.drop(span)
 
     run()  # says of a model that cannot be batched why
     if trial.device.type == "cpu":
         fuse_layers(trial.model, run)
         if why_missing() is None:
-            replace(trial.model, can_be_packed, lambda module, _: PackedDelta(module), run)
+            packed, block = gated_delta.PackedDelta, gated_delta.DeltaBlock
+            replace(trial.model, gated_delta.can_be_packed, lambda module, _: packed(module), run)
+            replace(trial.model, gated_delta.can_be_one_call, lambda module, _: block(module), run)
         replace(trial.model, can_be_one_call, lambda module, _: CpuLayer(module), run)
     elif not trial.split and trial.model.dtype in (torch.bfloat16, torch.float16):
         try:

@@ -105,59 +105,53 @@ void decoder_layer(const Layer *of, const Step *with, float *keys, float *values
     }
 }
 
-// What a layer of the gated delta rule does between its products, for tokens in packed order.
-//
-// qkv [tokens, channels], z [tokens, values], a and b [tokens, heads] to out [tokens, values]. The
-// pool's states are conv [slots, channels, TAPS] and recurrent [slots, heads, key_width,
-// value_width]; slots that are read are never written.
-void gated_delta(const DeltaLayer *of, const DeltaStep *with, const float *qkv, const float *z,
-                 const float *a, const float *b, float *conv, float *recurrent, float *out) {
+// What a layer of the gated delta rule does between its products, for tokens in packed order:
+// inputs [tokens, channels + values] and gates [tokens, 2 heads] to out [tokens, values].
+void gated_delta(const DeltaLayer *layer, const DeltaStep *step, const float *inputs,
+                 const float *gates, float *conv, float *recurrent, float *out) {
+#pragma omp parallel num_threads(step->threads)
+    mix(*layer, *step, {inputs, gates}, {conv, recurrent}, out);
+}
+
+// The floats that a step's scratch has for each token.
+int64_t delta_floats(const DeltaLayer *layer, const DeltaBlock *block) {
+    const int64_t products = layer->inputs() + 2 * layer->heads + layer->values();
+    return layer->mixed() + block->width + products + 3 * block->inner;
+}
+
+// x [tokens, width] through a decoder layer of the rule to out.
+void delta_layer(const DeltaLayer *of, const DeltaBlock *with, const DeltaStep *in, float *conv,
+                 float *recurrent, const float *x, float *out) {
     const DeltaLayer &layer = *of;
-    const DeltaStep &step = *with;
-    const int64_t heads = layer.heads, channels = layer.channels(), row = channels + 2 * heads;
-    const int64_t keys = layer.key_width, values = layer.value_width;
-    const int64_t blocks = (values + COLUMNS - 1) / COLUMNS;
-    const auto inputs_of = [&](int64_t chain) {
-        const int64_t slot = step.sources[chain];
-        return slot < 0 ? nullptr : conv + slot * channels * TAPS;
-    };
+    const DeltaBlock &block = *with;
+    const DeltaStep &step = *in;
+    const int64_t tokens = step.tokens, width = block.width, inner = block.inner;
+    float *normed = step.scratch + tokens * layer.mixed();
+    float *inputs = normed + tokens * width;
+    float *gates = inputs + tokens * layer.inputs();
+    float *said = gates + tokens * 2 * layer.heads;
+    float *gate_up = said + tokens * layer.values();
+    float *gated = gate_up + tokens * 2 * inner;
 #pragma omp parallel num_threads(step.threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < step.tokens; t++) {
-            const int64_t chain = step.chain_of[t], first = step.firsts[chain];
-            float *mixed = step.scratch + t * row, *gates = mixed + channels;
-            convolve(layer, qkv, first, t - first, inputs_of(chain), mixed);
-            for (int64_t h = 0; h < layer.key_heads; h++) {
-                to_length(mixed + h * keys, keys, 1 / std::sqrt((float)keys));
-                to_length(mixed + layer.keys() + h * keys, keys, 1);
-            }
-            for (int64_t h = 0; h < heads; h++) {
-                const float x = a[t * heads + h] + layer.dt_bias[h];
-                const float soft = x > 20 ? x : std::log1p(std::exp(x));
-                gates[2 * h] = std::exp(-layer.rates[h] * soft);
-                gates[2 * h + 1] = 1 / (1 + std::exp(-b[t * heads + h]));
-            }
-        }
+        for (int64_t t = 0; t < tokens; t++)
+            normalize(x + t * width, block.input_norm, block.input_eps, width, normed + t * width);
+        multiply(normed, tokens, block.inputs, {inputs, nullptr, layer.inputs()});
+        multiply(normed, tokens, block.gates, {gates, nullptr, 2 * layer.heads});
+#pragma omp barrier
+        mix(layer, step, {inputs, gates}, {conv, recurrent}, said);
+        multiply(said, tokens, block.o, {out, x, width});
+#pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t chain = 0; chain < step.chains; chain++)
-            for (int64_t s = step.segments[chain]; s < step.segments[chain + 1]; s++)
-                keep_inputs(layer, qkv, step.firsts[chain], step.ends[s], inputs_of(chain),
-                            conv + step.targets[s] * channels * TAPS);
-#pragma omp for schedule(dynamic) collapse(3)
-        for (int64_t chain = 0; chain < step.chains; chain++)
-            for (int64_t h = 0; h < heads; h++)
-                for (int64_t block = 0; block < blocks; block++) {
-                    const int64_t column = block * COLUMNS;
-                    if (column + COLUMNS <= values)
-                        follow_chain<true>(layer, step, chain, h, column, recurrent, out);
-                    else
-                        follow_chain<false>(layer, step, chain, h, column, recurrent, out);
-                }
+        for (int64_t t = 0; t < tokens; t++)
+            normalize(out + t * width, block.post_norm, block.post_eps, width, normed + t * width);
+        multiply(normed, tokens, block.gate_up, {gate_up, nullptr, 2 * inner});
+#pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < step.tokens; t++)
-            for (int64_t h = 0; h < heads; h++)
-                gated_norm(layer, z + (t * heads + h) * values, out + (t * heads + h) * values);
+        for (int64_t t = 0; t < tokens; t++)
+            gate(gate_up + t * 2 * inner, inner, gated + t * inner);
+        multiply(gated, tokens, block.down, {out, out, width});
     }
 }
 }

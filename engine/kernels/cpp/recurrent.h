@@ -5,6 +5,7 @@
 #pragma once
 
 #include "norms.h"
+#include "products.h"
 
 namespace {
 
@@ -23,6 +24,27 @@ struct DeltaLayer {
     int64_t keys() const { return key_heads * key_width; }
     int64_t values() const { return heads * value_width; }
     int64_t channels() const { return 2 * keys() + values(); }
+    int64_t inputs() const { return channels() + values(); }
+    int64_t mixed() const { return channels() + 2 * heads; }
+};
+
+// A decoder layer of such a mixer and a gated MLP, each behind a norm.
+struct DeltaBlock {
+    const float *input_norm, *post_norm;
+    Linear inputs, gates, o, gate_up, down;
+    int64_t width, inner;
+    float input_eps, post_eps;
+};
+
+// What the products of a step's tokens made, a row each.
+struct DeltaInputs {
+    const float *inputs;  // [tokens, channels + values] queries, keys and values; and z
+    const float *gates;   // [tokens, 2 heads] b and a
+};
+
+// The pool's states: [slots, channels, TAPS] and [slots, heads, key_width, value_width].
+struct DeltaStates {
+    float *conv, *recurrent;
 };
 
 // A text's new tokens are a chain of segments, each of which ends where a state is to be written.
@@ -34,7 +56,7 @@ struct DeltaStep {
     const int64_t *ends;      // [segments] behind their last tokens
     const int64_t *targets;   // [segments] the slots for the states there
     const int64_t *chain_of;  // [tokens]
-    float *scratch;           // [tokens][channels + 2 heads]
+    float *scratch;           // [tokens][channels + 2 heads], and what a DeltaBlock needs besides
     int64_t threads;
 };
 
@@ -44,9 +66,9 @@ inline Floats silu(Floats x) {
 }
 
 // The input of a channel and its neighbours, so many tokens before a chain's token `at`.
-inline Floats input_before(const float *qkv, int64_t channels, int64_t first, int64_t at,
+inline Floats input_before(const DeltaLayer &layer, const float *inputs, int64_t first, int64_t at,
                            int64_t before, const float *state, int64_t channel) {
-    if (at >= before) return load(qkv + (first + at - before) * channels + channel);
+    if (at >= before) return load(inputs + (first + at - before) * layer.inputs() + channel);
     Floats x{};
     if (state)
         for (int n = 0; n < LANES; n++) x[n] = state[(channel + n) * TAPS + TAPS + at - before];
@@ -54,14 +76,14 @@ inline Floats input_before(const float *qkv, int64_t channels, int64_t first, in
 }
 
 // The causal convolution of a token, and SiLU of it.
-void convolve(const DeltaLayer &layer, const float *qkv, int64_t first, int64_t at,
+void convolve(const DeltaLayer &layer, const float *inputs, int64_t first, int64_t at,
               const float *state, float *out) {
     const int64_t channels = layer.channels();
     for (int64_t c = 0; c < channels; c += LANES) {
         Floats sum{};
         for (int tap = 0; tap < TAPS; tap++)
             sum = fused(load(layer.taps + tap * channels + c),
-                        input_before(qkv, channels, first, at, TAPS - 1 - tap, state, c), sum);
+                        input_before(layer, inputs, first, at, TAPS - 1 - tap, state, c), sum);
         store(out + c, silu(sum));
     }
 }
@@ -78,13 +100,13 @@ void to_length(float *x, int64_t width, float scale) {
 }
 
 // The last inputs of a segment, for the convolution of what comes after.
-void keep_inputs(const DeltaLayer &layer, const float *qkv, int64_t first, int64_t end,
+void keep_inputs(const DeltaLayer &layer, const float *inputs, int64_t first, int64_t end,
                  const float *state, float *to) {
     const int64_t channels = layer.channels();
     for (int64_t c = 0; c < channels; c += LANES)
         for (int tap = 0; tap < TAPS; tap++) {
             const Floats x =
-                input_before(qkv, channels, first, end - 1 - first, TAPS - 1 - tap, state, c);
+                input_before(layer, inputs, first, end - 1 - first, TAPS - 1 - tap, state, c);
             for (int n = 0; n < LANES; n++) to[(c + n) * TAPS + tap] = x[n];
         }
 }
@@ -174,7 +196,7 @@ template <bool ALL>
 void follow_chain(const DeltaLayer &layer, const DeltaStep &step, int64_t chain, int64_t head,
                   int64_t column, float *recurrent, float *out) {
     const int64_t keys = layer.key_width, values = layer.value_width, heads = layer.heads;
-    const int64_t channels = layer.channels(), row = channels + 2 * heads, matrix = keys * values;
+    const int64_t channels = layer.channels(), row = layer.mixed(), matrix = keys * values;
     const int64_t key_at = head / (heads / layer.key_heads) * keys, value_at = head * values + column;
     const Columns<ALL> part{keys, values, std::min<int64_t>(COLUMNS, values - column)};
     const int64_t source = step.sources[chain];
@@ -194,6 +216,60 @@ void follow_chain(const DeltaLayer &layer, const DeltaStep &step, int64_t chain,
         from = to;
         begin = step.ends[s];
     }
+}
+
+// A token's convolved inputs, its keys and queries of their lengths, and its gates: decay and beta.
+void mix_token(const DeltaLayer &layer, const DeltaStep &step, const DeltaInputs &in,
+               const float *conv, int64_t t) {
+    const int64_t heads = layer.heads, keys = layer.key_width, chain = step.chain_of[t];
+    const int64_t first = step.firsts[chain], slot = step.sources[chain];
+    const float *b = in.gates + 2 * t * heads, *a = b + heads;
+    const float *state = slot < 0 ? nullptr : conv + slot * layer.channels() * TAPS;
+    float *mixed = step.scratch + t * layer.mixed(), *gates = mixed + layer.channels();
+    convolve(layer, in.inputs, first, t - first, state, mixed);
+    for (int64_t h = 0; h < layer.key_heads; h++) {
+        to_length(mixed + h * keys, keys, 1 / std::sqrt((float)keys));
+        to_length(mixed + layer.keys() + h * keys, keys, 1);
+    }
+    for (int64_t h = 0; h < heads; h++) {
+        const float x = a[h] + layer.dt_bias[h];
+        const float soft = x > 20 ? x : std::log1p(std::exp(x));
+        gates[2 * h] = std::exp(-layer.rates[h] * soft);
+        gates[2 * h + 1] = 1 / (1 + std::exp(-b[h]));
+    }
+}
+
+// What a layer of the rule does between its products, by all threads of a parallel region, to out
+// [tokens, values]. Slots that are read are never written.
+void mix(const DeltaLayer &layer, const DeltaStep &step, const DeltaInputs &in,
+         const DeltaStates &states, float *out) {
+    const int64_t heads = layer.heads, channels = layer.channels(), values = layer.value_width;
+    const int64_t blocks = (values + COLUMNS - 1) / COLUMNS;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < step.tokens; t++) mix_token(layer, step, in, states.conv, t);
+#pragma omp for schedule(static)
+    for (int64_t chain = 0; chain < step.chains; chain++) {
+        const int64_t slot = step.sources[chain];
+        const float *before = slot < 0 ? nullptr : states.conv + slot * channels * TAPS;
+        for (int64_t s = step.segments[chain]; s < step.segments[chain + 1]; s++)
+            keep_inputs(layer, in.inputs, step.firsts[chain], step.ends[s], before,
+                        states.conv + step.targets[s] * channels * TAPS);
+    }
+#pragma omp for schedule(dynamic) collapse(3)
+    for (int64_t chain = 0; chain < step.chains; chain++)
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t block = 0; block < blocks; block++) {
+                const int64_t column = block * COLUMNS;
+                if (column + COLUMNS <= values)
+                    follow_chain<true>(layer, step, chain, h, column, states.recurrent, out);
+                else
+                    follow_chain<false>(layer, step, chain, h, column, states.recurrent, out);
+            }
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < step.tokens; t++)
+        for (int64_t h = 0; h < heads; h++)
+            gated_norm(layer, in.inputs + t * layer.inputs() + channels + h * values,
+                       out + (t * heads + h) * values);
 }
 
 }  // namespace

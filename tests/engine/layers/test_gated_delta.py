@@ -1,13 +1,19 @@
 """The gated delta rule by our kernel: what transformers computes, and the same in any pieces."""
 
+from copy import deepcopy
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
-from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5GatedDeltaNet
 
 from engine.attention.state_pool import StatePool, state_groups
-from engine.layers.gated_delta import PackedDelta, can_be_packed
+from engine.checkpoint.quantizer import quantize_layers
+from engine.layers.gated_delta import DeltaBlock, PackedDelta, can_be_one_call, can_be_packed
+from engine.layers.quantized import QuantizedLinear
 from engine.layers.recurrent import InGroups, StateCache
+from engine.layers.weight_format import convert_module
 from engine.relative_error import relative_error
 from engine.sequence import KVSpan
 from tests.engine.alone import needs_kernels
@@ -17,19 +23,21 @@ IDLE = KVSpan([0], 1000, 1)
 WIDTH = 64
 
 
-def layer(**sizes: int) -> Qwen3_5GatedDeltaNet:
-    """A layer with random weights, float32."""
-    torch.manual_seed(0)
+def config_of(**sizes: int) -> Qwen3_5TextConfig:
     shape = {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 32,
         "linear_value_head_dim": 80,
     }
-    config = Qwen3_5TextConfig(
-        vocab_size=260, hidden_size=WIDTH, num_hidden_layers=2, **(shape | sizes)
-    )
-    made = Qwen3_5GatedDeltaNet(config, 0).float().eval()
+    shape |= {"vocab_size": 260, "hidden_size": WIDTH, "num_hidden_layers": 2}
+    return Qwen3_5TextConfig(**({"intermediate_size": 96} | shape | sizes))
+
+
+def layer(**sizes: int) -> Qwen3_5GatedDeltaNet:
+    """A layer with random weights, float32."""
+    torch.manual_seed(0)
+    made = Qwen3_5GatedDeltaNet(config_of(**sizes), 0).float().eval()
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.dim() > 1:
@@ -62,7 +70,11 @@ class Texts:
         packed = torch.cat([*each, torch.zeros(pads, WIDTH)])
         work += [(IDLE, 1)] * pads
         cache = StateCache(self.pool, state_groups(self.pool, work, IDLE), len(packed))
-        out = self.module.forward(packed[None], cache_params=cache)[0]
+        is_layer = isinstance(self.module, DeltaBlock)
+        given: dict = {"past_key_values" if is_layer else "cache_params": cache}
+        if is_layer:
+            given["position_embeddings"] = None
+        out = self.module.forward(packed[None], **given)[0]
         for n, (span, new) in enumerate(zip(self.spans, news, strict=True)):
             self.out[n].append(out[:new])
             out = out[new:]
@@ -121,15 +133,56 @@ def test_kernel_agrees_with_the_models_own_mixer_in_groups():
                 assert relative_error(found, tensor[other.states[position]]) < 1e-5
 
 
+def block(**sizes: int) -> tuple[DeltaBlock, Qwen3_5DecoderLayer]:
+    """A decoder layer by one call, and as transformers has it; weights in bfloat16."""
+    mixer = layer(**sizes)
+    own = Qwen3_5DecoderLayer(config_of(**sizes), 0).eval()
+    own.linear_attn = mixer
+    with torch.no_grad():
+        for norm in (own.input_layernorm, own.post_attention_layernorm):
+            norm.weight.normal_(0, 0.3)
+        for product in (p for p in own.modules() if type(p) is torch.nn.Linear):
+            product.weight.copy_(product.weight.bfloat16())
+    made = deepcopy(own).bfloat16()
+    for name in ("A_log", "dt_bias"):
+        getattr(made.linear_attn, name).data = getattr(mixer, name).data
+    for name in ("conv1d", "norm"):
+        setattr(made.linear_attn, name, deepcopy(getattr(mixer, name)))
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        setattr(made, name, deepcopy(getattr(own, name)))
+    convert_module(made, "our kernels")
+    assert can_be_packed(made.linear_attn)
+    made.linear_attn = PackedDelta(made.linear_attn)
+    assert can_be_one_call(made)
+    return DeltaBlock(made), own
+
+
+@pytest.mark.parametrize("sizes", [{}, {"intermediate_size": 48}], ids=["even", "narrow"])
+def test_whole_layer_computes_what_transformers_does(sizes):
+    packed, own = block(**sizes)
+    for length in (1, 40):
+        [out] = in_one_step(packed, length)
+        with torch.inference_mode():
+            wanted = own(noise(length)[None], position_embeddings=None)[0]
+        assert relative_error(out, wanted) < 1e-5
+
+
+def test_whole_layer_that_is_adapted_computes_by_parts():
+    packed, _ = block()
+    [alone] = in_one_step(packed, 20)
+    packed.adapt(1)
+    packed.layer.mlp.forward = torch.zeros_like
+    [without] = in_one_step(packed, 20)
+    assert not torch.allclose(alone, without)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-def test_pieces_and_neighbours_change_no_bit(threads):
-    packed = PackedDelta(layer())
+@pytest.mark.parametrize("kind", ["mixer", "layer"])
+def test_pieces_and_neighbours_change_no_bit(threads, kind):
+    whole, _ = block()
+    packed = whole if kind == "layer" else whole.layer.linear_attn
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    # Products whose rows do not depend on each other, as our kernels' do not.
-    for name in ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"):
-        product = getattr(packed.own, name)
-        product.forward = lambda x, w=product.weight: torch.stack([w @ row for row in x])
     try:
         [alone] = in_one_step(packed, 77)
         for cuts in ([5, 72], [64, 13], [1] * 77, [3, 1, 73]):
@@ -152,6 +205,17 @@ def test_source_slot_is_never_written():
     texts.step(5)
     texts.step(1)
     assert all(torch.equal(texts.pool.tensors[key][source], x) for key, x in kept.items())
+
+
+def test_gates_are_not_packed_in_few_bits():
+    """Of 8 or 4: a few rows, by which a state is forgotten."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(linear_value_head_dim=32))
+    quantize_layers(model, 8)
+    mixer = model.model.layers[0].linear_attn
+    kinds = {name: type(module) for name, module in mixer.named_children()}
+    assert kinds["in_proj_qkv"] is kinds["out_proj"] is QuantizedLinear
+    assert kinds["in_proj_a"] is kinds["in_proj_b"] is torch.nn.Linear
 
 
 def test_other_layers_are_left():
