@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.engine_status import EngineStatus
 from engine.errors import ContextTooLong, InvalidInput
+from engine.guided.guide import tags_of
 from engine.guided.thinking_budget import ThinkingBudget
 from engine.offload import remove
 from engine.prompt import format_probe
@@ -154,7 +155,8 @@ class ChatModel(EngineStatus):
     def _tool_grammar(self) -> ToolGrammar:
         special = self.tokenizer.special
         ends = [word for word, i in special.items() if i in self.engine.end_ids]
-        return ToolGrammar(self.tokenizer.tools.form.ending_with(ends), special)
+        form = self.tokenizer.tools.form.ending_with(ends)
+        return ToolGrammar(form, special, tags_of(self.tokenizer.plain))
 
     @property
     def _guides(self) -> "BoundedCompiler":

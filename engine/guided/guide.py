@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,7 +119,27 @@ def _grammar_of(spelled: str) -> str:
     return str(LLMatcher.grammar_from_json_schema(spelled, overrides=_WRITING))
 
 
-def _after_thought(spelled: str, closing: str) -> str:
+def tags_of(tokenizer: Tokenizer) -> dict[str, int]:
+    """The added tokens that are text, but have a form by which llguidance takes them for special.
+
+    So have `</think>` and `<tool_call>` of Qwen's; in a grammar they are to be given by their ids.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    texts = {token.content: i for i, token in added.items() if not token.special}
+    return {text: i for text, i in texts.items() if text.startswith("<") and text.endswith(">")}
+
+
+def thought_rule(opening: str, closing: str, tags: Mapping[str, int]) -> str:
+    """The rule of a thought that ends with the first `closing`; `opening` is what it begins with.
+
+    It takes TEXT to be any text.
+    """
+    if closing in tags:  # of which there is none in a text
+        return f"thought: {opening} TEXT <[{tags[closing]}]>"
+    return f"thought[lazy]: {opening} TEXT {json.dumps(closing)}"
+
+
+def _after_thought(spelled: str, closing: str, tags: Mapping[str, int]) -> str:
     """The grammar of JSON behind a thought that has begun, in llguidance's Lark."""
     schema = json.dumps(json.loads(spelled) | {"x-guidance": _WRITING})
     return "\n".join(
@@ -128,7 +148,7 @@ def _after_thought(spelled: str, closing: str) -> str:
             "start: thought /\\n{0,2}/ answer",
             f"answer: %json {schema}",
             "TEXT: /(.|\\n)*/",
-            f"thought[lazy]: TEXT {json.dumps(closing)}",
+            thought_rule("", closing, tags),
         )
     )
 
@@ -167,7 +187,7 @@ class GuideCompiler:
             grammar = _grammar_of(spelled)
             if closing:
                 self._guide(grammar, self.markers, "schema")  # its errors are about the schema
-                grammar = _after_thought(spelled, closing)
+                grammar = _after_thought(spelled, closing, tags_of(self.tokenizer))
             return self._guide(grammar, self.markers, "schema")
         except (ValueError, InvalidInput) as error:
             reason = str(error).removeprefix("the JSON schema: ")[:_MAX_REASON]

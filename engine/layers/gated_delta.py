@@ -87,8 +87,9 @@ class _Chains:
 def product_of(module: Any, *names: str) -> Any:
     """The one product that computes a module's layers of these names; None if there is none."""
     parts = [getattr(module, name) for name in names]
-    shared = {part.shared if isinstance(part, MergedPart) else None for part in parts}
-    return None if None in shared or len(shared) > 1 else shared.pop().product
+    shared = {part.shared for part in parts if isinstance(part, MergedPart)}
+    is_one = len(shared) == 1 and all(isinstance(part, MergedPart) for part in parts)
+    return shared.pop().product if is_one else None
 
 
 class PackedDelta(torch.nn.Module):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import InvalidInput
-from engine.guided.guide import check_numbers
+from engine.guided.guide import check_numbers, thought_rule
 from engine.guided.json_schema import relaxed
 from engine.tools.format import ToolFormat
 
@@ -45,13 +45,17 @@ class Thoughts:
 class ToolGrammar:
     """Writes grammars in one format; `special` are the special tokens' ids by their text.
 
-    An answer in which no tool has to be called is any text, in which nothing begins a call but one.
+    `tags` are those of other tokens that a grammar has to give by their ids (guide.tags_of). An
+    answer in which no tool has to be called is any text, in which nothing begins a call but one.
     """
 
-    def __init__(self, form: ToolFormat, special: Mapping[str, int]):
+    def __init__(
+        self, form: ToolFormat, special: Mapping[str, int], tags: Mapping[str, int] | None = None
+    ):
         self.form = form
-        self.special = special
-        words = sorted(special, key=len, reverse=True)
+        self.tags = tags or {}
+        self.ids = {**self.tags, **special}
+        words = sorted(self.ids, key=len, reverse=True)
         self.pattern = re.compile(f"({'|'.join(map(re.escape, words)) or '(?!)'})")
         texts = (form.head, form.middle, form.tail, form.between or "", *form.arguments.texts)
         parts = [part for text in texts for part in self.pattern.split(text)]
@@ -120,8 +124,10 @@ class ToolGrammar:
         return ["start: thought free | unthought", *unthought, *lines]
 
     def _thought(self, thoughts: Thoughts) -> str:
-        opening = "" if thoughts.begun else f"/{_SPACE}{_as_regex(thoughts.opening)}/"
-        return f"thought[lazy]: {opening} TEXT {json.dumps(thoughts.closing)}"
+        opening = f"/{_SPACE}{_as_regex(thoughts.opening)}/"
+        if thoughts.opening in self.tags:
+            opening = f"/{_SPACE}/ {self._words(thoughts.opening)}"
+        return thought_rule("" if thoughts.begun else opening, thoughts.closing, self.tags)
 
     def _may_call(self, rule: str, *excluded: str) -> list[str]:
         """A rule for a text, or a text and calls after it.
@@ -148,9 +154,7 @@ class ToolGrammar:
         """A text in a grammar, in which special tokens stand apart."""
         parts = (part for part in self.pattern.split(text) if part)
         return " ".join(
-            f"<[{self.special[part]}]>"
-            if part in self.special
-            else json.dumps(part, ensure_ascii=False)
+            f"<[{self.ids[part]}]>" if part in self.ids else json.dumps(part, ensure_ascii=False)
             for part in parts
         )
 
