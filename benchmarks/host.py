@@ -22,15 +22,15 @@ def serve(port: int, seconds: float) -> None:
 
     import api
     import engine.scheduling.engine
-    from engine.attention.forward_batch import Step
-    from engine.sequence import Token, Work
+    from engine.attention.forward_batch import ForwardBatch
+    from engine.sequence import ScheduledBatch, Token
     from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model
 
     torch.set_num_threads(1)
 
     class Card(ScriptedRunner):
-        def forward(self, work: Work) -> torch.Tensor:
-            step = Step(work, "in place").on(self.device)
+        def forward(self, work: ScheduledBatch) -> torch.Tensor:
+            step = ForwardBatch(work, "in place").on(self.device)
             self.ids.index_copy_(0, step.write, step.ids)
             self.ready = time.perf_counter() + seconds
             logits = torch.zeros(len(work), self.vocabulary)

@@ -39,9 +39,9 @@ from engine.checkpoint.checkpoint import load_model
 from engine.checkpoint.model_config import load_config
 from engine.kernels.cpu import why_missing
 from engine.layers.autotune import measure_forms
-from engine.layers.weight_format import PACKED, Form, convert
+from engine.layers.weight_format import PACKED, WeightFormat, convert
 from engine.runner.create import create_runner
-from engine.sequence import Span
+from engine.sequence import KVSpan
 
 VOCABULARY = 260
 CONTEXT = 256
@@ -211,17 +211,17 @@ def greedy_without_cache(model: Any, prompt: list[int], count: int) -> list[int]
 @torch.inference_mode()
 def largest_error(runner: Any, plain: list[torch.Tensor]) -> float:
     """The largest relative error of any token's logits, of two texts computed in pieces."""
-    spans = [Span(texts()[0], 0, all_logits=True), Span(texts()[1], 110, all_logits=True)]
+    spans = [KVSpan(texts()[0], 0, all_logits=True), KVSpan(texts()[1], 110, all_logits=True)]
     worst = 0.0
     while any(span.pending for span in spans):
         news = [min(span.pending, new) for span, new in zip(spans, (1, 31), strict=True)]
-        if spans[0].num_cached < 47:
+        if spans[0].num_computed_tokens < 47:
             news[0] = 47
         work = [(span, new) for span, new in zip(spans, news, strict=True) if new]
         logits = runner.forward(work)
         for span, new in work:
-            wanted = plain[spans.index(span)][span.num_cached :][:new]
-            span.num_cached += new
+            wanted = plain[spans.index(span)][span.num_computed_tokens :][:new]
+            span.num_computed_tokens += new
             error = (logits[:new] - wanted).norm(dim=-1) / wanted.norm(dim=-1)
             logits = logits[new:]
             worst = max(worst, float(error.max()))
@@ -276,7 +276,7 @@ def compare_forms(folder: Path) -> str | None:
     return None
 
 
-def compare_form(folder: Path, form: Form) -> str | None:
+def compare_form(folder: Path, form: WeightFormat) -> str | None:
     """The same of one form."""
     plain, _ = load_model(folder, dtype="bfloat16", device_map="cpu")
     model, _ = load_model(folder, dtype="bfloat16", device_map="cpu")

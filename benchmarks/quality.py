@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.checkpoint.checkpoint import load_model  # noqa: E402
-from engine.layers.autotune import settle_form  # noqa: E402
+from engine.layers.autotune import choose_weight_format  # noqa: E402
 from engine.loading import reference_logits  # noqa: E402
 
 
@@ -58,7 +58,7 @@ def tokenizer_of(model: Path) -> Any:
 def measure(folder: str, quantize: str, windows: list[list[int]]) -> Quality:
     model, _ = load_model(folder, quantize=quantize)
     kept = str(model.dtype).removeprefix("torch.")
-    weights = settle_form(model, kept if quantize == "none" else "auto")
+    weights = choose_weight_format(model, kept if quantize == "none" else "auto")
     total = 0.0
     likeliest = []
     for ids in tqdm(windows, desc=quantize, unit="window"):

@@ -24,9 +24,9 @@ from engine.attention.state_pool import StatePool, state_groups
 from engine.layers.cpu_linear import CpuLinear
 from engine.layers.gated_delta import PackedDelta
 from engine.layers.recurrent import InGroups, StateCache
-from engine.sequence import Span
+from engine.sequence import KVSpan
 
-IDLE = Span([0], 10**6, 1)
+IDLE = KVSpan([0], 10**6, 1)
 STEPS = ((1, 0), (16, 0), (0, 512), (16, 256))  # sequences in decode, tokens of a prompt
 
 
@@ -51,12 +51,12 @@ def layer(width: int, heads: int) -> Qwen3_5GatedDeltaNet:
 def step_of(module: torch.nn.Module, width: int, decoding: int, chunk: int) -> Callable[[], object]:
     """A step that can be computed again and again, as states are never changed."""
     pool = StatePool(2 * decoding + 3)
-    spans = [Span([0] * 2) for _ in range(decoding)]
+    spans = [KVSpan([0] * 2) for _ in range(decoding)]
     for span in spans:
         cache = StateCache(pool, state_groups(pool, [(span, 1)], IDLE), 1)
         module.forward(torch.randn(1, 1, width), cache_params=cache)
-        span.num_cached = 1
-    work = [*((span, 1) for span in spans), *([(Span([0] * chunk), chunk)] if chunk else [])]
+        span.num_computed_tokens = 1
+    work = [*((span, 1) for span in spans), *([(KVSpan([0] * chunk), chunk)] if chunk else [])]
     x = torch.randn(1, decoding + chunk, width)
 
     def compute() -> object:

@@ -25,7 +25,7 @@ FILES = {
 }
 # What a browser fetches before it can send a key.
 PUBLIC_PATHS = frozenset({"/chat", *FILES, "/dashboard", *dashboard.FILES})
-HEADERS = {
+_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self';"
     " img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none';"
     " frame-ancestors 'self'",
@@ -34,7 +34,7 @@ HEADERS = {
     # The browser asks each time whether its copy is still the newest.
     "Cache-Control": "no-cache",
 }
-MAX_TEXT_BYTES = 64 * 2**10
+_MAX_TEXT_BYTES = 64 * 2**10
 BODY_TIMEOUT = 20.0
 
 
@@ -49,8 +49,8 @@ async def read_text(request: Request) -> str:
         async with asyncio.timeout(BODY_TIMEOUT):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > MAX_TEXT_BYTES:
-                    raise Refused(413, f"the body is larger than {MAX_TEXT_BYTES} bytes")
+                if len(body) > _MAX_TEXT_BYTES:
+                    raise Refused(413, f"the body is larger than {_MAX_TEXT_BYTES} bytes")
         return RenderRequest.model_validate_json(body).text
     except TimeoutError:
         raise Refused(408, "the body took too long; send it at once") from None
@@ -58,7 +58,7 @@ async def read_text(request: Request) -> str:
         raise Refused(400, 'the body must be JSON such as {"text": "*hello*"}') from None
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, str]) -> str | None:
+async def _while_connected(request: Request, work: Coroutine[Any, Any, str]) -> str | None:
     """What the work returns; None, and no more work, if the client disconnects first."""
 
     async def wait_for_disconnect() -> None:
@@ -75,10 +75,10 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, str]) -> s
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-def static_file(name: str, media_type: str) -> Callable[[Request], Response]:
+def _static_file(name: str, media_type: str) -> Callable[[Request], Response]:
     """The route of one file, which may lie in a zip archive."""
     content = resources.files("chat_page").joinpath(name).read_bytes()
-    headers = {**HEADERS, "ETag": f'"{hashlib.sha256(content).hexdigest()[:16]}"'}
+    headers = {**_HEADERS, "ETag": f'"{hashlib.sha256(content).hexdigest()[:16]}"'}
 
     def serve(request: Request) -> Response:
         if request.headers.get("if-none-match") == headers["ETag"]:
@@ -93,7 +93,7 @@ async def rendered(request: Request, renderer: Renderer) -> Response:
     try:
         text = await read_text(request)
         client = request.client.host if request.client else ""
-        html = await while_connected(request, renderer.render(text, client))
+        html = await _while_connected(request, renderer.render(text, client))
         if html is None:
             return Response(status_code=499)
     except Refused as error:
@@ -123,7 +123,7 @@ def mount(
 
     router = APIRouter(lifespan=lifespan, include_in_schema=False)
     for path, (name, media_type) in FILES.items():
-        router.add_api_route(path, static_file(name, media_type), methods=["GET", "HEAD"])
+        router.add_api_route(path, _static_file(name, media_type), methods=["GET", "HEAD"])
     # Relative, as a proxy may have taken off a prefix.
     router.add_api_route("/chat", lambda: RedirectResponse("chat/"), methods=["GET", "HEAD"])
     router.add_api_route("/chat/config", describe)
@@ -132,5 +132,5 @@ def mount(
     async def render(request: Request) -> Response:
         return await rendered(request, renderer)
 
-    dashboard.add_routes(router, static_file, observe, facts)
+    dashboard.add_routes(router, _static_file, observe, facts)
     app.include_router(router)

@@ -27,11 +27,11 @@ from pygments.util import ClassNotFound
 from engine import answer_questions
 
 # A longer formula is shown as its source: its conversion takes the square of its length.
-MAX_FORMULA = 2000
+_MAX_FORMULA = 2000
 # Browsers set no space around the name of a function, as in n log n; one with an index gets none.
-FUNCTION_NAME = re.compile(r"(?<!<msub>)(?<!<msup>)(?<!<munder>)(<mi>[a-z]{2,}</mi>)")
-SPACED = r'<mrow><mspace width="0.17em"/>\1<mspace width="0.17em"/></mrow>'
-CODE = HtmlFormatter(nowrap=True)
+_FUNCTION_NAME = re.compile(r"(?<!<msub>)(?<!<msup>)(?<!<munder>)(<mi>[a-z]{2,}</mi>)")
+_SPACED = r'<mrow><mspace width="0.17em"/>\1<mspace width="0.17em"/></mrow>'
+_CODE = HtmlFormatter(nowrap=True)
 TEXT_TAGS = {
     "a", "blockquote", "br", "code", "del", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li",
     "ol", "p", "pre", "s", "span", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
@@ -41,7 +41,7 @@ MATH_TAGS = {
     "mphantom", "mprescripts", "mroot", "mrow", "ms", "mspace", "msqrt", "mstyle", "msub",
     "msubsup", "msup", "mtable", "mtd", "mtext", "mtr", "munder", "munderover",
 }  # fmt: skip
-MATH_ATTRIBUTES = {
+_MATH_ATTRIBUTES = {
     "accent", "columnalign", "columnlines", "columnspacing", "depth", "displaystyle", "fence",
     "form", "height", "linethickness", "lspace", "mathsize", "mathvariant", "maxsize", "minsize",
     "movablelimits", "notation", "rowlines", "rowspacing", "rspace", "separator", "stretchy",
@@ -54,13 +54,13 @@ ATTRIBUTES: dict[str, set[str]] = {
     "span": {"class"},
     "td": {"data-align"},
     "th": {"data-align"},
-    **dict.fromkeys(MATH_TAGS, MATH_ATTRIBUTES),
-    "math": MATH_ATTRIBUTES | {"display"},
+    **dict.fromkeys(MATH_TAGS, _MATH_ATTRIBUTES),
+    "math": _MATH_ATTRIBUTES | {"display"},
 }
 
 
 @lru_cache(64)
-def lexer_of(language: str) -> Any:
+def _lexer_of(language: str) -> Any:
     """Pygments' lexer for a name such as python; None if it has none."""
     try:
         return get_lexer_by_name(language, stripnl=False)
@@ -68,45 +68,45 @@ def lexer_of(language: str) -> Any:
         return None
 
 
-def code_block(self: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
+def _code_block(self: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
     """A fenced block, coloured if Pygments knows its language."""
     language = tokens[index].info.strip().partition(" ")[0]
-    lexer = lexer_of(language.lower()) if language else None
+    lexer = _lexer_of(language.lower()) if language else None
     source = tokens[index].content
-    body = highlight(source, lexer, CODE) if lexer else escape(source)
+    body = highlight(source, lexer, _CODE) if lexer else escape(source)
     return f'<pre data-language="{escape(language[:40])}"><code>{body}</code></pre>\n'
 
 
-def formula(source: str, display: str) -> str:
+def _formula(source: str, display: str) -> str:
     """MathML, or the source where it is not LaTeX that the converter knows."""
-    if len(source) <= MAX_FORMULA:
+    if len(source) <= _MAX_FORMULA:
         try:
-            return FUNCTION_NAME.sub(SPACED, convert(source, display=display))
+            return _FUNCTION_NAME.sub(_SPACED, convert(source, display=display))
         # The converter has no base class for its errors, and fails with others besides.
         except Exception:
             pass
     return f"<code>{escape(source)}</code>"
 
 
-def inline_formula(self: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
-    return formula(tokens[index].content, "inline")
+def _inline_formula(self: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
+    return _formula(tokens[index].content, "inline")
 
 
-def display_formula(self: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
-    return f"<p>{formula(tokens[index].content.strip(), 'block')}</p>\n"
+def _display_formula(self: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
+    return f"<p>{_formula(tokens[index].content.strip(), 'block')}</p>\n"
 
 
-def display_formula_in_text(self: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
-    return formula(tokens[index].content, "block")
+def _display_formula_in_text(self: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
+    return _formula(tokens[index].content, "block")
 
 
-def image(self: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
+def _image(self: Any, tokens: Sequence[Token], index: int, *_: Any) -> str:
     """A link: the page loads nothing from other hosts."""
     address = str(tokens[index].attrs["src"])
     return f'<a href="{escape(address)}">{escape(tokens[index].content or address)}</a>'
 
 
-def table_cell(self: Any, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+def _table_cell(self: Any, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
     """The style attribute that the page's policy forbids becomes one that its style sheet knows."""
     style = str(tokens[index].attrs.pop("style", ""))
     if style:
@@ -114,12 +114,12 @@ def table_cell(self: Any, tokens: Sequence[Token], index: int, options: Any, env
     return str(self.renderToken(tokens, index, options, env))
 
 
-def is_wide(char: str) -> bool:
+def _is_wide(char: str) -> bool:
     """Whether a character is one of Chinese, Japanese or Korean, or of their punctuation."""
     return unicodedata.east_asian_width(char) in "WF"
 
 
-class State(StateInline):
+class _State(StateInline):
     """Where stars may begin and end emphasis: beside Chinese, which has no spaces, also where
     punctuation stands on their other side, as in **注意：**这里."""
 
@@ -127,27 +127,27 @@ class State(StateInline):
         found = super().scanDelims(start, canSplitWord)
         before = self.src[start - 1 : start] or " "
         behind = self.src[start + found.length : start + found.length + 1] or " "
-        if self.src[start] != "*" or not (is_wide(before) or is_wide(behind)):
+        if self.src[start] != "*" or not (_is_wide(before) or _is_wide(behind)):
             return found
         return Scanned(not behind.isspace(), not before.isspace(), found.length)
 
 
-def parse_inline(
+def _parse_inline(
     self: ParserInline, src: str, md: MarkdownIt, env: Any, tokens: list[Token]
 ) -> list[Token]:
     """What the parser does, by our state."""
-    state = State(src, md, env, tokens)
+    state = _State(src, md, env, tokens)
     self.tokenize(state)
     for rule in self.ruler2.getRules(""):
         rule(state)
     return state.tokens
 
 
-def parser() -> MarkdownIt:
+def _parser() -> MarkdownIt:
     # A line of an answer is a line on the page, as poems and lists without marks want it.
     markdown = MarkdownIt("commonmark", {"html": False, "breaks": True})
     markdown.enable(["table", "strikethrough"])
-    markdown.inline.parse = MethodType(parse_inline, markdown.inline)  # type: ignore[method-assign]
+    markdown.inline.parse = MethodType(_parse_inline, markdown.inline)  # type: ignore[method-assign]
     markdown.use(texmath_plugin, delimiters="brackets")
     # "$5 and $6" are prices.
     markdown.use(
@@ -159,26 +159,26 @@ def parser() -> MarkdownIt:
         double_inline=True,
     )
     for name, rule in {
-        "fence": code_block,
-        "code_block": code_block,
-        "image": image,
-        "math_inline": inline_formula,
-        "math_block": display_formula,
-        "math_inline_double": display_formula_in_text,
-        "td_open": table_cell,
-        "th_open": table_cell,
+        "fence": _code_block,
+        "code_block": _code_block,
+        "image": _image,
+        "math_inline": _inline_formula,
+        "math_block": _display_formula,
+        "math_inline_double": _display_formula_in_text,
+        "td_open": _table_cell,
+        "th_open": _table_cell,
     }.items():
         markdown.add_render_rule(name, rule)
     return markdown
 
 
-PARSER = parser()
+_PARSER = _parser()
 
 
 def render(text: str) -> str:
     """The text as HTML without anything that could run, load or submit."""
     return nh3.clean(
-        PARSER.render(text),
+        _PARSER.render(text),
         tags=TEXT_TAGS | MATH_TAGS,
         attributes=ATTRIBUTES,
         url_schemes={"http", "https", "mailto"},
@@ -187,11 +187,11 @@ def render(text: str) -> str:
     )
 
 
-def prepare(_: Any) -> Callable[[str], str]:
+def _prepare(_: Any) -> Callable[[str], str]:
     if sys.platform != "win32":
         os.nice(10)  # the model needs the processor more
     return render
 
 
 if __name__ == "__main__":
-    answer_questions(prepare)
+    answer_questions(_prepare)

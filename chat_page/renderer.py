@@ -12,10 +12,10 @@ from engine import ChildEnded, ChildProcess, ProcessUnavailable
 
 # Seconds for one text.
 RENDER_TIMEOUT = 5.0
-MAX_WAITING = 64
-MAX_OF_CLIENT = 16
+_MAX_WAITING = 64
+_MAX_OF_CLIENT = 16
 
-Turn = asyncio.Future[None]
+_Turn = asyncio.Future[None]
 
 
 class Refused(Exception):
@@ -37,13 +37,13 @@ class Renderer:
         self.process = ChildProcess("chat_page.markdown")
         # One thread: there is one process.
         self.executor = ThreadPoolExecutor(1, "renderer")
-        self.waiting: dict[str, deque[Turn]] = {}  # of each client, who is next first
+        self.waiting: dict[str, deque[_Turn]] = {}  # of each client, who is next first
         self.is_busy = False
 
     async def render(self, text: str, client: str = "") -> str:
         """The text as safe HTML; cancelled, it waits no more. Raises Refused if too many wait."""
         mine = self.waiting.get(client, ())
-        if len(mine) >= MAX_OF_CLIENT or sum(map(len, self.waiting.values())) >= MAX_WAITING:
+        if len(mine) >= _MAX_OF_CLIENT or sum(map(len, self.waiting.values())) >= _MAX_WAITING:
             raise Refused(503, "too many texts wait to be rendered; try again soon")
         await self._turn(client)
         job = asyncio.get_running_loop().run_in_executor(self.executor, self._render, text)
@@ -56,7 +56,7 @@ class Renderer:
         if not self.is_busy:
             self.is_busy = True
             return
-        turn: Turn = asyncio.get_running_loop().create_future()
+        turn: _Turn = asyncio.get_running_loop().create_future()
         self.waiting.setdefault(client, deque()).append(turn)
         try:
             await turn

@@ -15,12 +15,12 @@ from typing import Any
 
 from engine.errors import StartError
 
-LIBRARIES = {
+_LIBRARIES = {
     "accelerate", "bitsandbytes", "huggingface_hub", "safetensors", "sentencepiece", "tokenizers",
     "transformers",
 }  # fmt: skip
 # By what torch's own allocator for the CPU begins, whose error is a plain RuntimeError.
-CPU_MEMORY = ("DefaultCPUAllocator", "[enforce fail at alloc_cpu")
+_CPU_MEMORY = ("DefaultCPUAllocator", "[enforce fail at alloc_cpu")
 REMEDY = (
     "if a file is damaged, delete it and run the download again, as with"
     " `python model_download.py NAME`"
@@ -33,7 +33,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_MEMORY)
 
 
 def owner_of(frames: TracebackType | None) -> str:
@@ -44,7 +44,7 @@ def owner_of(frames: TracebackType | None) -> str:
     owner = ""
     while frames:
         name = frames.tb_frame.f_globals.get("__name__", "").partition(".")[0]
-        if name == "engine" or name in LIBRARIES:
+        if name == "engine" or name in _LIBRARIES:
             owner = name
         frames = frames.tb_next
     return owner

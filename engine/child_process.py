@@ -28,22 +28,22 @@ from engine.errors import ProcessUnavailable
 log = logging.getLogger("chat")
 
 # Seconds for the process to start, and to prepare what all of its answers need.
-START_TIMEOUT = 60.0
+_START_TIMEOUT = 60.0
 # A process is ended after so many times its seconds, however few of them it had the processor.
 MOST_TIMES = 10
 # Most seconds that are waited for a process that was ended.
-END_TIMEOUT = 5.0
+_END_TIMEOUT = 5.0
 # Seconds after which a process that did not start is tried again, if anybody looks.
 RETRY_S = 5.0
 # Variables that are none of a child's business.
-SECRETS = re.compile(r"^CHAT_|(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
+_SECRETS = re.compile(r"^CHAT_|(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
 
 
 class ChildEnded(Exception):
     """The process gave no answer: it was ended after some time, or has died of the question."""
 
 
-class ChildKilled(ChildEnded):
+class _ChildKilled(ChildEnded):
     """The process was ended by others, as where the system has no memory left."""
 
 
@@ -60,7 +60,7 @@ class ChildProcess:
         self.failed_at: float | None = None  # when it last did not start, by time.monotonic()
         self._closed = False
         self._lock = threading.Lock()
-        EVERY.add(self)
+        _EVERY.add(self)
 
     def start(self) -> None:
         """Start the process if it does not run. Raises ProcessUnavailable."""
@@ -78,12 +78,12 @@ class ChildProcess:
             self._start()
             try:
                 return self._answer(question, seconds)
-            except ChildKilled:
+            except _ChildKilled:
                 log.warning("%s was killed; it is started again", self.module)
             self._start()
             try:
                 return self._answer(question, seconds)
-            except ChildKilled:
+            except _ChildKilled:
                 raise self._unavailable("was killed twice") from None
 
     def is_able(self) -> bool:
@@ -105,7 +105,7 @@ class ChildProcess:
         if process := self.process:
             process.kill()
         # Whoever has it gets no answer any more; but nobody waits for who only starts it.
-        if self._lock.acquire(timeout=END_TIMEOUT):
+        if self._lock.acquire(timeout=_END_TIMEOUT):
             self._end()
             self._lock.release()
 
@@ -117,8 +117,8 @@ class ChildProcess:
         if self._closed:
             raise ChildEnded
         try:
-            self.process = start_module(self.module)
-            self._answer(self.setup, START_TIMEOUT)
+            self.process = _start_module(self.module)
+            self._answer(self.setup, _START_TIMEOUT)
         except (OSError, ChildEnded) as error:
             if self._closed:
                 raise ChildEnded from None
@@ -144,7 +144,7 @@ class ChildProcess:
         assert process.stdin
         assert process.stdout
         try:
-            with time_bounded(process, seconds) as expired:
+            with _time_bounded(process, seconds) as expired:
                 if self._closed:
                     process.kill()
                 process.stdin.write(json.dumps([seconds, question]) + "\n")
@@ -158,7 +158,7 @@ class ChildProcess:
             was_killed = process.poll() == -signal.SIGKILL
             self._end()
             if was_killed and not (expired.is_set() or self._closed):
-                raise ChildKilled("it was killed") from None
+                raise _ChildKilled("it was killed") from None
             raise ChildEnded(f"it ended with {process.returncode}") from None
 
     def _end(self) -> None:
@@ -169,19 +169,19 @@ class ChildProcess:
 
 
 @contextmanager
-def time_bounded(process: subprocess.Popen[str], seconds: float) -> Iterator[threading.Event]:
+def _time_bounded(process: subprocess.Popen[str], seconds: float) -> Iterator[threading.Event]:
     """End the process if within the block it uses the processor for so many seconds.
 
     The event says whether it was ended so.
     """
     answered, expired = threading.Event(), threading.Event()
-    begun = cpu_seconds(process)
+    begun = _cpu_seconds(process)
 
     def watch() -> None:
         latest = time.monotonic() + MOST_TIMES * seconds
         left = seconds
         while not answered.wait(left):
-            left = seconds - (cpu_seconds(process) - begun)
+            left = seconds - (_cpu_seconds(process) - begun)
             if left < 0.01 or time.monotonic() > latest:  # the clocks' own step is as long
                 expired.set()
                 return process.kill()
@@ -195,7 +195,7 @@ def time_bounded(process: subprocess.Popen[str], seconds: float) -> Iterator[thr
         watcher.join()
 
 
-def cpu_seconds(process: subprocess.Popen[str]) -> float:
+def _cpu_seconds(process: subprocess.Popen[str]) -> float:
     """The time for which a process has had the processor."""
     try:
         times = psutil.Process(process.pid).cpu_times()
@@ -204,8 +204,8 @@ def cpu_seconds(process: subprocess.Popen[str]) -> float:
     return times.user + times.system
 
 
-def start_module(module: str) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if not SECRETS.search(name)}
+def _start_module(module: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not _SECRETS.search(name)}
     # The same modules as here, wherever they were found; -P: but none from the current folder.
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUTF8": "1"}
     return subprocess.Popen(
@@ -220,13 +220,13 @@ def start_module(module: str) -> subprocess.Popen[str]:
     )
 
 
-EVERY: WeakSet[ChildProcess] = WeakSet()
+_EVERY: WeakSet[ChildProcess] = WeakSet()
 
 
 @atexit.register
 def end_children() -> None:
     """End all processes, for a program that ends; also for one that does so without Python."""
-    for child in list(EVERY):
+    for child in list(_EVERY):
         child.end()
 
 
@@ -265,7 +265,7 @@ def limit_memory(num_bytes: int) -> None:
 
         with open("/proc/self/statm") as file:
             size = int(file.read().split()[0]) * resource.getpagesize()
-        lower_limit(resource.RLIMIT_AS, size + num_bytes)
+        _lower_limit(resource.RLIMIT_AS, size + num_bytes)
 
 
 def limit_time(seconds: float) -> None:
@@ -274,10 +274,10 @@ def limit_time(seconds: float) -> None:
         import resource
 
         used = resource.getrusage(resource.RUSAGE_SELF)
-        lower_limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + seconds))
+        _lower_limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + seconds))
 
 
-def lower_limit(which: int, most: int) -> None:
+def _lower_limit(which: int, most: int) -> None:
     """Set one of this process's limits, unless a lower one was set when it started.
 
     A hard limit is left as it is: raising one is allowed to few, and to lower it is not needed.
@@ -285,13 +285,13 @@ def lower_limit(which: int, most: int) -> None:
     import resource
 
     _, hard = resource.getrlimit(which)
-    given = first_limit(which)
+    given = _first_limit(which)
     with suppress(OSError, ValueError):  # macOS refuses some
         resource.setrlimit(which, (most if given < 0 else min(most, given), hard))
 
 
 @cache
-def first_limit(which: int) -> int:
+def _first_limit(which: int) -> int:
     """What a limit was when it was first asked for; negative where there was none."""
     import resource
 

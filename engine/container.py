@@ -11,7 +11,7 @@ from math import inf
 from pathlib import Path
 
 # Under which version 1's controllers may lie.
-NAMES = {"cpu": ("cpu", "cpu,cpuacct", "cpuacct,cpu"), "memory": ("memory",)}
+_NAMES = {"cpu": ("cpu", "cpu,cpuacct", "cpuacct,cpu"), "memory": ("memory",)}
 
 
 def cpu_quota(root: Path = Path("/")) -> float:
@@ -62,7 +62,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
         if controllers == "":
             tops = [mounted, mounted / "unified"]
         elif controller in controllers.split(","):
-            tops = [mounted / name for name in NAMES[controller]]
+            tops = [mounted / name for name in _NAMES[controller]]
         else:
             continue
         inner = Path("" if ".." in path else path.lstrip("/"))  # outside of what is seen here

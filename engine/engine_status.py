@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from engine.scheduling.engine import Engine
 
-SLOW = 10.0  # times as long as is likely a step may take before it counts as late
+_SLOW = 10.0  # times as long as is likely a step may take before it counts as late
 
 
 class EngineStatus:
@@ -24,7 +24,7 @@ class EngineStatus:
         """By how much the current step is longer than it may be by what steps have taken; or 0."""
         if not self.engine.num_running:
             return 0.0
-        due = self.engine.last_step + SLOW * self.engine.expected_step
+        due = self.engine.last_step + _SLOW * self.engine.expected_step
         return max(0.0, time.monotonic() - due)
 
     @property

@@ -13,17 +13,17 @@ import torch
 
 from engine.blame import first_line, is_out_of_memory, owner_of
 from engine.checkpoint.checkpoint import (
+    as_start_error,
     chat_tokenizer,
     check_gpus,
     check_versions,
     device_summary,
-    explained,
     load_model,
 )
 from engine.checkpoint.model_config import context_length, not_supported
 from engine.checkpoint.named_adapter import NamedAdapters
 from engine.errors import StartError
-from engine.layers.autotune import settle_form
+from engine.layers.autotune import choose_weight_format
 from engine.layers.freed_memory import return_freed_memory
 from engine.layers.named_adapters import Updates
 from engine.layers.quantized import num_parameters
@@ -43,7 +43,7 @@ from engine.runner.runner import Runner, input_device
 from engine.runner.step_costs import step_costs
 from engine.runner.summary import attention_summary
 from engine.scheduling.engine import Engine
-from engine.sequence import Span
+from engine.sequence import KVSpan
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -69,22 +69,22 @@ def self_check(runner: Runner, alone: list[torch.Tensor], adapter: int = 0) -> f
     model would read its neighbours' tokens.
     """
     first, second = probes(runner.model)
-    spans = [Span(first, 0, adapter=adapter), Span(second, 13)]
+    spans = [KVSpan(first, 0, adapter=adapter), KVSpan(second, 13)]
     errors: list[float] = []
     for news in ((4, 5), (7, 1), (1, 1)):
         logits = runner.forward(list(zip(spans, news, strict=True)))
         for span, new, row, plain in zip(spans, news, logits, alone, strict=True):
-            span.num_cached += new
-            errors.append(relative_error(row, plain[span.num_cached - 1].to(row)))
+            span.num_computed_tokens += new
+            errors.append(relative_error(row, plain[span.num_computed_tokens - 1].to(row)))
     runner.forget(spans)
     # By itself max would pass over the NaN that broken weights give.
     worst = max(errors, key=lambda error: (error != error, error))
     # A wrong answer is far off. Both sides have the same weights, so fewer bits allow no more.
-    check_error(runner.model, worst, tolerance_of(runner.model))
+    _check_error(runner.model, worst, tolerance_of(runner.model))
     return worst
 
 
-def check_error(model: Any, error: float, most: float) -> None:
+def _check_error(model: Any, error: float, most: float) -> None:
     """Raise StartError for logits that are too far off, or are no numbers."""
     if error != error:
         raise StartError(
@@ -98,21 +98,21 @@ def check_error(model: Any, error: float, most: float) -> None:
 
 
 @torch.inference_mode()
-def logits_alone(model: Any, wanted: list[torch.Tensor]) -> list[torch.Tensor]:
+def _logits_alone(model: Any, wanted: list[torch.Tensor]) -> list[torch.Tensor]:
     """The probes' logits by the model's layers as they are now, each sequence alone.
 
     In half precision these are what batches are held against: two right ways to compute a model
     differ by more than two batches of one may. Raises StartError if they are not near the wanted.
     """
     runner = Runner(model, 16, slots=5)
-    spans = [Span(ids, 0, all_logits=True) for ids in probes(model)]
+    spans = [KVSpan(ids, 0, all_logits=True) for ids in probes(model)]
     found = [runner.forward([(span, len(span.tokens))]) for span in spans]
     for logits, own in zip(found, wanted, strict=True):
-        check_error(model, relative_error(logits, own.to(logits)), 2 * tolerance_of(model))
+        _check_error(model, relative_error(logits, own.to(logits)), 2 * tolerance_of(model))
     return found
 
 
-def check_batches(runner: Runner, alone: list[torch.Tensor]) -> None:
+def _check_batches(runner: Runner, alone: list[torch.Tensor]) -> None:
     """Note the largest relative error of a batch's logits, those of adapters beside none included.
 
     An adapter's are held against its own, of the probe alone. Raises StartError if one is large.
@@ -120,7 +120,7 @@ def check_batches(runner: Runner, alone: list[torch.Tensor]) -> None:
     runner.difference = self_check(runner, alone)
     ids, _ = probes(runner.model)
     for number in range(1, runner.num_adapters + 1):
-        own = runner.forward([(Span(ids, 0, all_logits=True, adapter=number), len(ids))])
+        own = runner.forward([(KVSpan(ids, 0, all_logits=True, adapter=number), len(ids))])
         runner.difference = max(runner.difference, self_check(runner, [own, alone[1]], number))
 
 
@@ -140,28 +140,28 @@ def start_runner(
             model.config, f"its code fails in a batch: {first_line(error)}"
         ) from error
     if not computes_exactly(model):
-        alone = logits_alone(model, alone)
+        alone = _logits_alone(model, alone)
     runner.capture_graphs(max_batch, min(context_length(model.config), runner.rows))
     try:
-        check_batches(runner, alone)
+        _check_batches(runner, alone)
     except Exception as error:  # whatever a kernel raises
-        if runner.way == runner.fallback_way:
+        if runner.backend == runner.fallback_backend:
             raise
         runner.fall_back(str(error))
-        check_batches(runner, alone)
+        _check_batches(runner, alone)
     return runner
 
 
-def measured_costs(runner: Runner, prefill_chunk: int) -> dict[int, float]:
+def _measured_costs(runner: Runner, prefill_chunk: int) -> dict[int, float]:
     """What steps cost, of as many tokens as a step may compute of prompts.
 
     Where attention has masks or scores as large as chunk times context, few, for their memory.
     """
     most = min(prefill_chunk, context_length(runner.model.config))
-    return step_costs(runner, most if runner.way in ("in place", "latents") else min(most, 512))
+    return step_costs(runner, most if runner.backend in ("in place", "latents") else min(most, 512))
 
 
-def facts_of(text: ChatTokenizer, engine: Engine, context: int) -> dict[str, str]:
+def _facts_of(text: ChatTokenizer, engine: Engine, context: int) -> dict[str, str]:
     """What a developer asks of a loaded model."""
     runner = engine.runner
     exact = computes_exactly(runner.model)
@@ -169,7 +169,7 @@ def facts_of(text: ChatTokenizer, engine: Engine, context: int) -> dict[str, str
     return {
         "prompt": text.family.name if text.family else "its own chat template",
         "devices": device_summary(runner.model),
-        "context": context_summary(runner, context),
+        "context": _context_summary(runner, context),
         "end ids": f"{sorted(engine.end_ids)}",
         "step": f"up to {engine.scheduler.budget.most} tokens of prompts",
         "attention": attention_summary(runner),
@@ -178,7 +178,7 @@ def facts_of(text: ChatTokenizer, engine: Engine, context: int) -> dict[str, str
     }
 
 
-def context_summary(runner: Runner, context: int) -> str:
+def _context_summary(runner: Runner, context: int) -> str:
     summary = f"{context:,} tokens; KV cache: {runner.rows:,} tokens"
     if pool := runner.states:
         size = pool.slot_bytes / 2**20
@@ -186,7 +186,7 @@ def context_summary(runner: Runner, context: int) -> str:
     return summary
 
 
-def in_thread_of_its_own(function: Callable[P, T]) -> Callable[P, T]:
+def _in_thread_of_its_own(function: Callable[P, T]) -> Callable[P, T]:
     """Call a function in a thread that ends with it.
 
     OpenMP keeps threads for each thread that has computed something. As soon as they are more than
@@ -210,13 +210,13 @@ def in_thread_of_its_own(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def check_machine(device_map: str) -> None:
+def _check_machine(device_map: str) -> None:
     """Raise StartError if the libraries or the card cannot do what loading asks of them."""
     check_versions()
     check_gpus(device_map)
 
 
-@in_thread_of_its_own
+@_in_thread_of_its_own
 def load(
     folder: Path | str,
     *,
@@ -241,28 +241,28 @@ def load(
     model; `adapters` folders by the names of requests; `chat_template` Jinja, not the model's own;
     `cache_memory` auto, a size or a fraction; `timeout` in seconds. Raises StartError.
     """
-    check_machine(device_map)
+    _check_machine(device_map)
     form = {"dtype": dtype, "device_map": device_map, "quantize": quantize}
-    named = NamedAdapters(adapters, name or name_of(Path(folder)))
+    named = NamedAdapters(adapters, name or _name_of(Path(folder)))
     limits = {"max_batch": max_batch, "max_waiting": max_waiting, "prefill_chunk": prefill_chunk}
-    with explained(folder):
-        model, text, ends = read_model(folder, chat_template, base=base, **form)
+    with as_start_error(folder):
+        model, text, ends = _read_model(folder, chat_template, base=base, **form)
         named.fit(model, text, own_templates=chat_template is None)
-        runner, facts = settled_runner(model, named, dtype, cache_memory, max_batch)
-        costs = measured_costs(runner, prefill_chunk)
+        runner, facts = _settled_runner(model, named, dtype, cache_memory, max_batch)
+        costs = _measured_costs(runner, prefill_chunk)
         engine = Engine(
             runner, text.plain, ends, reuse=reuse, timeout=timeout, costs=costs, **limits
         )
-        return replace(chat_model(named.name, text, engine, facts), adapters=named.texts)
+        return replace(_chat_model(named.name, text, engine, facts), adapters=named.texts)
 
 
-def name_of(path: Path) -> str:
+def _name_of(path: Path) -> str:
     """What a model is called: as its folder, or as its GGUF file without the ending."""
     path = path.absolute()
     return path.stem if path.suffix.lower() == ".gguf" else path.name
 
 
-def read_model(
+def _read_model(
     folder: Path | str, chat_template: str | None, **form: Any
 ) -> tuple[Any, ChatTokenizer, set[int]]:
     """A checkpoint's model, its tokenizer for chats, and the ids that end an answer."""
@@ -270,31 +270,31 @@ def read_model(
         model, tokenizer = load_model(folder, **form)
         text = chat_tokenizer(model, tokenizer, chat_template)
         log_wishes(model.generation_config, text.family)
-        return model, text, known_ends(text.end_ids(model.generation_config), vocabulary_of(model))
+        return model, text, known_ends(text.end_ids(model.generation_config), _vocabulary_of(model))
 
 
-def vocabulary_of(model: Any) -> int:
+def _vocabulary_of(model: Any) -> int:
     """How many token ids a model has an embedding for."""
     return len(model.get_input_embeddings().weight)
 
 
-def settled_runner(
+def _settled_runner(
     model: Any, named: NamedAdapters, dtype: str, cache_memory: str, max_batch: int
 ) -> tuple[Runner, dict[str, str]]:
     """A runner of a model in its settled form, with its adapters; and what its weights are."""
-    facts = settled_weights(model, named.name + named.told, dtype)
+    facts = _settled_weights(model, named.name + named.told, dtype)
     return start_runner(model, cache_memory, max_batch, named.updates), facts
 
 
-def settled_weights(model: Any, name: str, dtype: str) -> dict[str, str]:
+def _settled_weights(model: Any, name: str, dtype: str) -> dict[str, str]:
     """Settle the form of a model's weights, and say what they are."""
     kind, size = type(model).__name__, f"{num_parameters(model):,} parameters"
-    weights = settle_form(model, dtype)
+    weights = choose_weight_format(model, dtype)
     return_freed_memory()  # of what was tried
     return {"model": f"{name}, {kind}, {size}", "weights": weights}
 
 
-def chat_model(name: str, text: ChatTokenizer, engine: Engine, facts: dict[str, str]) -> ChatModel:
+def _chat_model(name: str, text: ChatTokenizer, engine: Engine, facts: dict[str, str]) -> ChatModel:
     """A loaded model under a name, with what its configuration says of its lengths."""
     runner = engine.runner
     model = runner.model
@@ -304,15 +304,15 @@ def chat_model(name: str, text: ChatTokenizer, engine: Engine, facts: dict[str, 
         name=name,
         tokenizer=text,
         engine=engine,
-        defaults=checkpoint_defaults(model.generation_config, text.family, vocabulary_of(model)),
+        defaults=checkpoint_defaults(model.generation_config, text.family, _vocabulary_of(model)),
         states_length=states_length(model.generation_config, text.family),
         context_length=context,
         prompt_length=min(context, getattr(model.config, "max_tokenizer_truncation", context)),
-        vocabulary=vocabulary_of(model),
+        vocabulary=_vocabulary_of(model),
         offloaded=getattr(model, "offloaded", None),
-        facts=facts | facts_of(text, engine, context),
+        facts=facts | _facts_of(text, engine, context),
         summary={
             "model": f"{facts['model']}, {weights}, on {device_summary(model)}",
-            "context": context_summary(runner, context),
+            "context": _context_summary(runner, context),
         },
     )

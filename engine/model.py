@@ -22,7 +22,7 @@ from engine.tools.grammar import Thoughts, ToolChoice, ToolGrammar, check_size, 
 from engine.tools.parser import ToolCallParser
 
 if TYPE_CHECKING:
-    from engine.guided.bounded_compiler import TrialCompiler
+    from engine.guided.bounded_compiler import BoundedCompiler
     from engine.prompt.tokenizer import ChatTokenizer
     from engine.scheduling.engine import Engine
 
@@ -112,12 +112,17 @@ class ChatModel(EngineStatus):
         """
         thoughts = prompt.thoughts or self.thoughts(prompt)
         choice = ToolChoice(required, parallel, schema)
-        grammar, marks = self._tool_grammar.write(tools, choice, thoughts), self._tool_grammar.marks
+        grammar, special_ids = (
+            self._tool_grammar.write(tools, choice, thoughts),
+            self._tool_grammar.special_ids,
+        )
         try:
-            guide = self._guides.compile_grammar(grammar, marks)
+            guide = self._guides.compile_grammar(grammar, special_ids)
         except InvalidInput as error:
             raise explained(error, tools) from error
-        return replace(prompt, guide=guide, tools=tuple(tools), shown_ids=frozenset(marks))
+        return replace(
+            prompt, guide=guide, tools=tuple(tools), shown_special_ids=frozenset(special_ids)
+        )
 
     def with_budget(self, prompt: Prompt, most: int) -> Prompt:
         """The same, its answer's thought ended after so many tokens.
@@ -152,16 +157,16 @@ class ChatModel(EngineStatus):
         return ToolGrammar(self.tokenizer.tools.form.ending_with(ends), special)
 
     @property
-    def _guides(self) -> "TrialCompiler":
+    def _guides(self) -> "BoundedCompiler":
         with (owner := self.base or self)._lock:
             return owner._compiler
 
     @cached_property
-    def _compiler(self) -> "TrialCompiler":
-        from engine.guided.bounded_compiler import TrialCompiler
+    def _compiler(self) -> "BoundedCompiler":
+        from engine.guided.bounded_compiler import BoundedCompiler
 
         special = self.tokenizer.special.values()
-        return TrialCompiler(self.tokenizer.plain, special, self.engine.end_ids)
+        return BoundedCompiler(self.tokenizer.plain, special, self.engine.end_ids)
 
     def prepare(
         self,

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import psutil
 
-PREFIX = "chat-api-offload-"
+_PREFIX = "chat-api-offload-"
 
 
 def offload_folder() -> Path:
     """A new folder, named for this process. Those of processes that were killed are removed."""
-    for place in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        owner = re.match(rf"{PREFIX}(\d+)-", place.name)
+    for place in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        owner = re.match(rf"{_PREFIX}(\d+)-", place.name)
         if owner and not psutil.pid_exists(int(owner[1])):
             remove(place)
-    made = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+    made = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     atexit.register(remove, made)
     return made
 

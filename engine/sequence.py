@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length"]
 
 # Rows that an answer without a stated length reserves at a time.
-GROWTH = 1024
+DECODE_RESERVE = 1024
 
 
 class Token(NamedTuple):
@@ -61,7 +61,7 @@ class Prompt:
     continues: bool = False  # the answer goes on from the prompt's text
     tools: tuple[Any, ...] = ()  # that the answer may call, in OpenAI's shape
     num_stable: int | None = None  # tokens with which the next turn begins, too; None if unknown
-    shown_ids: frozenset[int] = frozenset()  # special tokens that are text in the answer
+    shown_special_ids: frozenset[int] = frozenset()  # special tokens that are text in the answer
     thoughts: "Thoughts | None" = None  # which are told apart, and in which nothing stops
     budget: "ThinkingBudget | None" = None
     adapter: int = 0  # by its number among the model's, from 1 on; 0 is none
@@ -73,16 +73,16 @@ class Prompt:
 
 
 @dataclass(eq=False)
-class Span:
+class KVSpan:
     """Tokens and their rows of the pool, from start to start + room.
 
-    The keys and values of the first num_cached tokens are there already.
+    The keys and values of the first num_computed_tokens tokens are there already.
     """
 
     tokens: list[int]
     start: int = 0
     room: int = 0
-    num_cached: int = 0
+    num_computed_tokens: int = 0
     all_logits: bool = False  # the logits of all its tokens are wanted, not only of the last
     adapter: int = 0  # with which it is computed; 0 is none
     # The chained hashes of the tokens' whole blocks, as far as anybody has asked for them.
@@ -95,11 +95,11 @@ class Span:
     @property
     def pending(self) -> int:
         """Tokens not yet computed: the rest of the prompt, then one at a time."""
-        return len(self.tokens) - self.num_cached
+        return len(self.tokens) - self.num_computed_tokens
 
 
 @dataclass(eq=False, kw_only=True)
-class Sequence(Span):
+class Sequence(KVSpan):
     """One answer in the making: its tokens, how to pick the next, and how far it has come."""
 
     params: SamplingParams
@@ -128,10 +128,10 @@ class Sequence(Span):
         self.draw = self.random.random()
 
     @property
-    def wanted_room(self) -> int:
-        """Rows for the longest possible answer, or for the next GROWTH tokens of it."""
+    def rows_needed(self) -> int:
+        """Rows for the longest possible answer, or for the next DECODE_RESERVE tokens of it."""
         if self.open_ended:
-            return min(self.max_tokens, len(self.tokens) + GROWTH)
+            return min(self.max_tokens, len(self.tokens) + DECODE_RESERVE)
         return self.max_tokens
 
     @property
@@ -171,4 +171,4 @@ class Sequence(Span):
 
 
 # A step's work: spans, and how many of each one's pending tokens to compute.
-Work = abc.Sequence[tuple[Span, int]]
+ScheduledBatch = abc.Sequence[tuple[KVSpan, int]]

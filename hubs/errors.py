@@ -12,9 +12,9 @@ class DownloadError(Exception):
     """A model could not be fetched; the message is one sentence with the remedy."""
 
 
-PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
-NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
-SOCKS = (
+_PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_SOCKS = (
     "the proxy that your environment names speaks SOCKS; `pip install PySocks socksio` brings what"
     " that needs"
 )
@@ -32,7 +32,7 @@ def sentence(
     numbers = {getattr(error, "errno", None) for error in errors}
     if errno.ENOSPC in numbers:
         return f"the disk of {target} is full; make room and {AGAIN}"
-    if numbers & NOT_WRITABLE:
+    if numbers & _NOT_WRITABLE:
         return not_writable(target, errors[-1])
     statuses = {_status(error) for error in errors}
     if statuses & {401, 403}:
@@ -41,7 +41,7 @@ def sentence(
         return f"{source} has no {repo}, or not all of it; try again later{other}"
     reason = (str(errors[-1]).strip() or type(errors[-1]).__name__).splitlines()[0]
     if re.search("socksio|dependencies for socks", reason, re.IGNORECASE):
-        return SOCKS
+        return _SOCKS
     network = f"check the network{proxy_hint()}"
     return f"the download from {source} broke off ({reason}); {network}, then {AGAIN}"
 
@@ -63,5 +63,5 @@ def _status(error: Exception) -> int | None:
 
 def proxy_hint() -> str:
     """Which variable sends the clients to a proxy, to be said after `check the network`."""
-    names = [name for name in PROXIES if os.environ.get(name) or os.environ.get(name.lower())]
+    names = [name for name in _PROXIES if os.environ.get(name) or os.environ.get(name.lower())]
     return f" and the proxy that {names[0]} names" if names else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from hubs.errors import DownloadError
 
 # Where a model lies in the folder that is given, or that a hub's client was given as its cache.
-LAYOUTS = (
+_LAYOUTS = (
     "",
     "snapshots/*/",  # of one model, huggingface_hub and modelscope
     "*/snapshots/*/",
@@ -18,7 +18,7 @@ LAYOUTS = (
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, which may be one or a hub's cache."""
-    for layout in LAYOUTS:
+    for layout in _LAYOUTS:
         configs = folder.glob(f"{layout}config.json")
         if found := sorted(c.parent for c in configs if any(c.parent.glob("*model*"))):
             return found
@@ -39,7 +39,7 @@ def gguf_models(folder: Path) -> list[Path]:
 
 def find_adapters(folder: Path) -> list[Path]:
     """The LoRA adapters in a folder, which may be one or a hub's cache."""
-    for layout in LAYOUTS:
+    for layout in _LAYOUTS:
         configs = folder.glob(f"{layout}adapter_config.json")
         if found := sorted(c.parent for c in configs if is_adapter(c.parent)):
             return found

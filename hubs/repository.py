@@ -15,7 +15,7 @@ from hubs.errors import AGAIN, DownloadError, sentence
 # Written last into a folder: the size of every file that belongs there.
 RECORD = ".sizes.json"
 
-POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def fetch_repository(
@@ -122,4 +122,4 @@ def _read_json(path: Path) -> Any:
 def _is_pointer(path: Path) -> bool:
     """Whether a file is what Git LFS keeps in a repository in place of a large one."""
     with open(path, "rb") as file:
-        return file.read(len(POINTER)) == POINTER
+        return file.read(len(_POINTER)) == _POINTER

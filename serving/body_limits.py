@@ -30,9 +30,9 @@ MAX_ITEMS = 2**19
 
 # A string of a JSON text, to the text's end if nothing closes it; and up to a thousand of them with
 # what stands before each, or else what follows the last one.
-STRING = rb'"(?:[^"\\]+|\\.)*+"?'
-PIECE = re.compile(rb'(?:[^"]*+%b){1,1000}|[^"]+' % STRING, re.DOTALL)
-STRINGS = re.compile(STRING, re.DOTALL)
+_STRING = rb'"(?:[^"\\]+|\\.)*+"?'
+_PIECE = re.compile(rb'(?:[^"]*+%b){1,1000}|[^"]+' % _STRING, re.DOTALL)
+_STRINGS = re.compile(_STRING, re.DOTALL)
 
 
 class BodyBudget:
@@ -113,14 +113,14 @@ def check_items(*texts: bytes, name: str = "the body", argument: str | None = No
 
     Parsing them would take the event loop's time, and many times the memory of the texts.
     """
-    counts = [num_items(text) for text in texts]
+    counts = [_num_items(text) for text in texts]
     containers = sum(count for count, _ in counts)
     items = sum(count for _, count in counts)
     if containers <= MAX_CONTAINERS and items <= MAX_ITEMS:
         return  # even if what stands in strings is counted too, which is most of all texts
     containers = items = 0
-    for piece in chain.from_iterable(map(PIECE.finditer, texts)):
-        more_containers, more_items = num_items(STRINGS.sub(b"", piece[0]))
+    for piece in chain.from_iterable(map(_PIECE.finditer, texts)):
+        more_containers, more_items = _num_items(_STRINGS.sub(b"", piece[0]))
         containers, items = containers + more_containers, items + more_items
         if containers > MAX_CONTAINERS:
             raise InvalidInput(
@@ -133,7 +133,7 @@ def check_items(*texts: bytes, name: str = "the body", argument: str | None = No
             )
 
 
-def num_items(text: bytes) -> tuple[int, int]:
+def _num_items(text: bytes) -> tuple[int, int]:
     """Lists, objects and fields of a JSON text without strings, and its items in all."""
     containers = text.count(b"[") + text.count(b"{") + text.count(b":")
     return containers, containers + text.count(b",")

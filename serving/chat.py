@@ -13,14 +13,14 @@ from serving.parts import Choice, OutputParser, new_call_id, output_parser
 from serving.tool_fields import NamedTool, Tool, ToolChoice
 from serving.unknown_fields import printable
 
-Schema = Annotated[dict[str, Any], AfterValidator(check_json)]
+_Schema = Annotated[dict[str, Any], AfterValidator(check_json)]
 
 
 class JSONSchema(ClosedModel):
     name: str | None = None
     description: str | None = None
     strict: bool | None = None  # whatever it says, an answer keeps to its schema
-    wanted: Schema = Field(validation_alias="schema")
+    wanted: _Schema = Field(validation_alias="schema")
 
 
 class ResponseFormat(ClosedModel):
@@ -29,7 +29,7 @@ class ResponseFormat(ClosedModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
     # Beside json_object, as in llama.cpp.
-    wanted: Schema | None = Field(None, validation_alias="schema")
+    wanted: _Schema | None = Field(None, validation_alias="schema")
 
     def to_schema(self) -> dict[str, Any] | None:
         """The JSON schema of the answer; None if any text is allowed."""
@@ -131,7 +131,7 @@ class ChatCompletionRequest(Conversation, OpenAIRequest):
         return [inner.prepare(model)]
 
 
-def chunk_of(part: CallPart) -> dict[str, Any]:
+def _chunk_of(part: CallPart) -> dict[str, Any]:
     """A part of a call as OpenAI's API streams it: its id and name first, then the arguments."""
     if part.name is None:
         return {"index": part.index, "function": {"arguments": part.arguments}}
@@ -139,14 +139,14 @@ def chunk_of(part: CallPart) -> dict[str, Any]:
     return {"index": part.index, "id": new_call_id(), "type": "function", "function": function}
 
 
-def whole_calls(parts: list[CallPart]) -> list[dict[str, Any]]:
+def _whole_calls(parts: list[CallPart]) -> list[dict[str, Any]]:
     """The calls of a whole answer, from their parts."""
     calls: list[dict[str, Any]] = []
     for part in parts:
         if part.name is None:
             calls[-1]["function"]["arguments"] += part.arguments
         else:
-            chunk = chunk_of(part)
+            chunk = _chunk_of(part)
             calls.append({name: chunk[name] for name in ("id", "type", "function")})
     return calls
 
@@ -167,7 +167,7 @@ class ChatCompletionReply(OpenAIReply):
         if said.reasoning:
             message["reasoning_content"] = said.reasoning
         if said.calls:
-            message["tool_calls"] = whole_calls(said.calls)
+            message["tool_calls"] = _whole_calls(said.calls)
             message["content"] = said.content or None
         logprobs = self._logprobs(choice.tokens)
         return {"index": choice.index, "message": message, "logprobs": logprobs}
@@ -178,7 +178,7 @@ class ChatCompletionReply(OpenAIReply):
         if said.reasoning:
             message["reasoning_content"] = said.reasoning
         if said.calls:
-            message["tool_calls"] = [chunk_of(part) for part in said.calls]
+            message["tool_calls"] = [_chunk_of(part) for part in said.calls]
         if said.content or not (message or self.prompt.calls_tools):
             message["content"] = said.content
         if not choice.started:

@@ -44,7 +44,7 @@ GROUPS = {
     "Logging": ("log_level", "log_json", "log_prompts"),
 }
 # What stands for a flag's value, where its name's last word does not say it.
-METAVARS = {
+_METAVARS = {
     "model": "NAME",
     "base": "NAME",
     "served_model_name": "NAME",
@@ -62,7 +62,7 @@ METAVARS = {
     "drain_timeout": "SECONDS",
     "api_key": "KEYS",
 }
-DESCRIPTION = "Serve a chat model over HTTP. Without a flag: the small demo model, on port 6006."
+_DESCRIPTION = "Serve a chat model over HTTP. Without a flag: the small demo model, on port 6006."
 EPILOG = """\
 Each flag is also an environment variable: --max-batch 8 is CHAT_MAX_BATCH=8. A flag goes first.
 
@@ -75,7 +75,7 @@ examples:
 """
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows a switch and its opposite as --[no-]reuse."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
@@ -84,12 +84,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
 
-def group_of(name: str) -> str:
+def _group_of(name: str) -> str:
     """The group of --help in which a setting stands."""
     return next((group for group, names in GROUPS.items() if name in names), "Other")
 
 
-def told_default(value: Any) -> str:
+def _told_default(value: Any) -> str:
     """A setting's default as --help tells it; nothing where there is none."""
     if isinstance(value, bool):
         return f" (default: {'on' if value else 'off'})"
@@ -104,13 +104,13 @@ def command_line(settings: type[BaseSettings], version: str) -> CliSettingsSourc
     parser = argparse.ArgumentParser(
         prog="api.py",
         usage="python api.py [--model NAME] [flags]",
-        description=DESCRIPTION,
+        description=_DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=HelpFormatter,
+        formatter_class=_HelpFormatter,
         add_help=False,
         allow_abbrev=False,
     )
-    filled = set(map(group_of, settings.model_fields))
+    filled = set(map(_group_of, settings.model_fields))
     titles = [title for title in (*GROUPS, "Other") if title in filled]
     groups = {title: parser.add_argument_group(title) for title in titles}
     about = parser.add_argument_group("Help")
@@ -122,23 +122,23 @@ def command_line(settings: type[BaseSettings], version: str) -> CliSettingsSourc
     def add(_: Any, *flags: str, **options: Any) -> None:
         name = options["dest"]
         known = settings.model_fields[name]
-        options["help"] = f"{known.description}{told_default(known.default)}".replace("%", "%%")
+        options["help"] = f"{known.description}{_told_default(known.default)}".replace("%", "%%")
         if "metavar" in options and not options["metavar"].startswith("{"):
-            options["metavar"] = METAVARS.get(name, name.rpartition("_")[2].upper())
-        groups[group_of(name)].add_argument(*flags, **options)
+            options["metavar"] = _METAVARS.get(name, name.rpartition("_")[2].upper())
+        groups[_group_of(name)].add_argument(*flags, **options)
 
     return CliSettingsSource(settings, root_parser=parser, add_argument_method=add)
 
 
-def flag_of(name: str) -> str:
+def _flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 def check_flags(settings: type[BaseSettings], arguments: list[str]) -> None:
     """Exit with one sentence at the first flag that there is not, as argparse shows its usage."""
-    known = [*map(flag_of, settings.model_fields), "-h", "--help", "--version"]
+    known = [*map(_flag_of, settings.model_fields), "-h", "--help", "--version"]
     known += [
-        "--no" + flag_of(name)[1:]
+        "--no" + _flag_of(name)[1:]
         for name, setting in settings.model_fields.items()
         if setting.annotation is bool
     ]
@@ -155,7 +155,7 @@ def check_flags(settings: type[BaseSettings], arguments: list[str]) -> None:
 
 
 # Of pydantic's errors, what the value must be.
-KINDS = {
+_KINDS = {
     "int_parsing": "a whole number",
     "float_parsing": "a number",
     "bool_parsing": "true or false",
@@ -166,12 +166,12 @@ def setting_error(problem: Any, arguments: list[str]) -> str:
     """What is wrong with a setting, under the name by which it was given."""
     field_name, value = str(problem["loc"][0]), problem["input"]
     reason = re.sub("^Input should", "must", problem["msg"].removeprefix("Value error, "))
-    if kind := KINDS.get(problem["type"]):
+    if kind := _KINDS.get(problem["type"]):
         reason = f"must be {kind}"
     if field_name == "port":
         reason = "must be a whole number from 1 to 65535"
     told = f"{reason}, not {value!r}"
-    name, variable = flag_of(field_name), f"CHAT_{field_name.upper()}"
+    name, variable = _flag_of(field_name), f"CHAT_{field_name.upper()}"
     if variable not in os.environ or any(a.partition("=")[0] == name for a in arguments):
         return f"{name}: {told}"
     if str(value).startswith("tcp://"):

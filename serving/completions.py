@@ -10,7 +10,7 @@ from serving.fields import Text, parse_prompts
 from serving.openai_shared import OpenAIReply, OpenAIRequest, bytes_of
 from serving.parts import Choice
 
-MAX_ANSWERS = 128  # to all of a request's prompts
+_MAX_ANSWERS = 128  # to all of a request's prompts
 
 
 class CompletionRequest(OpenAIRequest):
@@ -30,8 +30,8 @@ class CompletionRequest(OpenAIRequest):
 
     def check(self) -> None:
         super().check()
-        if len(self.prompt) * self.num_answers > MAX_ANSWERS:
-            raise InvalidInput(f"n for each prompt makes more than {MAX_ANSWERS} answers", "n")
+        if len(self.prompt) * self.num_answers > _MAX_ANSWERS:
+            raise InvalidInput(f"n for each prompt makes more than {_MAX_ANSWERS} answers", "n")
         if self.suffix and self.echo:
             raise InvalidInput("echo cannot go with suffix; leave one of them out", "echo")
         if self.suffix and not all(isinstance(prompt, str) for prompt in self.prompt):
@@ -59,7 +59,7 @@ class CompletionRequest(OpenAIRequest):
         return model.prepare_text(text, given)
 
 
-class TokenTexts:
+class _TokenTexts:
     """Where each token of a text begins in it, by characters."""
 
     def __init__(self, model: ChatModel):
@@ -96,7 +96,7 @@ class TokenTexts:
         return self.decoder.decode(bytes_of(self.model, token) or b"")
 
 
-def name_of(model: ChatModel, token: int) -> str:
+def _name_of(model: ChatModel, token: int) -> str:
     """A token's text, or that of its bytes if it is part of a character, as OpenAI spelled them."""
     text = model.tokenizer.spell(token)
     known = bytes_of(model, token) if "\ufffd" in text else None
@@ -111,7 +111,7 @@ class CompletionReply(OpenAIReply):
     def __init__(self, model: ChatModel, body: CompletionRequest, prompts: list[Prompt]):
         super().__init__(model, body, prompts)
         self.body, self.prompts, self.n = body, prompts, body.num_answers
-        self.places = [TokenTexts(model) for _ in range(len(prompts) * self.n)]
+        self.places = [_TokenTexts(model) for _ in range(len(prompts) * self.n)]
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         return self._choice(choice, choice.text, choice.tokens)
@@ -147,7 +147,7 @@ class CompletionReply(OpenAIReply):
 
     def _logprobs(self, tokens: list[Token], offsets: list[int]) -> dict[str, Any]:
         return {
-            "tokens": [name_of(self.model, token.id) for token in tokens],
+            "tokens": [_name_of(self.model, token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [self._likeliest(token) for token in tokens],
             "text_offset": offsets,
@@ -159,5 +159,5 @@ class CompletionReply(OpenAIReply):
         told: dict[str, float] = {}
         for i, logprob in token.top_logprobs:
             # Of tokens that are spelled alike the likeliest is told.
-            told.setdefault(name_of(self.model, i), logprob)
+            told.setdefault(_name_of(self.model, i), logprob)
         return told

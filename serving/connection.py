@@ -10,7 +10,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from serving.connection_limits import Flow, Turns, most_waiting
+from serving.connection_limits import Flow, Turns, max_waiting
 from serving.request_parser import MAX_HEADER_BYTES, RequestParser
 
 # Most seconds for what precedes the body.
@@ -21,7 +21,7 @@ KEEP_ALIVE = 75
 # Most seconds in which a client may take nothing of an answer; as nginx's send_timeout.
 SEND_TIMEOUT = 60.0
 # Seconds until the second byte is sent to a client that may be gone; then thrice as long for each.
-PROBE_AFTER = 0.02
+_PROBE_AFTER = 0.02
 
 
 # Of each server the connections that wait for their client, first who has waited longest.
@@ -66,7 +66,7 @@ class Connection(H11Protocol):
         self.flow: Flow = Flow(transport)
         self.timer = self.loop.call_later(HEADER_TIMEOUT, transport.close)
         self.waiting[self] = None
-        if len(self.waiting) > most_waiting(num_answering=len(self.server_state.tasks)):
+        if len(self.waiting) > max_waiting(num_answering=len(self.server_state.tasks)):
             oldest, _ = self.waiting.popitem(last=False)
             oldest.transport.abort()
 
@@ -108,7 +108,7 @@ class Connection(H11Protocol):
         """Keep the connection open if a whole request is to be answered."""
         if self._owes_an_answer and not self.at_eof:
             self.at_eof = True
-            self._probe(PROBE_AFTER)
+            self._probe(_PROBE_AFTER)
         return self._owes_an_answer
 
     def pause_writing(self) -> None:

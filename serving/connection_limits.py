@@ -11,7 +11,7 @@ MAX_CONNECTIONS = 1024
 # Files that a process may need beside its connections: a card's, those of its children, its log's.
 OTHER_FILES = 96
 # So many times as long as small chunks of bodies were read, no further ones are.
-REST = 3
+PAUSE_FACTOR = 3
 
 
 def num_connectable() -> int:
@@ -24,7 +24,7 @@ def num_connectable() -> int:
     return 2**20 if most < 0 else max(16, (most - OTHER_FILES) // 2)
 
 
-def most_waiting(num_answering: int) -> int:
+def max_waiting(num_answering: int) -> int:
     """How many connections may wait for their client, while so many are answered."""
     return min(MAX_CONNECTIONS, max(1, num_connectable() - num_answering))
 
@@ -44,7 +44,7 @@ class Turns:
 
     def next(self, now: float, took: float) -> float:
         """The time of a turn for a body whose last one took so many seconds."""
-        turn = max(now, self.free_at) + REST * took
+        turn = max(now, self.free_at) + PAUSE_FACTOR * took
         self.free_at = turn + took
         return turn
 

@@ -10,7 +10,7 @@ from serving.request_model import RequestModel
 from serving.tool_fields import ToolCalls, Tools, check_arguments
 
 
-def check_role(role: Any) -> Any:
+def _check_role(role: Any) -> Any:
     if role == "function":
         raise ValueError('must be "tool" for the result of a tool; "function" is its old name')
     # OpenAI's newer name for the system role.
@@ -33,7 +33,7 @@ class OpenAIMessage(ClosedModel):
     role: Annotated[
         Literal["system", "user", "assistant", "tool"],
         BeforeValidator(
-            check_role,
+            _check_role,
             json_schema_input_type=Literal["system", "developer", "user", "assistant", "tool"],
         ),
     ]

@@ -59,9 +59,9 @@ def spell_openai_error(error: ErrorDetail) -> dict[str, Any]:
     return {"error": detail | {"param": error.param, "code": error.code}}
 
 
-def spell_classic_error(error: ErrorDetail) -> dict[str, Any]:
+def _spell_classic_error(error: ErrorDetail) -> dict[str, Any]:
     return spell_openai_error(error) | {"status": error.status, "time": local_time()}
 
 
-CLASSIC = Dialect(ErrorBody, spell_classic_error)
+CLASSIC = Dialect(ErrorBody, _spell_classic_error)
 OPENAI = Dialect(OpenAIError, spell_openai_error)

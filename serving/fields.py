@@ -82,10 +82,10 @@ def reject_lone_surrogates(text: str) -> str:
     return text
 
 
-IsUnicode = AfterValidator(reject_lone_surrogates)
-Text = Annotated[str, IsUnicode]
+_IsUnicode = AfterValidator(reject_lone_surrogates)
+Text = Annotated[str, _IsUnicode]
 MAX_TEXT = 2**20
-TextToCount = Annotated[str, Field(max_length=MAX_TEXT), IsUnicode]
+TextToCount = Annotated[str, Field(max_length=MAX_TEXT), _IsUnicode]
 
 
 class HistoryMessage(ClosedModel):
@@ -93,17 +93,17 @@ class HistoryMessage(ClosedModel):
     content: Text
 
 
-def check_pair(pair: Any) -> Any:
+def _check_pair(pair: Any) -> Any:
     # Before its items are looked at, which may be a million.
     if not isinstance(pair, list) or len(pair) != 2:
         raise ValueError('must be a ["question", "answer"] pair')
     return pair
 
 
-Pair = Annotated[
+_Pair = Annotated[
     list[Text],
     Field(min_length=2, max_length=2, fail_fast=True),
-    BeforeValidator(check_pair, json_schema_input_type=list[str]),
+    BeforeValidator(_check_pair, json_schema_input_type=list[str]),
 ]
 
 
@@ -121,11 +121,11 @@ def history_shape(history: Any) -> str | None:
 
 # A body has room for millions of items; validation stops at the first error.
 MAX_TURNS = 4096
-TurnLimit = Field(max_length=MAX_TURNS, fail_fast=True)
-Pairs = Annotated[list[Pair], TurnLimit, Tag("pairs")]
-Messages = Annotated[list[HistoryMessage], TurnLimit, Tag("turns")]
+_TurnLimit = Field(max_length=MAX_TURNS, fail_fast=True)
+_Pairs = Annotated[list[_Pair], _TurnLimit, Tag("pairs")]
+Messages = Annotated[list[HistoryMessage], _TurnLimit, Tag("turns")]
 History = Annotated[
-    Pairs | Messages,
+    _Pairs | Messages,
     Discriminator(
         history_shape,
         custom_error_type="history_shape",
@@ -135,7 +135,7 @@ History = Annotated[
 ]
 
 
-def as_stop_strings(stop: Any) -> Any:
+def _as_stop_strings(stop: Any) -> Any:
     """Accept a single string as a list of one."""
     texts = [stop] if isinstance(stop, str) else stop
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
@@ -144,9 +144,9 @@ def as_stop_strings(stop: Any) -> Any:
 
 
 StopStrings = Annotated[
-    tuple[Annotated[str, Field(max_length=256), IsUnicode], ...],
+    tuple[Annotated[str, Field(max_length=256), _IsUnicode], ...],
     Field(max_length=16, fail_fast=True),
-    BeforeValidator(as_stop_strings, json_schema_input_type=str | list[str]),
+    BeforeValidator(_as_stop_strings, json_schema_input_type=str | list[str]),
 ]
 
 
@@ -183,18 +183,18 @@ def join_text_parts(content: Any) -> Any:
 
 
 # Validates millions of ids in a fraction of a second, unlike a Python loop.
-TOKEN_IDS = TypeAdapter(
+_TOKEN_IDS = TypeAdapter(
     Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(fail_fast=True)]
 )
-MAX_PROMPTS = 64
+_MAX_PROMPTS = 64
 
 
-def parse_prompt(prompt: Any) -> str | list[int]:
+def _parse_prompt(prompt: Any) -> str | list[int]:
     """A text, or a list of token ids."""
     if isinstance(prompt, str):
         return reject_lone_surrogates(prompt)
     try:
-        return TOKEN_IDS.validate_python(prompt)
+        return _TOKEN_IDS.validate_python(prompt)
     except ValidationError:
         raise ValueError("must be a text, or a list of token ids, or a list of these") from None
 
@@ -202,21 +202,21 @@ def parse_prompt(prompt: Any) -> str | list[int]:
 def parse_prompts(prompt: Any) -> list[str | list[int]]:
     """A list of prompts, of a single one too."""
     if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
-        return [parse_prompt(prompt)]
-    if len(prompt) > MAX_PROMPTS:
-        raise ValueError(f"must have at most {MAX_PROMPTS} prompts, not {len(prompt)}")
-    return [parse_prompt(each) for each in prompt]
+        return [_parse_prompt(prompt)]
+    if len(prompt) > _MAX_PROMPTS:
+        raise ValueError(f"must have at most {_MAX_PROMPTS} prompts, not {len(prompt)}")
+    return [_parse_prompt(each) for each in prompt]
 
 
-MAX_BIASES = 300
+_MAX_BIASES = 300
 
 
-def parse_biases(biases: Any) -> tuple[tuple[int, float], ...]:
+def _parse_biases(biases: Any) -> tuple[tuple[int, float], ...]:
     """Token ids and what to add to their logits, from an object whose keys are ids."""
     if not isinstance(biases, dict):
         raise ValueError('must be an object of token ids and biases, such as {"42": -100}')
-    if len(biases) > MAX_BIASES:
-        raise ValueError(f"must have at most {MAX_BIASES} token ids, not {len(biases)}")
+    if len(biases) > _MAX_BIASES:
+        raise ValueError(f"must have at most {_MAX_BIASES} token ids, not {len(biases)}")
     for key, bias in biases.items():
         if not re.fullmatch(r"0|[1-9]\d{0,9}", key, re.ASCII):
             raise ValueError(f"must have token ids as keys, not {printable(key)!r}")
@@ -228,7 +228,7 @@ def parse_biases(biases: Any) -> tuple[tuple[int, float], ...]:
 
 Biases = Annotated[
     tuple[tuple[int, float], ...],
-    PlainValidator(parse_biases, json_schema_input_type=dict[str, float]),
+    PlainValidator(_parse_biases, json_schema_input_type=dict[str, float]),
 ]
 EndIds = Annotated[
     tuple[Annotated[int, Field(ge=0, strict=True)], ...],
@@ -239,10 +239,10 @@ EndIds = Annotated[
 ]
 
 MAX_DEPTH = 64  # of a JSON schema, a call's arguments, or a template's variables
-MAX_KWARGS_CHARS = 2**14
+_MAX_KWARGS_CHARS = 2**14
 
 
-def is_deeper(value: Any, most: int) -> bool:
+def _is_deeper(value: Any, most: int) -> bool:
     """Whether lists and objects are nested deeper; asked with as many steps as that at most."""
     layer = [value]
     for _ in range(most):
@@ -253,26 +253,26 @@ def is_deeper(value: Any, most: int) -> bool:
     return any(isinstance(each, dict | list) for each in layer)
 
 
-def spell_json(value: Any) -> str:
+def _spell_json(value: Any) -> str:
     """JSON as a text, of a bounded depth, so that whoever walks through it needs no long stack."""
-    if is_deeper(value, MAX_DEPTH):
+    if _is_deeper(value, MAX_DEPTH):
         raise ValueError(f"must not be nested deeper than {MAX_DEPTH} levels")
     return reject_lone_surrogates(json.dumps(value, ensure_ascii=False))
 
 
 def check_json(value: Any) -> Any:
     """The same value, if it can be spelled."""
-    spell_json(value)
+    _spell_json(value)
     return value
 
 
-def check_kwargs(given: Any) -> Any:
+def _check_kwargs(given: Any) -> Any:
     """Bound what a template is given, at whatever depth."""
     if not isinstance(given, dict):
         raise ValueError('must be an object, such as {"enable_thinking": false}')
-    if len(spell_json(given)) > MAX_KWARGS_CHARS:
-        raise ValueError(f"must be at most {MAX_KWARGS_CHARS:,} characters of JSON")
+    if len(_spell_json(given)) > _MAX_KWARGS_CHARS:
+        raise ValueError(f"must be at most {_MAX_KWARGS_CHARS:,} characters of JSON")
     return given
 
 
-TemplateKwargs = Annotated[dict[str, Any], BeforeValidator(check_kwargs)]
+TemplateKwargs = Annotated[dict[str, Any], BeforeValidator(_check_kwargs)]

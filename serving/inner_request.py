@@ -48,7 +48,7 @@ class InnerRequest:
             sampling.setdefault("repetition_penalty", 1.0)
         length = sampling.pop("max_new_tokens", None) if self.cuts_length else None
         prompt = model.prepare(
-            placed(model, self.messages),
+            _placed(model, self.messages),
             sampling,
             self.truncate,
             self.whole_context or length is not None,
@@ -57,10 +57,10 @@ class InnerRequest:
             tools=self.tools,
         )
         if length is not None:
-            prompt = with_most(prompt, length)
+            prompt = _with_most(prompt, length)
         prompt = self._guided(model, replace(prompt, thoughts=self._thoughts(model, prompt)))
         thinks = prompt.calls_tools or prompt.guide is None
-        if self.budget is None or not thinks or (self.budget_field and not can_think(model)):
+        if self.budget is None or not thinks or (self.budget_field and not _can_think(model)):
             return prompt
         return model.with_budget(prompt, self.budget)
 
@@ -75,7 +75,7 @@ class InnerRequest:
     def count(self, model: ChatModel) -> int:
         """How many tokens the prompt has."""
         ids = model.encode(
-            placed(model, self.messages),
+            _placed(model, self.messages),
             self.variables(model),
             continue_final=self.continues,
             tools=self.tools,
@@ -84,18 +84,18 @@ class InnerRequest:
 
     def variables(self, model: ChatModel) -> dict[str, Any]:
         """The chat template's variables, with those that it has of what is hinted."""
-        hinted = [has_variable(model, hint) for hint in self.hints]
+        hinted = [_has_variable(model, hint) for hint in self.hints]
         return dict(reversed([pair for pair in hinted if pair])) | dict(self.template_kwargs)
 
     def unmet_hints(self, model: ChatModel) -> list[str]:
         """The fields that wish for what the chat template does not have."""
-        wishes = [self.budget_field] if self.budget is not None and not can_think(model) else []
+        wishes = [self.budget_field] if self.budget is not None and not _can_think(model) else []
         return wishes + [
             hint.field
             for hint in self.hints
-            if has_variable(model, hint) is None
+            if _has_variable(model, hint) is None
             # A model that never thinks need not be told.
-            and (can_think(model) or hint.variables[-1][1] is not False)
+            and (_can_think(model) or hint.variables[-1][1] is not False)
         ]
 
     def _guided(self, model: ChatModel, prompt: Prompt) -> Prompt:
@@ -110,7 +110,7 @@ class InnerRequest:
         return self.callable is None or tool["function"]["name"] in self.callable
 
 
-def with_joined_head(messages: list[Message]) -> list[Message]:
+def _with_joined_head(messages: list[Message]) -> list[Message]:
     """The messages, with all system texts before the first other turn as one."""
     heads = list(takewhile(lambda message: message["role"] == "system", messages))
     if len(heads) < 2:
@@ -119,13 +119,13 @@ def with_joined_head(messages: list[Message]) -> list[Message]:
     return [{"role": "system", "content": text}, *messages[len(heads) :]]
 
 
-def placed(model: ChatModel, messages: list[Message]) -> list[Message]:
+def _placed(model: ChatModel, messages: list[Message]) -> list[Message]:
     """The messages, with system texts in their midst where the model's format takes them.
 
     Where it takes none there, each becomes part of the user's turn before or after it, never of the
     first system text: a new one there would void the cache for all that follows.
     """
-    messages = with_joined_head(messages)
+    messages = _with_joined_head(messages)
     if all(m["role"] != "system" for m in messages[1:]) or model.has_system_turns:
         return messages
     turns = messages[:1]
@@ -142,18 +142,18 @@ def placed(model: ChatModel, messages: list[Message]) -> list[Message]:
     return turns
 
 
-def has_variable(model: ChatModel, hint: TemplateHint) -> tuple[str, Any] | None:
+def _has_variable(model: ChatModel, hint: TemplateHint) -> tuple[str, Any] | None:
     """The first of the variables that the model's chat template reads."""
     template = "\n".join(model.tokenizer.templates)
     known = (pair for pair in hint.variables if re.search(rf"\b{pair[0]}\b", template))
     return next(known, None)
 
 
-def can_think(model: ChatModel) -> bool:
+def _can_think(model: ChatModel) -> bool:
     return model.tokenizer.thinking_markers is not None
 
 
-def with_most(prompt: Prompt, length: int) -> Prompt:
+def _with_most(prompt: Prompt, length: int) -> Prompt:
     """The prompt, its answer so long at most; it reserves room for that bit by bit."""
     params = prompt.params
     params = replace(params, max_new_tokens=min(length, params.max_new_tokens))

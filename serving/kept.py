@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_BYTES_PER_KEY = 8 * 2**20
-Items = list[Any]
+_MAX_BYTES_PER_KEY = 8 * 2**20
+_Items = list[Any]
 
 
 @dataclass(frozen=True)
@@ -21,22 +21,22 @@ class KeptAnswer:
 
     owner: str
     previous: str | None
-    asked: Items
-    output: Items
+    asked: _Items
+    output: _Items
     num_bytes: int = field(default=0)
 
 
 class KeptAnswers:
     """Answers by their ids, so many bytes of JSON in all; thread-safe."""
 
-    def __init__(self, most: int, most_per_key: int = MAX_BYTES_PER_KEY):
+    def __init__(self, most: int, most_per_key: int = _MAX_BYTES_PER_KEY):
         self.most, self.most_per_key = most, min(most, most_per_key)
         self._answers: OrderedDict[str, KeptAnswer] = OrderedDict()  # least recently used first
         self._num_bytes: dict[str, int] = {}  # of each owner
         self._lock = threading.Lock()
 
     def keep(
-        self, owner: str, name: str, previous: str | None, asked: Items, output: Items
+        self, owner: str, name: str, previous: str | None, asked: _Items, output: _Items
     ) -> bool:
         """Keep an answer; False if it is larger than there is room for."""
         size = len(json.dumps([asked, output]))
@@ -51,7 +51,7 @@ class KeptAnswers:
             self._num_bytes[owner] = self._num_bytes.get(owner, 0) + size
         return True
 
-    def conversation(self, owner: str, name: str) -> Items | None:
+    def conversation(self, owner: str, name: str) -> _Items | None:
         """All items up to an answer's end; None if it, or one before it, is not there."""
         with self._lock:
             chain = list(self._chain(owner, name))

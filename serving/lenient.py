@@ -30,7 +30,7 @@ from serving.unknown_fields import (
 T = TypeVar("T")
 
 
-def check_near(name: str, known: Iterable[str], path: str = "") -> None:
+def _check_near(name: str, known: Iterable[str], path: str = "") -> None:
     """Raise InvalidInput for a field that looks like one of the known ones, misspelt."""
     near = get_close_matches(name[:MAX_NAME], known, n=1, cutoff=0.75)
     if near:
@@ -61,7 +61,7 @@ class LenientRequest(SamplingFields):
         if name in NEUTRAL and name not in cls.reported:
             raise refusal_of(name, cls.names())
         if name not in cls.reported | IGNORED and not ignored.has(name):
-            check_near(name, cls.names())
+            _check_near(name, cls.names())
         ignored.add(name)
 
     reasoning_budget: int | None = Field(
@@ -166,5 +166,5 @@ class ObjectReader:
                 continue
             at = re.sub(r"\[\d+\]", "", f"{self.path}.{name}")
             if not self.ignored.has(at):
-                check_near(name, self.known, self.path)
+                _check_near(name, self.known, self.path)
             self.ignored.add(at)

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, Protocol
 from serving.parts import Choice, cached_tokens_of, usage_of
 
 # Answers of which the times are kept, and seconds for which they count.
-MAX_ANSWERS = 1024
-WINDOW = 60.0
+_MAX_ANSWERS = 1024
+_WINDOW = 60.0
 # Requests that are told one by one.
-MAX_TOLD = 50
+_MAX_TOLD = 50
 
 
-class Served(Protocol):
+class _Served(Protocol):
     """A request from its arrival to its end; times are by time.monotonic()."""
 
     id: str
@@ -23,7 +23,7 @@ class Served(Protocol):
     choices: list[Choice]
 
 
-class Times(NamedTuple):
+class _Times(NamedTuple):
     """Of one answer: when it ended, and seconds to its first and to each later token."""
 
     ended: float
@@ -35,43 +35,43 @@ class LiveRequests:
     """The requests that run, and counts of all that ever ran."""
 
     def __init__(self) -> None:
-        self._running: dict[str, Served] = {}
+        self._running: dict[str, _Served] = {}
         self._ended = {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0}
-        self._times: deque[Times] = deque(maxlen=MAX_ANSWERS)
+        self._times: deque[_Times] = deque(maxlen=_MAX_ANSWERS)
 
-    def begin(self, request: Served) -> None:
+    def begin(self, request: _Served) -> None:
         self._running[request.id] = request
 
-    def end(self, request: Served, line: dict[str, Any]) -> None:
+    def end(self, request: _Served, line: dict[str, Any]) -> None:
         """Count a request that has ended; `line` is what the log says of it."""
         self._running.pop(request.id, None)
         for name in self._ended:
             self._ended[name] += line.get(name, 0)
         times = line.get("first_token"), line.get("each_token")
         if times[0] is not None:
-            self._times.append(Times(time.monotonic(), *times))
+            self._times.append(_Times(time.monotonic(), *times))
 
     def sample(self) -> dict[str, Any]:
         """Tokens of all requests so far, times of the last minute's answers, and who runs."""
         now = time.monotonic()
         told = sorted(self._running.values(), key=lambda request: request.arrived)
-        recent = [times for times in self._times if times.ended > now - WINDOW]
+        recent = [times for times in self._times if times.ended > now - _WINDOW]
         return {
             **self._tokens(told),
             "first_token": percentiles(times.first_token for times in recent),
             "each_token": percentiles(times.each_token for times in recent),
-            "requests": [describe(request, now) for request in told[:MAX_TOLD]],
+            "requests": [_describe(request, now) for request in told[:_MAX_TOLD]],
         }
 
-    def _tokens(self, running: Iterable[Served]) -> dict[str, int]:
+    def _tokens(self, running: Iterable[_Served]) -> dict[str, int]:
         counts = dict(self._ended)
         for request in running:
-            for name, count in counts_of(request).items():
+            for name, count in _counts_of(request).items():
                 counts[name] += count
         return counts
 
 
-def counts_of(request: Served) -> dict[str, int]:
+def _counts_of(request: _Served) -> dict[str, int]:
     usage = usage_of(request.choices)
     return {
         "prompt_tokens": usage["prompt_tokens"],
@@ -80,10 +80,10 @@ def counts_of(request: Served) -> dict[str, int]:
     }
 
 
-def describe(request: Served, now: float) -> dict[str, Any]:
+def _describe(request: _Served, now: float) -> dict[str, Any]:
     """A request that runs, without a word of its text."""
     seconds = round(now - request.arrived, 1)
-    return {"id": request.id, "route": request.route, "seconds": seconds, **counts_of(request)}
+    return {"id": request.id, "route": request.route, "seconds": seconds, **_counts_of(request)}
 
 
 def percentiles(seconds: Iterable[float | None]) -> dict[str, float] | None:

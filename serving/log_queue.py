@@ -64,10 +64,10 @@ def start_log(as_json: bool = False, level: str = "info") -> None:
         level=max(logging.INFO, logging.getLevelName(level.upper())), handlers=[LogQueue(writer)]
     )
     log.setLevel(level.upper())
-    settle_progress(as_json)
+    _settle_progress(as_json)
 
 
-def settle_progress(as_json: bool = False) -> None:
+def _settle_progress(as_json: bool = False) -> None:
     """Let the progress bars of all libraries vanish when they are full, or show none at all.
 
     They are all tqdm's, which reads these variables when it is imported. In a file, or between
@@ -99,16 +99,16 @@ def still_logged(what: str) -> Iterator[None]:
             teller.join()
 
 
-def log_queues() -> list[LogQueue]:
+def _log_queues() -> list[LogQueue]:
     return [handler for handler in logging.getLogger().handlers if isinstance(handler, LogQueue)]
 
 
 def num_dropped() -> int:
     """Lines that were dropped since the start."""
-    return sum(handler.num_dropped for handler in log_queues())
+    return sum(handler.num_dropped for handler in _log_queues())
 
 
 def flush_log() -> None:
     """Write what waits, before the process ends without the interpreter's own exit."""
-    for handler in log_queues():
+    for handler in _log_queues():
         handler.flush()

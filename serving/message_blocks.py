@@ -18,10 +18,10 @@ from serving.unknown_fields import IgnoredFields
 IMAGE_PLACEHOLDER = "[image: this model reads text only]"
 # Claude Code's account of who pays, which differs between sessions: in front of all else, it would
 # keep each of them from finding the others' prompts in the cache.
-BILLING = re.compile(r"\s*x-anthropic-billing-header:[^\n]*\n*")
+_BILLING = re.compile(r"\s*x-anthropic-billing-header:[^\n]*\n*")
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 # What a server runs by itself, as it stands in the histories of other servers.
-SERVER_BLOCKS = re.compile(r"server_tool_use|mcp_tool_use|\w+_tool_result|container_upload")
+_SERVER_BLOCKS = re.compile(r"server_tool_use|mcp_tool_use|\w+_tool_result|container_upload")
 READS_TEXT = "cannot be read: this model reads text only; leave it out"
 
 
@@ -39,8 +39,8 @@ def join(texts: list[str]) -> str:
     return "\n\n".join(text for text in texts if text)
 
 
-def without_billing(text: str) -> str:
-    return BILLING.sub("", text, count=1) if BILLING.match(text) else text
+def _without_billing(text: str) -> str:
+    return _BILLING.sub("", text, count=1) if _BILLING.match(text) else text
 
 
 def read_system(system: Any, ignored: IgnoredFields) -> list[Message]:
@@ -55,7 +55,7 @@ def read_system(system: Any, ignored: IgnoredFields) -> list[Message]:
         block = ObjectReader(value, f"system[{at}]", ignored)
         if block.text("type") != "text":
             raise block.error('must be of type "text"', "type")
-        texts.append(without_billing(read_text(block)))
+        texts.append(_without_billing(read_text(block)))
     text = join(texts)
     return [{"role": "system", "content": text}] if text else []
 
@@ -119,7 +119,7 @@ class ConversationReader:
             if kind in ("tool_addition", "tool_removal"):
                 self._change(kind, block)
             else:
-                texts += map(without_billing, self._texts(kind, block))
+                texts += map(_without_billing, self._texts(kind, block))
         if content := join(texts):
             self.read.turns.append({"role": "system", "content": content})
 
@@ -150,7 +150,7 @@ class ConversationReader:
             return [self._document(kind, block)]
         if kind == "image":
             raise block.error(READS_TEXT)
-        if kind == "container_upload" or not SERVER_BLOCKS.fullmatch(kind):
+        if kind == "container_upload" or not _SERVER_BLOCKS.fullmatch(kind):
             raise block.error(f"is of type {kind[:64]!r}, which is not supported; leave it out")
         block.report()
         return []
@@ -185,7 +185,7 @@ class ConversationReader:
         for at, value in enumerate(content):
             inner = ObjectReader(value, f"{block.path}.content[{at}]", self.ignored)
             kind = inner.text("type")
-            if kind == "image" or (kind == "document" and not is_text(inner.fields.get("source"))):
+            if kind == "image" or (kind == "document" and not _is_text(inner.fields.get("source"))):
                 inner.report()
                 texts.append(IMAGE_PLACEHOLDER)
             elif kind == "tool_reference":
@@ -233,7 +233,7 @@ class ConversationReader:
         block.done("cache_control")
 
 
-def is_text(source: Any) -> bool:
+def _is_text(source: Any) -> bool:
     return isinstance(source, dict) and source.get("type") in ("text", "content")
 
 
@@ -257,7 +257,7 @@ def read_tools(tools: Any, read: ReadConversation, ignored: IgnoredFields) -> De
             tool.report()
             left_out.add(name)
             continue
-        function, deferred = read_tool(tool, name)
+        function, deferred = _read_tool(tool, name)
         if name in names:
             raise tool.error(f"has the name of another tool, {name}")
         names.add(name)
@@ -268,7 +268,7 @@ def read_tools(tools: Any, read: ReadConversation, ignored: IgnoredFields) -> De
     return DeclaredTools(usable, frozenset(left_out))
 
 
-def read_tool(tool: ObjectReader, name: str) -> tuple[dict[str, Any], bool]:
+def _read_tool(tool: ObjectReader, name: str) -> tuple[dict[str, Any], bool]:
     """A tool as a function, and whether it is deferred."""
     if not TOOL_NAME.fullmatch(name):
         raise tool.error("must have 1 to 128 letters, digits, or any of _ . -", "name")

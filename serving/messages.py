@@ -19,7 +19,7 @@ from serving.request_model import LENGTH_NAMES, InstantRequest
 
 # A prompt that leaves less of the context than this share, or than was asked for, is too long: a
 # client then makes room for a whole answer instead of being cut off again and again.
-MIN_ROOM = 1 / 16
+_MIN_ROOM = 1 / 16
 
 
 class ThreadUnsupported(InvalidInput):
@@ -208,13 +208,13 @@ class MessagesRequest(LenientRequest):
         except ContextTooLong as error:
             if error.most is None:  # the cache is too small, and not the context
                 raise
-            raise too_long(error.num_tokens, error.most) from error
+            raise _too_long(error.num_tokens, error.most) from error
         room = model.context_length - len(prompt.ids)
-        wanted = model.context_length * MIN_ROOM
+        wanted = model.context_length * _MIN_ROOM
         if self.max_new_tokens not in (None, -1):
             wanted = min(wanted, self.max_new_tokens)
         if room < wanted:
-            raise too_long(len(prompt.ids), model.context_length)
+            raise _too_long(len(prompt.ids), model.context_length)
         return [prompt]
 
 
@@ -223,7 +223,7 @@ def effort_hint(field: str, effort: str) -> TemplateHint:
     return TemplateHint(field, [("reasoning_effort", effort), thinks])
 
 
-def too_long(num_tokens: int | None, most: int) -> ContextTooLong:
+def _too_long(num_tokens: int | None, most: int) -> ContextTooLong:
     """In the words by which clients know that they are to compact, with both numbers."""
     told = f"more than {most}" if num_tokens is None else str(num_tokens)
     return ContextTooLong(f"prompt is too long: {told} tokens > {most} maximum", "prompt")

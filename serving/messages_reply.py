@@ -12,7 +12,7 @@ from serving.messages import MessagesRequest
 from serving.parts import Choice, Part, PartEvent, PartStream, Reply, output_parser
 from serving.thought_code import PREFIX, encode_thought
 
-ERROR_TYPES = {
+_ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
@@ -38,8 +38,8 @@ class MessagesError(BaseModel):
     request_id: str
 
 
-def spell_messages_error(error: ErrorDetail) -> dict[str, Any]:
-    kind = ERROR_TYPES.get(error.status, "invalid_request_error")
+def _spell_messages_error(error: ErrorDetail) -> dict[str, Any]:
+    kind = _ERROR_TYPES.get(error.status, "invalid_request_error")
     detail: dict[str, Any] = {"type": kind, "message": error.message}
     if error.details:
         detail["details"] = error.details
@@ -48,7 +48,7 @@ def spell_messages_error(error: ErrorDetail) -> dict[str, Any]:
 
 ANTHROPIC = Dialect(
     MessagesError,
-    spell_messages_error,
+    _spell_messages_error,
     keepalive='event: ping\ndata: {"type": "ping"}\n\n',
     end="",
     names_events=True,
@@ -56,7 +56,7 @@ ANTHROPIC = Dialect(
 )
 
 
-STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
+_STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 
 
 class MessagesReply(Reply):
@@ -136,7 +136,7 @@ class MessagesReply(Reply):
 
     def _end(self, choice: Choice) -> dict[str, Any]:
         """Why the answer ended: by the context, if that has less room than was asked for."""
-        reason = STOP_REASONS[choice.finish_reason or "stop"]
+        reason = _STOP_REASONS[choice.finish_reason or "stop"]
         asked = self.body.max_new_tokens or 0
         if reason == "max_tokens" and not 0 < asked <= self.prompt.params.max_new_tokens:
             reason = "model_context_window_exceeded"

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 
 # What Sec-Fetch-Site says of the server's own pages, and of what no page began.
-OWN = ("same-origin", "none")
+_OWN = ("same-origin", "none")
 # Top-level names that nobody can register, and those of a cluster or a local network end in.
-LOCAL = ("localhost", "local", "internal")
-DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+_LOCAL = ("localhost", "local", "internal")
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
 def foreign_origin(headers: Headers, method: str, named: tuple[str, ...]) -> str | None:
@@ -28,17 +28,17 @@ def foreign_origin(headers: Headers, method: str, named: tuple[str, ...]) -> str
     if "*" in named or (origin is not None and normalised(origin) in named):
         return None
     # A proxy may have changed the Host, so the browser's own word goes first.
-    is_own = origin is None or is_of_host(origin, headers) if site is None else site in OWN
+    is_own = origin is None or _is_of_host(origin, headers) if site is None else site in _OWN
     if is_own or (origin is None and method in ("GET", "HEAD")):
         return None
     return origin or "another site"
 
 
-def is_of_host(origin: str, headers: Headers) -> bool:
+def _is_of_host(origin: str, headers: Headers) -> bool:
     """Whether an origin is the server's own, by a name that a foreign page cannot set."""
     scheme, _, place = normalised(origin).partition("://")
     names = (headers.get("host", ""), headers.get("x-forwarded-host", ""))
-    hosts = (name.lower().removesuffix(DEFAULT_PORTS.get(scheme, "")) for name in names)
+    hosts = (name.lower().removesuffix(_DEFAULT_PORTS.get(scheme, "")) for name in names)
     return bool(place) and place in hosts
 
 
@@ -48,8 +48,8 @@ def unknown_host(headers: Headers, named: tuple[str, ...]) -> str | None:
     Those are no addresses, not those of LOCAL, of one part, or this machine's, and not `named`.
     """
     name = host_of(headers.get("host", ""))
-    is_local = "." not in name or name.rpartition(".")[2] in LOCAL
-    if is_local or is_address(name) or "*" in named or name in named:
+    is_local = "." not in name or name.rpartition(".")[2] in _LOCAL
+    if is_local or _is_address(name) or "*" in named or name in named:
         return None
     return None if name == socket.gethostname().lower() else name
 
@@ -57,7 +57,7 @@ def unknown_host(headers: Headers, named: tuple[str, ...]) -> str | None:
 def normalised(origin: str) -> str:
     """An origin as browsers send it: in small letters, without the port that its scheme has."""
     origin = origin.strip().lower().rstrip("/")
-    return origin.removesuffix(DEFAULT_PORTS.get(origin.partition("://")[0], ""))
+    return origin.removesuffix(_DEFAULT_PORTS.get(origin.partition("://")[0], ""))
 
 
 def host_of(place: str) -> str:
@@ -69,7 +69,7 @@ def host_of(place: str) -> str:
     return (name or "").removesuffix(".")
 
 
-def is_address(name: str) -> bool:
+def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name.partition("%")[0])
     except ValueError:

@@ -42,7 +42,7 @@ class Choice:
         self.text += delta.text
         if delta.token:
             self.tokens.append(delta.token)
-        if is_keepalive(delta):
+        if _is_keepalive(delta):
             return
         if delta.prompt_logprobs:
             self.prompt_logprobs = delta.prompt_logprobs
@@ -56,7 +56,7 @@ class Choice:
         self.queue_time = delta.queue_time
 
 
-def is_keepalive(delta: Delta) -> bool:
+def _is_keepalive(delta: Delta) -> bool:
     """Whether a delta only keeps a connection alive."""
     return not delta.prompt_tokens
 
@@ -109,7 +109,7 @@ async def collect(deltas: AsyncGenerator[Delta], choices: list[Choice], reply: R
     async with aclosing(deltas):
         async for delta in deltas:
             choices[delta.index].add(delta)
-            if not is_keepalive(delta):
+            if not _is_keepalive(delta):
                 reply.take(delta, choices[delta.index])
 
 
@@ -118,7 +118,7 @@ async def events_of(deltas: AsyncGenerator[Delta], choices: list[Choice], reply:
         async for delta in deltas:
             choice = choices[delta.index]
             choice.add(delta)
-            if is_keepalive(delta):
+            if _is_keepalive(delta):
                 yield None
                 continue
             for event in reply.events(delta, choice):
@@ -176,24 +176,24 @@ def output_parser(model: ChatModel, prompt: Prompt) -> OutputParser:
 
 
 # Of letters and digits, and so many: the templates of some models demand it.
-CALL_ID_LENGTH = 9
+_CALL_ID_LENGTH = 9
 
 
 def new_call_id() -> str:
     letters = string.ascii_letters + string.digits
-    return "".join(secrets.choice(letters) for _ in range(CALL_ID_LENGTH))
+    return "".join(secrets.choice(letters) for _ in range(_CALL_ID_LENGTH))
 
 
 # ---- A stream of parts: a thought, a text, and calls, in this order, each of which may be absent
 
-PartKind = Literal["thought", "text", "call"]
+_PartKind = Literal["thought", "text", "call"]
 
 
 @dataclass(eq=False)
 class Part:
     """A part of an answer, as it grows."""
 
-    kind: PartKind
+    kind: _PartKind
     index: int  # among the answer's parts
     name: str = ""  # of the tool that is called
     call_id: str = ""
@@ -241,7 +241,7 @@ class PartStream:
     def _open(self) -> Part | None:
         return self.parts[-1] if self.parts and not self.parts[-1].is_whole else None
 
-    def _more(self, kind: PartKind, text: str, tokens: Sequence[Token] = ()) -> list[PartEvent]:
+    def _more(self, kind: _PartKind, text: str, tokens: Sequence[Token] = ()) -> list[PartEvent]:
         events = []
         part = self._open
         if part is None or part.kind != kind:
@@ -257,7 +257,7 @@ class PartStream:
             events = self._begin("call", call.name)
         return events + (self._more("call", call.arguments) if call.arguments else [])
 
-    def _begin(self, kind: PartKind, name: str = "") -> list[PartEvent]:
+    def _begin(self, kind: _PartKind, name: str = "") -> list[PartEvent]:
         events = self._end(True)
         part = Part(kind, len(self.parts), name, new_call_id() if kind == "call" else "")
         self.parts.append(part)

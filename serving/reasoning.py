@@ -62,7 +62,7 @@ class ReasoningParser:
         if closed:
             self.state, self.held = "after", rest
             return self._trimmed(thought).rstrip()
-        sure = len(thought) - overlap(thought, self.closing)
+        sure = len(thought) - _overlap(thought, self.closing)
         sure = len(thought[:sure].rstrip())
         self.held = thought[sure:]
         return self._trimmed(thought[:sure])
@@ -74,7 +74,7 @@ class ReasoningParser:
         return thought
 
 
-def overlap(text: str, marker: str) -> int:
+def _overlap(text: str, marker: str) -> int:
     """How many characters at the end of a text may begin a marker."""
     sizes = range(min(len(text), len(marker) - 1), 0, -1)
     return next((size for size in sizes if text.endswith(marker[:size])), 0)

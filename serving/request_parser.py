@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 import h11
 
-BEGINNING = b"HTTP/1.1 "
+_BEGINNING = b"HTTP/1.1 "
 # Most lines of a request's head, and of its trailers; as Apache and gunicorn, and a few more.
 MAX_HEADERS = 128
 # Most bytes of a head, and of what frames the chunks of a body: their sizes, extensions, trailers.
@@ -14,9 +14,9 @@ MAX_HEADER_BYTES = 64 * 2**10
 # Chunks that are read in one go: h11 takes some ten microseconds for each, however small it is.
 CHUNKS_AT_ONCE = 64
 
-END_OF_HEAD = re.compile(rb"\n\r?\n")
+_END_OF_HEAD = re.compile(rb"\n\r?\n")
 # What ends a body in chunks, where h11 has not taken the end of the chunk before it.
-LAST_CHUNK = re.compile(rb"\r?\n?0+[ \t]*(?:;[^\n]*)?\r\n")
+_LAST_CHUNK = re.compile(rb"\r?\n?0+[ \t]*(?:;[^\n]*)?\r\n")
 
 
 class RequestParser(h11.Connection):
@@ -35,10 +35,10 @@ class RequestParser(h11.Connection):
 
     def begin_answer(self) -> bytes:
         """The next byte with which an answer begins, whatever it will be; none if it has begun."""
-        if self.our_state is not h11.SEND_RESPONSE or self.num_begun == len(BEGINNING):
+        if self.our_state is not h11.SEND_RESPONSE or self.num_begun == len(_BEGINNING):
             return b""
         self.num_begun += 1
-        return BEGINNING[self.num_begun - 1 : self.num_begun]
+        return _BEGINNING[self.num_begun - 1 : self.num_begun]
 
     def send(self, event: Any) -> Any:
         """The bytes of an event, without those that are sent already."""
@@ -90,20 +90,20 @@ class RequestParser(h11.Connection):
         if not request.target.lower().startswith((b"http://", b"https://")):
             return request
         try:
-            return with_path(request)
+            return _with_path(request)
         except ValueError as error:
             self._refuse(f"the request's target is no URL: {error}")
 
     def _check_head(self) -> None:
         pending = self.trailing_data[0]
-        if end := END_OF_HEAD.search(pending):
+        if end := _END_OF_HEAD.search(pending):
             if end.end() > MAX_HEADER_BYTES:
                 self._refuse(f"the headers have more than {MAX_HEADER_BYTES} bytes")
             self._check_lines(pending[: end.start()], "headers")
 
     def _check_trailers(self) -> None:
         pending = self.trailing_data[0]
-        if self.at_chunk and (last := LAST_CHUNK.match(pending)):
+        if self.at_chunk and (last := _LAST_CHUNK.match(pending)):
             self.at_chunk, self.in_trailers = False, True
             pending = pending[last.end() :]
         if self.in_trailers:
@@ -128,7 +128,7 @@ class RequestParser(h11.Connection):
         raise h11.RemoteProtocolError(why)
 
 
-def with_path(request: h11.Request) -> h11.Request:
+def _with_path(request: h11.Request) -> h11.Request:
     """A request with an absolute target, as proxies are sent, as one for this server.
 
     https://www.rfc-editor.org/rfc/rfc9112#section-3.2.2: its host replaces that of the header.

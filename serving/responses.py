@@ -17,8 +17,8 @@ from serving.request_model import LENGTH_NAMES, InstantRequest
 from serving.responses_items import ItemReader
 from serving.responses_tools import Toolbox, read_toolbox
 
-WHOLE_CHOICES = ("none", "auto", "required")
-MEMORY = "conversations are not kept here; send all items in input"
+_WHOLE_CHOICES = ("none", "auto", "required")
+_MEMORY = "conversations are not kept here; send all items in input"
 
 
 class ResponseNotFound(InvalidInput):
@@ -44,7 +44,7 @@ class ResponsesRequest(LenientRequest):
     refused: ClassVar[dict[str, str]] = {
         "background": "wait for the answer, or stream it",
         "moderation": "nothing is moderated here",
-        "conversation": MEMORY,
+        "conversation": _MEMORY,
         "prompt": "send input and instructions",
     }
     reported: ClassVar[frozenset[str]] = frozenset({"context_management"})
@@ -205,14 +205,14 @@ class ResponsesRequest(LenientRequest):
         choice = self.tool_choice
         self._choice["parallel"] = self.parallel_tool_calls is not False
         names = {tool.flat_name for tool in self._toolbox.usable}
-        if choice is None or choice in WHOLE_CHOICES:
+        if choice is None or choice in _WHOLE_CHOICES:
             if choice == "required" and not names:
                 raise InvalidInput("tool_choice is required, but there are no tools", "tool_choice")
             self._choice["must_call"] = choice == "required"
             return
         if not isinstance(choice, dict):
             raise InvalidInput(
-                f"tool_choice must be {', '.join(WHOLE_CHOICES)}, or an object", "tool_choice"
+                f"tool_choice must be {', '.join(_WHOLE_CHOICES)}, or an object", "tool_choice"
             )
         reader = ObjectReader(choice, "tool_choice", self._ignored)
         if choice.get("type") != "allowed_tools":

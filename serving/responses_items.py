@@ -15,24 +15,28 @@ from serving.thought_code import ThoughtDecoder
 from serving.tool_fields import MAX_CALLS_IN_ALL, parse_arguments
 from serving.unknown_fields import IgnoredFields
 
-ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
-TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
-OTHER_PARTS = ("input_image", "input_file", "input_audio")
+_ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+_TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
+_OTHER_PARTS = ("input_image", "input_file", "input_audio")
 # Calls of tools that other servers have, and under which name each has its arguments.
-OTHER_CALLS = {
+_OTHER_CALLS = {
     "local_shell_call": "action",
     "shell_call": "action",
     "apply_patch_call": "operation",
     "tool_search_call": "arguments",
 }
-OUTPUTS = {"function_call_output", "custom_tool_call_output", *(f"{c}_output" for c in OTHER_CALLS)}
+_OUTPUTS = {
+    "function_call_output",
+    "custom_tool_call_output",
+    *(f"{c}_output" for c in _OTHER_CALLS),
+}
 # What a server did by itself, as it stands in the histories of other servers.
-SERVER_ITEMS = (
+_SERVER_ITEMS = (
     "web_search_call", "file_search_call", "image_generation_call", "code_interpreter_call",
     "computer_call", "mcp_", "program",
 )  # fmt: skip
 # Fields of any item that cannot change an answer.
-INERT = ("id", "status", "phase", "created_by", "agent", "caller")
+_INERT = ("id", "status", "phase", "created_by", "agent", "caller")
 
 
 class ItemReader:
@@ -54,26 +58,26 @@ class ItemReader:
             self._message(item)
         elif kind == "reasoning":
             self._reasoning(item)
-        elif kind in ("function_call", "custom_tool_call") or kind in OTHER_CALLS:
+        elif kind in ("function_call", "custom_tool_call") or kind in _OTHER_CALLS:
             self._call(kind, item)
-        elif kind in OUTPUTS or kind == "tool_search_output":
+        elif kind in _OUTPUTS or kind == "tool_search_output":
             self._output(kind, item)
         elif kind == "additional_tools":
             for at, tool in enumerate(item.items("tools", MAX_PARTS)):
                 self.toolbox.add(tool, f"{path}.tools[{at}]", is_named=True)
         elif kind == "configuration_update":
             self._configuration(item)
-        elif kind.startswith(SERVER_ITEMS):
+        elif kind.startswith(_SERVER_ITEMS):
             item.report()
         else:
             raise item.error(f"is of type {kind[:64]!r}, which is not supported; leave it out")
 
     def _message(self, item: ObjectReader) -> None:
-        role = ROLES.get(item.text("role"))
+        role = _ROLES.get(item.text("role"))
         if role is None:
-            raise item.error(f"must be one of {', '.join(ROLES)}", "role")
+            raise item.error(f"must be one of {', '.join(_ROLES)}", "role")
         text = self._content(item, "content", is_result=False)
-        item.done(*INERT)
+        item.done(*_INERT)
         if role != "assistant":
             self._add({"role": role, "content": text})
         elif self._answer is None or self._answer["content"] or "tool_calls" in self._answer:
@@ -98,13 +102,13 @@ class ItemReader:
         for at, value in enumerate(content):
             part = ObjectReader(value, f"{item.path}.{name}[{at}]", self.ignored)
             kind = part.text("type")
-            if kind in TEXT_PARTS:
-                texts.append(part.text(TEXT_PARTS[kind]))
+            if kind in _TEXT_PARTS:
+                texts.append(part.text(_TEXT_PARTS[kind]))
                 part.done("annotations", "logprobs", "prompt_cache_breakpoint")
-            elif kind in OTHER_PARTS and is_result:
+            elif kind in _OTHER_PARTS and is_result:
                 part.report()
                 texts.append(IMAGE_PLACEHOLDER)
-            elif kind in OTHER_PARTS:
+            elif kind in _OTHER_PARTS:
                 raise part.error(READS_TEXT)
             else:
                 raise part.error(f"is of type {kind[:64]!r}, which is not supported; leave it out")
@@ -124,7 +128,7 @@ class ItemReader:
             parts.append(part.text("text"))
             part.done()
         code = item.text("encrypted_content", "")
-        item.done("summary", *INERT)
+        item.done("summary", *_INERT)
         thought = "\n\n".join(parts) or self.thoughts.decode(code)
         if not thought:
             if code:  # another server's
@@ -147,11 +151,11 @@ class ItemReader:
             spelled = item.text("arguments", "")
             arguments = item.checked("arguments", spelled or "{}", str, "a text", parse_arguments)
         else:
-            arguments = item.json_object(OTHER_CALLS[kind], {})
+            arguments = item.json_object(_OTHER_CALLS[kind], {})
         if namespace := item.text("namespace", ""):
             name = f"{namespace}.{name}"
         call_id = item.text("call_id", item.text("id", ""))
-        item.done("parsed_arguments", "execution", *INERT)
+        item.done("parsed_arguments", "execution", *_INERT)
         self._call_ids.add(call_id)
         if len(self._call_ids) > MAX_CALLS_IN_ALL:
             raise item.error(f"is one of more than {MAX_CALLS_IN_ALL} calls; send fewer")
@@ -176,7 +180,7 @@ class ItemReader:
             text = output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
             item.fields["output"] = text
             text = item.text("output")
-        item.done("execution", "max_output_length", "name", "namespace", *INERT)
+        item.done("execution", "max_output_length", "name", "namespace", *_INERT)
         self._add({"role": "tool", "tool_call_id": call_id, "content": text})
 
     def _configuration(self, item: ObjectReader) -> None:
@@ -184,4 +188,4 @@ class ItemReader:
         if reasoning:
             self.effort = reasoning.text("effort", "")
             reasoning.done()
-        item.done(*INERT)
+        item.done(*_INERT)

@@ -16,7 +16,7 @@ from serving.thought_code import encode_thought
 
 RESPONSES = Dialect(OpenAIError, spell_openai_error, names_events=True)
 # Of the items' ids, each with 24 hexadecimal digits behind it.
-PREFIXES = {
+_PREFIXES = {
     "reasoning": "rs",
     "message": "msg",
     "function_call": "fc",
@@ -27,7 +27,7 @@ PREFIXES = {
 Event = dict[str, Any]
 
 
-def new_id(prefix: str) -> str:
+def _new_id(prefix: str) -> str:
     return f"{prefix}_{secrets.token_hex(12)}"
 
 
@@ -45,7 +45,7 @@ class Item:
         self.names = {"name": tool.name if tool else part.name}
         if tool and tool.namespace:
             self.names["namespace"] = tool.namespace
-        self.id = new_id(PREFIXES[self.kind])
+        self.id = _new_id(_PREFIXES[self.kind])
         self.value: dict[str, Any] = self.spelled("in_progress")
 
     @property
@@ -143,7 +143,7 @@ class ResponsesReply(Reply):
         self.model, self.body, self.prompt = model, body, prompts[0]
         self.stream = PartStream(output_parser(model, self.prompt))
         self.items: list[Item] = []
-        self.id, self.created = new_id("resp"), int(time.time())
+        self.id, self.created = _new_id("resp"), int(time.time())
         self.num_events = 0
         self.is_kept = False
 

@@ -11,14 +11,14 @@ from serving.tool_fields import MAX_TOOLS, NO_PARAMETERS, check_parameters
 from serving.unknown_fields import IgnoredFields
 
 # What a server runs by itself; any other unknown type of tool is left out as well.
-ToolKind = Literal["function", "custom", "tool_search"]
+_ToolKind = Literal["function", "custom", "tool_search"]
 
 
 @dataclass(frozen=True)
 class Tool:
     """A tool as the model is told of it, and how the client calls it."""
 
-    kind: ToolKind
+    kind: _ToolKind
     name: str
     namespace: str
     function: dict[str, Any]
@@ -29,7 +29,7 @@ class Tool:
         return str(self.function["name"])
 
 
-def text_parameters(pattern: str = "") -> dict[str, Any]:
+def _text_parameters(pattern: str = "") -> dict[str, Any]:
     """The schema of a custom tool's one text."""
     text = {"type": "string"} | ({"pattern": pattern} if pattern else {})
     return {
@@ -84,14 +84,14 @@ class Toolbox:
         return not {tool["type"], tool.get("name", "")} & self.left_out
 
     def _namespace(self, reader: ObjectReader, is_named: bool) -> None:
-        name = checked_name(reader)
+        name = _checked_name(reader)
         reader.text("description", "")
         for at, inner in enumerate(reader.items("tools", MAX_TOOLS)):
             self.add(inner, f"{reader.path}.tools[{at}]", name, is_named=is_named)
         reader.done()
 
     def _function(self, reader: ObjectReader, namespace: str) -> Tool:
-        name = checked_name(reader)
+        name = _checked_name(reader)
         schema = reader.json_object("parameters", NO_PARAMETERS)
         schema = reader.checked("parameters", schema, dict, "an object", check_parameters)
         deferred = reader.flag("defer_loading")
@@ -100,7 +100,7 @@ class Toolbox:
         return Tool("function", name, namespace, function, deferred)
 
     def _custom(self, reader: ObjectReader, namespace: str) -> Tool:
-        name = checked_name(reader)
+        name = _checked_name(reader)
         pattern, grammar = "", ""
         form = reader.child("format")
         if form and form.text("type") == "grammar":
@@ -115,7 +115,7 @@ class Toolbox:
             form.done()
         deferred = reader.flag("defer_loading")
         function = self._described(reader, name, namespace, grammar)
-        function |= {"parameters": text_parameters(pattern)}
+        function |= {"parameters": _text_parameters(pattern)}
         reader.done()
         return Tool("custom", name, namespace, function, deferred)
 
@@ -149,7 +149,7 @@ class Toolbox:
         return found[0]
 
 
-def checked_name(reader: ObjectReader) -> str:
+def _checked_name(reader: ObjectReader) -> str:
     name = reader.text("name")
     if not TOOL_NAME.fullmatch(name):
         raise reader.error("must have 1 to 128 letters, digits, or any of _ . -", "name")
@@ -165,11 +165,11 @@ def read_toolbox(tools: Any, ignored: IgnoredFields) -> Toolbox:
     return toolbox
 
 
-ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+_ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 # What stands before the text of a custom tool's input, in the JSON that the model writes.
-BEFORE = re.compile(r'\{\s*"input"\s*:\s*"')
+_BEFORE = re.compile(r'\{\s*"input"\s*:\s*"')
 # Whole characters of a JSON string; half a surrogate pair waits for the other.
-WHOLE = re.compile(
+_WHOLE = re.compile(
     r'[^"\\]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}'
     r"|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\[^u]"
 )
@@ -187,17 +187,17 @@ class InputDecoder:
         """The next characters of the arguments; returns those of the input that are sure."""
         self._held += json_text
         if not self._is_within:
-            begun = BEFORE.match(self._held)
+            begun = _BEFORE.match(self._held)
             if begun is None:
                 return ""
             self._is_within, self._held = True, self._held[begun.end() :]
         pieces, at = [], 0
         while not self._is_over and at < len(self._held):
-            found = WHOLE.match(self._held, at)
+            found = _WHOLE.match(self._held, at)
             if found is None:
                 self._is_over = self._held[at] == '"'
                 break
-            pieces.append(unescaped(found[0]))
+            pieces.append(_unescaped(found[0]))
             at = found.end()
         self._held = self._held[at:]
         new = "".join(pieces)
@@ -205,10 +205,10 @@ class InputDecoder:
         return new
 
 
-def unescaped(piece: str) -> str:
+def _unescaped(piece: str) -> str:
     if not piece.startswith("\\"):
         return piece
     if piece[1] != "u":
-        return ESCAPES.get(piece[1], piece[1])
+        return _ESCAPES.get(piece[1], piece[1])
     units = bytes.fromhex(piece.replace("\\u", ""))
     return units.decode("utf-16-be", errors="replace")

@@ -14,13 +14,13 @@ from serving.command_line import check_flags, command_line, setting_error
 from serving.origins import host_of, normalised
 
 
-def check_memory(value: str) -> str:
+def _check_memory(value: str) -> str:
     if value == "auto" or re.fullmatch(r"0?\.\d+|\d+(\.\d+)? ?[KMG]i?B", value):
         return value
     raise ValueError("must be auto, a fraction such as 0.5, or a size such as 4GiB")
 
 
-def check_object(value: str) -> str:
+def _check_object(value: str) -> str:
     try:
         if not value or isinstance(json.loads(value), dict):
             return value
@@ -29,19 +29,19 @@ def check_object(value: str) -> str:
     raise ValueError('must be a JSON object, such as {"enable_thinking": false}')
 
 
-def check_name(value: str) -> str:
+def _check_name(value: str) -> str:
     if value.isprintable() and value == value.strip() and len(value) <= 200:
         return value
     raise ValueError("must be a name of at most 200 characters, without spaces around it")
 
 
-def split_list(text: str) -> tuple[str, ...]:
+def _split_list(text: str) -> tuple[str, ...]:
     return tuple(part for part in map(str.strip, text.split(",")) if part)
 
 
-def split_adapters(given: Any) -> tuple[str, ...]:
+def _split_adapters(given: Any) -> tuple[str, ...]:
     """NAME=FOLDER, several of them separated by commas. Raises ValueError."""
-    pairs = split_list(",".join([given] if isinstance(given, str) else given))
+    pairs = _split_list(",".join([given] if isinstance(given, str) else given))
     for pair in pairs:
         if not re.fullmatch(r"[\w.:-]+=.+", pair):
             raise ValueError("must be NAME=FOLDER, such as poet=output/checkpoint-699")
@@ -76,10 +76,10 @@ class Settings(BaseSettings):
         description="the model that the adapter in --model was trained on, where it is not found by"
         " the name that the adapter has for it",
     )
-    served_model_name: Annotated[str, AfterValidator(check_name)] = Field(
+    served_model_name: Annotated[str, AfterValidator(_check_name)] = Field(
         "", description="what clients call the model; without it, as its folder is called"
     )
-    adapter: Annotated[tuple[str, ...], NoDecode, BeforeValidator(split_adapters)] = Field(
+    adapter: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_adapters)] = Field(
         (),
         description="a LoRA adapter that requests choose by its name, beside the model itself; may"
         " be given several times",
@@ -101,10 +101,10 @@ class Settings(BaseSettings):
     chat_template: Path | None = Field(
         None, description="Jinja file to use instead of the model's own chat template"
     )
-    chat_template_kwargs: Annotated[str, AfterValidator(check_object)] = Field(
+    chat_template_kwargs: Annotated[str, AfterValidator(_check_object)] = Field(
         "", description="variables of the chat template that a request may set otherwise, as JSON"
     )
-    cache_memory: Annotated[str, AfterValidator(check_memory)] = Field(
+    cache_memory: Annotated[str, AfterValidator(_check_memory)] = Field(
         "auto",
         description="memory for the KV cache on each device: auto (most of a GPU's free memory; on"
         " the CPU 2 GiB, or half of what is free if that is less), a size such as 4GiB, or a"
@@ -157,17 +157,17 @@ class Settings(BaseSettings):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return split_list(self.api_key.get_secret_value())
+        return _split_list(self.api_key.get_secret_value())
 
     @property
     def origins(self) -> tuple[str, ...]:
         """Those whose pages may call, as browsers spell them."""
-        return tuple(map(normalised, split_list(self.cors_origins)))
+        return tuple(map(normalised, _split_list(self.cors_origins)))
 
     @property
     def hosts(self) -> tuple[str, ...]:
         """The server's names that are known."""
-        return tuple(map(host_of, (*split_list(self.allowed_hosts), *self.origins)))
+        return tuple(map(host_of, (*_split_list(self.allowed_hosts), *self.origins)))
 
 
 def read_settings(arguments: list[str]) -> Settings:

@@ -20,7 +20,7 @@ from serving.body_limits import check_items
 from serving.fields import ClosedModel, Text, check_json
 
 MAX_TOOLS = 128
-MAX_CALLS = 128  # of one message
+_MAX_CALLS = 128  # of one message
 MAX_CALLS_IN_ALL = 4096
 # Of a function without parameters.
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -39,7 +39,7 @@ def check_parameters(schema: Any) -> Any:
     return check_json(schema)
 
 
-def refuse_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
@@ -50,18 +50,18 @@ def parse_arguments(text: Any) -> Any:
     a length is none either: its result says what went wrong.
     """
     try:
-        arguments = json.loads("{}" if text == "" else text, parse_constant=refuse_constant)
+        arguments = json.loads("{}" if text == "" else text, parse_constant=_refuse_constant)
     except (TypeError, ValueError, RecursionError):
-        arguments = {} if isinstance(text, str) and is_cut_off(text) else None
+        arguments = {} if isinstance(text, str) and _is_cut_off(text) else None
     if not isinstance(arguments, dict):
         raise ValueError('must be a JSON object as a text, such as "{\\"city\\": \\"Paris\\"}"')
     return check_json(arguments)
 
 
-OBJECT = TypeAdapter(dict[str, Any])
+_OBJECT = TypeAdapter(dict[str, Any])
 
 
-def is_cut_off(text: str) -> bool:
+def _is_cut_off(text: str) -> bool:
     """Whether a text is the beginning of a JSON object, as our own answers that ended too soon."""
     try:
         json.JSONDecoder().raw_decode(text)
@@ -71,13 +71,13 @@ def is_cut_off(text: str) -> bool:
     except ValueError:
         pass
     try:
-        OBJECT.validate_json(text, experimental_allow_partial=True)
+        _OBJECT.validate_json(text, experimental_allow_partial=True)
     except ValueError:
         return False
     return True
 
 
-def argument_texts(messages: Any) -> Iterator[str]:
+def _argument_texts(messages: Any) -> Iterator[str]:
     """The calls' arguments in what should be messages."""
     for message in messages if isinstance(messages, list) else ():
         calls = message.get("tool_calls") if isinstance(message, dict) else None
@@ -90,7 +90,7 @@ def argument_texts(messages: Any) -> Iterator[str]:
 
 def check_arguments(messages: Any) -> Any:
     """Bound the items of all arguments together: in the body they were texts, and not counted."""
-    texts = [text.encode(errors="replace") for text in argument_texts(messages)]
+    texts = [text.encode(errors="replace") for text in _argument_texts(messages)]
     if len(texts) > MAX_CALLS_IN_ALL:
         raise ValueError(f"must have at most {MAX_CALLS_IN_ALL} tool_calls, not {len(texts)}")
     name = "what the arguments of tool_calls hold"
@@ -99,15 +99,15 @@ def check_arguments(messages: Any) -> Any:
 
 
 # What clients add for caches and gateways.
-ADDED = frozenset({"cache_control", "provider_specific_fields", "extra_content"})
+_ADDED = frozenset({"cache_control", "provider_specific_fields", "extra_content"})
 # A type that is empty is the only one that there is.
-FunctionType = Annotated[
+_FunctionType = Annotated[
     Literal["function"], BeforeValidator(lambda kind: "function" if kind == "" else kind)
 ]
 
 
 class CalledFunction(ClosedModel):
-    ignored = ADDED
+    ignored = _ADDED
 
     name: Text
     arguments: Annotated[
@@ -121,19 +121,19 @@ class CalledFunction(ClosedModel):
 class ToolCall(ClosedModel):
     """A call that an earlier answer made."""
 
-    neutral = {"index": tuple(range(MAX_CALLS))}  # noqa: RUF012
-    ignored = ADDED
+    neutral = {"index": tuple(range(_MAX_CALLS))}  # noqa: RUF012
+    ignored = _ADDED
 
     id: Text | None = None
-    type: FunctionType = "function"
+    type: _FunctionType = "function"
     function: CalledFunction
 
 
-ToolCalls = Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)]
+ToolCalls = Annotated[list[ToolCall], Field(max_length=_MAX_CALLS, fail_fast=True)]
 
 
 class Function(ClosedModel):
-    ignored = ADDED
+    ignored = _ADDED
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: Text | None = None
@@ -147,13 +147,13 @@ class Function(ClosedModel):
 class Tool(ClosedModel):
     # Where the Responses API has it.
     neutral = {"strict": (True, False)}  # noqa: RUF012
-    ignored = ADDED
+    ignored = _ADDED
 
-    type: FunctionType
+    type: _FunctionType
     function: Function
 
 
-def check_names(tools: list[Tool]) -> list[Tool]:
+def _check_names(tools: list[Tool]) -> list[Tool]:
     names = [tool.function.name for tool in tools]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
@@ -162,7 +162,7 @@ def check_names(tools: list[Tool]) -> list[Tool]:
 
 
 Tools = Annotated[
-    list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True), AfterValidator(check_names)
+    list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True), AfterValidator(_check_names)
 ]
 
 
@@ -175,7 +175,7 @@ class NamedTool(ClosedModel):
     function: NamedFunction
 
 
-def parse_choice(choice: Any) -> Any:
+def _parse_choice(choice: Any) -> Any:
     if choice in ("none", "auto", "required"):
         return choice
     try:
@@ -186,5 +186,5 @@ def parse_choice(choice: Any) -> Any:
         ) from None
 
 
-Choice = Literal["none", "auto", "required"] | NamedTool
-ToolChoice = Annotated[Choice, PlainValidator(parse_choice, json_schema_input_type=Choice)]
+_Choice = Literal["none", "auto", "required"] | NamedTool
+ToolChoice = Annotated[_Choice, PlainValidator(_parse_choice, json_schema_input_type=_Choice)]

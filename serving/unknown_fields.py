@@ -171,7 +171,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 # Where the way to ask for it is another, and no misspelling.
-REMEDIES = {
+_REMEDIES = {
     "messages": "call /v1/chat/completions, or send prompt",
     "prompt": "send messages",
     "inputs": "send prompt",
@@ -195,7 +195,7 @@ REMEDIES = {
 MAX_NAME = 64
 
 
-MAX_IGNORED = 64  # different ones in a body
+_MAX_IGNORED = 64  # different ones in a body
 
 
 @dataclass
@@ -222,8 +222,8 @@ class IgnoredFields:
                 " out",
                 shown.partition(".")[0],
             )
-        if len(self.names) == MAX_IGNORED:
-            raise InvalidInput(f"there are more than {MAX_IGNORED} unknown fields", shown)
+        if len(self.names) == _MAX_IGNORED:
+            raise InvalidInput(f"there are more than {_MAX_IGNORED} unknown fields", shown)
         self.names.append(name)
 
 
@@ -232,11 +232,11 @@ def asks_for_nothing(name: str, value: Any) -> bool:
     if value is None or name in IGNORED:
         return True
     # True is no 1, and False no 0.
-    neutral = (each for each in NEUTRAL.get(name, ()) if is_bool(each) is is_bool(value))
+    neutral = (each for each in NEUTRAL.get(name, ()) if _is_bool(each) is _is_bool(value))
     return any(value == each for each in neutral)
 
 
-def is_bool(value: Any) -> bool:
+def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
@@ -249,7 +249,7 @@ def printable(name: str) -> str:
 def refusal_of(name: str, honoured: Collection[str]) -> InvalidInput:
     """What to say of a field that a call does not have, and does have `honoured` instead of."""
     shown = printable(name)
-    if remedy := REMEDIES.get(name):
+    if remedy := _REMEDIES.get(name):
         return InvalidInput(f"{shown} is not supported by this call; {remedy}", shown)
     if name not in NEUTRAL:
         near = get_close_matches(name[:MAX_NAME], honoured, n=1, cutoff=0.75)

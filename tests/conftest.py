@@ -30,7 +30,7 @@ from engine.model import ChatModel
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.sampling_params import SamplingParams
 from engine.scheduling.engine import Engine
-from engine.sequence import Delta, Sequence, Span
+from engine.sequence import Delta, KVSpan, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds after which what never comes is given up; long, for machines that are busy or slow.
@@ -214,7 +214,7 @@ class ScriptedRunner:
             row[ids[min(said, len(ids) - 1)]] = 50.0
         return logits
 
-    def copy(self, span: Span, start: int, count: int) -> None:
+    def copy(self, span: KVSpan, start: int, count: int) -> None:
         self.moved += 1
 
     def check_device(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from engine.sequence import Sequence, Span
+from engine.sequence import KVSpan, Sequence
 from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model, serve
 
 # A format that is learnt: Qwen's and Hermes', in few words.
@@ -67,7 +67,7 @@ class ToolCaller(ScriptedRunner):
         self.likely = torch.full((self.vocabulary,), -5.0)
         self.likely[ids] = torch.arange(len(ids), 0, -1).float()
 
-    def forward(self, work: list[tuple[Span, int]]) -> torch.Tensor:
+    def forward(self, work: list[tuple[KVSpan, int]]) -> torch.Tensor:
         logits = super().forward(work)
         begin = self.tokenizer.encode(self.begin, add_special_tokens=False)
         for row, (seq, _) in zip(logits, work, strict=True):

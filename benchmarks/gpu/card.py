@@ -38,16 +38,16 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.attention.forward_batch import Step  # noqa: E402
+from engine.attention.forward_batch import ForwardBatch  # noqa: E402
 from engine.attention.in_place import flash_attention  # noqa: E402
 from engine.attention.interface import keep_latent  # noqa: E402
 from engine.checkpoint.quantizer import quantize_layers  # noqa: E402
-from engine.layers.autotune import settle_form  # noqa: E402
+from engine.layers.autotune import choose_weight_format  # noqa: E402
 from engine.loading import attention_summary, start_runner  # noqa: E402
 from engine.runner.runner import Runner  # noqa: E402
 from engine.sampling_params import SamplingParams  # noqa: E402
 from engine.scheduling.sampler import sample_tokens  # noqa: E402
-from engine.sequence import Sequence, Span, Work  # noqa: E402
+from engine.sequence import KVSpan, ScheduledBatch, Sequence  # noqa: E402
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 2000,
         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -171,8 +171,8 @@ class Bounds:
         )
 
 
-def decode_work(batch: int, length: int) -> list[tuple[Span, int]]:
-    return [(Span([5] * (length + 1), n * (length + 1), length + 1, length), 1)
+def decode_work(batch: int, length: int) -> list[tuple[KVSpan, int]]:
+    return [(KVSpan([5] * (length + 1), n * (length + 1), length + 1, length), 1)
             for n in range(batch)]  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def steps(model: object, options: argparse.Namespace) -> None:
     runner = start_runner(model, options.cache, max(options.clients))
     print(f"Checked and captured in {time.perf_counter() - started:.1f} s: packed and plain logits"
           f" differ by {runner.difference:.1e}; {attention_summary(runner)}.\n")  # fmt: skip
-    captured, way = runner.graphs, runner.way
+    captured, backend = runner.graphs, runner.backend
     for layer in runner.pool.layers:  # some numbers, as nothing was computed for the steps below
         for x in (layer.keys, layer.values):
             x.normal_()
@@ -217,37 +217,37 @@ def steps(model: object, options: argparse.Namespace) -> None:
             work = decode_work(batch, length)
             seqs = [
                 Sequence(
-                    span.tokens, span.start, span.room, span.num_cached,
+                    span.tokens, span.start, span.room, span.num_computed_tokens,
                     params=SamplingParams(512, 0.05, 0, 0.9),
                 )
                 for span, _ in work
             ]  # fmt: skip
 
-            def forward(work: Work = work) -> torch.Tensor:
+            def forward(work: ScheduledBatch = work) -> torch.Tensor:
                 return runner.forward(work)
 
-            def picked(work: Work = work, seqs: list[Sequence] = seqs) -> object:
+            def picked(work: ScheduledBatch = work, seqs: list[Sequence] = seqs) -> object:
                 return sample_tokens(seqs, runner.forward(work), runner.ids)
 
             whole, share = seconds_of(picked, device), busy_share(picked, device)
             captured_took = seconds_of(forward, device)
             runner.graphs = []
             eager = seconds_of(forward, device)
-            runner.way = "copied"
+            runner.backend = "copied"
             gathered = seconds_of(forward, device, 5)
-            runner.graphs, runner.way = captured, way
+            runner.graphs, runner.backend = captured, backend
             bound = batch / bounds.rate(batch)
             cells = [f"{1e3 * x:.2f} ms" for x in (captured_took, eager, gathered, whole)]
             cells += [f"{share:.0%}", f"{bound / whole:.0%}"]
             print(f"| {batch} | {length} | {' | '.join(cells)} |", flush=True)
-    chunk = [(Span([5] * 512, 0, 512), 512)]
+    chunk = [(KVSpan([5] * 512, 0, 512), 512)]
     took = seconds_of(lambda: runner.forward(chunk), device, 5)
     rate = bounds.operations * 512 / took / bounds.flops
     print(f"\nA chunk of 512 tokens takes {1e3 * took:.1f} ms, {rate:.0%} of the products' rate.")
     if device.type == "cuda":
         for batch in {min(options.clients), max(options.clients)}:
             print_profile(runner, batch)
-    if runner.way == "in place" and device.type == "cuda":
+    if runner.backend == "in place" and device.type == "cuda":
         kernels(model, device)
 
 
@@ -278,8 +278,8 @@ def kernels(model: object, device: torch.device) -> None:
     for batch, length in ((1, 300), (1, 8000), (16, 300), (16, 4000)):
         keys = torch.randn(batch * length, kv, width, device=device).to(torch.bfloat16)
         query = torch.randn(batch, heads, width, device=device).to(torch.bfloat16)
-        work = [(Span([5] * length, n * length, length, length - 1), 1) for n in range(batch)]
-        (group,) = Step(work, "in place").on(device).groups
+        work = [(KVSpan([5] * length, n * length, length, length - 1), 1) for n in range(batch)]
+        (group,) = ForwardBatch(work, "in place").on(device).groups
         cells = []
         for limit, causal in ((length, False), (131_072, False), (length, True)):
             attend = partial(
@@ -300,22 +300,22 @@ def mla(options: argparse.Namespace) -> None:
     print(f"\nDeepSeek-V2-Lite's width, {config.num_hidden_layers} layers; packed steps differ by"
           f" {runner.difference:.1e}; {attention_summary(runner)}.\n")  # fmt: skip
     attentions = [m for m in model.modules() if getattr(m, "expand_kv", None) is keep_latent]
-    captured, way = runner.graphs, runner.way
+    captured, backend = runner.graphs, runner.backend
     print("| step | CUDA graph | eager | copied | expanded |")
     print("| --- | --- | --- | --- | --- |")
     for name, work in {
         "1 token, 1,000 before it": decode_work(1, 1000),
         "16 tokens, 1,000 before each": decode_work(16, 1000),
         "64 tokens, 250 before each": decode_work(64, 250),
-        "a chunk of 512": [(Span([5] * 512, 0, 512), 512)],
+        "a chunk of 512": [(KVSpan([5] * 512, 0, 512), 512)],
     }.items():
         forward = partial(runner.forward, work)
         took = [seconds_of(forward, device, 5)]
         runner.graphs = []
         took.append(seconds_of(forward, device, 5))
-        runner.way = "copied"
+        runner.backend = "copied"
         took.append(seconds_of(forward, device, 5))
-        runner.graphs, runner.way = captured, way
+        runner.graphs, runner.backend = captured, backend
         for module in attentions:
             del module.expand_kv
         expanded = Runner(model, runner.rows)
@@ -353,9 +353,9 @@ def bits(options: argparse.Namespace) -> None:
             if width == 16
             else made_quantised(kind, config, width, device)
         )
-        said = settle_form(model)
+        said = choose_weight_format(model)
         runner = start_runner(model, "64MiB" if options.tiny else "2GiB")
-        works = [decode_work(1, 250), decode_work(16, 250), [(Span([5] * 512, 0, 512), 512)]]
+        works = [decode_work(1, 250), decode_work(16, 250), [(KVSpan([5] * 512, 0, 512), 512)]]
         took = [seconds_of(partial(runner.forward, work), device, 5) for work in works]
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         times = " | ".join(f"{1e3 * seconds:.2f} ms" for seconds in took)

@@ -15,13 +15,13 @@ from accelerate.utils import send_to_device
 
 from engine.attention.groups import ChunkAttention, CopiedAttention, Group, Scoring, SlicedAttention
 from engine.attention.in_place import InPlaceAttention, LatentAttention
-from engine.sequence import Span, Work
+from engine.sequence import KVSpan, ScheduledBatch
 
 # How decode reads the cache: by FlashAttention where the rows lie, by a kernel of ours where these
 # are MLA's latents, by sdpa over views of spans at equal distances (best on a CPU), or by sdpa over
 # copies of all spans' rows.
-Way = Literal["in place", "latents", "sliced", "copied"]
-DECODE = {
+AttentionBackend = Literal["in place", "latents", "sliced", "copied"]
+_DECODE = {
     "in place": InPlaceAttention,
     "latents": LatentAttention,
     "sliced": SlicedAttention,
@@ -30,17 +30,17 @@ DECODE = {
 
 
 # In place of an infinity in the cache; any dtype holds it.
-HUGE = 60_000.0
+_MAX_FINITE = 60_000.0
 
 
-class Step:
+class ForwardBatch:
     """The inputs of one forward pass; a plain object, which accelerate's hooks leave alone."""
 
-    pool: "Pool"  # by the runner
+    pool: "KVCache"  # by the runner
     states: Any = None  # by the runner, where layers keep states
 
-    def __init__(self, work: Work, way: Way = "copied"):
-        self.way = way
+    def __init__(self, work: ScheduledBatch, backend: AttentionBackend = "copied"):
+        self.backend = backend
         # Work whose keys agree shares a group.
         order = sorted(range(len(work)), key=lambda n: self._group_key(*work[n]))
         ends = dict(zip(order, accumulate(work[n][1] for n in order), strict=True))
@@ -48,10 +48,14 @@ class Step:
         for n, (span, new) in enumerate(work):
             wanted += range(ends[n] - (new if span.all_logits else 1), ends[n])
         work = [work[n] for n in order]
-        self.work: Work = work  # in the order of the packed row
-        places = [(span.start, span.num_cached + n) for span, new in work for n in range(new)]
+        self.work: ScheduledBatch = work  # in the order of the packed row
+        places = [
+            (span.start, span.num_computed_tokens + n) for span, new in work for n in range(new)
+        ]
         # Python lists first: a step has too few tokens for tensor operations to be faster.
-        self.ids = torch.tensor([i for span, n in work for i in span.tokens[span.num_cached :][:n]])
+        self.ids = torch.tensor(
+            [i for span, n in work for i in span.tokens[span.num_computed_tokens :][:n]]
+        )
         self.positions = torch.tensor([position for _, position in places])
         # The pool's row of each packed token, and the indices of the tokens with wanted logits.
         self.write = torch.tensor([start + position for start, position in places])
@@ -59,26 +63,26 @@ class Step:
         # The adapter of each packed token, where any has one; and of each adapter, which tokens.
         adapters = [span.adapter for span, new in work for _ in range(new)]
         self.adapters = torch.tensor(adapters) if any(adapters) else None
-        self.tokens_of = {n: indices_of(n, adapters) for n in sorted({*adapters} - {0})}
+        self.tokens_of = {n: _indices_of(n, adapters) for n in sorted({*adapters} - {0})}
         self.groups: list[Group] = list(self._groups(work))
         self.attended = 0
         self.inputs: dict[Any, Any] = {}  # what its layers have made of it for all of them
-        self._copies: dict[torch.device, Step] = {}
+        self._copies: dict[torch.device, ForwardBatch] = {}
 
-    def _group_key(self, span: Span, new: int) -> tuple[bool, int, int]:
+    def _group_key(self, span: KVSpan, new: int) -> tuple[bool, int, int]:
         """What work of one group has in common, and behind it its order in the group."""
-        if new == 1 and self.way == "copied":  # lengths within a factor of two
-            return False, (span.num_cached + 1).bit_length(), span.num_cached
-        if new > 1 and self.way != "in place":  # a prefill chunk is alone
+        if new == 1 and self.backend == "copied":  # lengths within a factor of two
+            return False, (span.num_computed_tokens + 1).bit_length(), span.num_computed_tokens
+        if new > 1 and self.backend != "in place":  # a prefill chunk is alone
             return True, span.start, 0
         return new > 1, 0, span.start
 
-    def _groups(self, work: Work) -> Iterable[Group]:
+    def _groups(self, work: ScheduledBatch) -> Iterable[Group]:
         token = 0
         for (is_prefill, _), part in groupby(work, lambda item: self._group_key(*item)[:2]):
             items = list(part)
-            kind: Any = DECODE[self.way]
-            if is_prefill and self.way != "in place":
+            kind: Any = _DECODE[self.backend]
+            if is_prefill and self.backend != "in place":
                 kind = ChunkAttention
             runs = kind.runs(items) if kind is SlicedAttention else [items]
             for run in runs:
@@ -86,14 +90,14 @@ class Step:
                 token = group.tokens.stop
                 yield group
 
-    def enter(self, layer_idx: int, scoring: Scoring) -> "LayerRows":
+    def enter(self, layer_idx: int, scoring: Scoring) -> "LayerKVCache":
         """The rows of a layer whose attention is computed now, once in a step."""
         self.attended += 1
         layer = self.pool.layer(layer_idx)
         layer.scoring = scoring
         return layer
 
-    def on(self, device: torch.device) -> "Step":
+    def on(self, device: torch.device) -> "ForwardBatch":
         """The step with its tensors on a device, copied there once for all layers."""
         if device not in self._copies:
             there = self._copies[device] = copy(self)
@@ -104,12 +108,12 @@ class Step:
         return self._copies[device]
 
 
-def indices_of(wanted: int, values: list[int]) -> torch.Tensor:
+def _indices_of(wanted: int, values: list[int]) -> torch.Tensor:
     """Where a value stands among others."""
     return torch.tensor([n for n, value in enumerate(values) if value == wanted])
 
 
-class LayerRows:
+class LayerKVCache:
     """One layer's keys and values, [rows, heads, width] each, created where the layer lives."""
 
     keys: torch.Tensor
@@ -152,7 +156,7 @@ class LayerRows:
         if rows.device.type == "cpu":
             # A masked row must be finite, or its weight of zero times it is not a number. What is
             # not finite here is also in the token's own logits, which end its answer.
-            new = new.nan_to_num(0.0, HUGE, -HUGE)
+            new = new.nan_to_num(0.0, _MAX_FINITE, -_MAX_FINITE)
         rows.index_copy_(0, where, new)
 
     def _create(self, like: torch.Tensor) -> torch.Tensor:
@@ -167,15 +171,15 @@ class LayerRows:
         return like.new_zeros((self.rows, heads, width))
 
 
-class Pool:
+class KVCache:
     """The KV cache of every sequence; each layer's rows are created on first use."""
 
     def __init__(self, layers: list[int], rows: int):
         self.rows = rows
-        self.by_index = {n: LayerRows(rows) for n in layers}
+        self.by_index = {n: LayerKVCache(rows) for n in layers}
         self.layers = [*self.by_index.values()]
 
-    def layer(self, layer_idx: int) -> LayerRows:
+    def layer(self, layer_idx: int) -> LayerKVCache:
         return self.by_index[layer_idx]
 
     def copy(self, source: int, target: int, count: int) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol, Self
 import torch
 import torch.nn.functional as F
 
-from engine.sequence import Span, Work
+from engine.sequence import KVSpan, ScheduledBatch
 
 # On a CPU, reading so many rows for nothing costs about what a call of sdpa does.
 PADDING = 128
@@ -27,7 +27,7 @@ class Scoring(NamedTuple):
         return self.softcap is None and self.sinks is None
 
 
-def scaled_dot_product(
+def _scaled_dot_product(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -90,9 +90,9 @@ class ChunkAttention(NamedTuple):
     is_prefill: bool = True
 
     @classmethod
-    def of(cls, work: Work, token: int) -> Self:
+    def of(cls, work: ScheduledBatch, token: int) -> Self:
         ((span, new),) = work
-        total = span.num_cached + new
+        total = span.num_computed_tokens + new
         places = torch.arange(total)
         rows = slice(span.start, span.start + total)
         return cls(slice(token, token + new), rows, places <= places[-new:, None], {})
@@ -113,7 +113,7 @@ class ChunkAttention(NamedTuple):
         # so that no key head is repeated: enable_gqa with a mask is slow on CUDA.
         query = query.unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)[None]
         mask = self._mask(num_heads // num_groups, scoring.window, query)
-        out = scaled_dot_product(query, key, value, mask, scoring)
+        out = _scaled_dot_product(query, key, value, mask, scoring)
         return out[0].unflatten(1, (-1, new)).permute(2, 0, 1, 3).flatten(1, 2)
 
     def _mask(self, sharing: int, window: int | None, query: torch.Tensor) -> torch.Tensor:
@@ -149,9 +149,9 @@ class SlicedAttention(NamedTuple):
     is_prefill: bool = False
 
     @classmethod
-    def of(cls, work: Work, token: int) -> Self:
+    def of(cls, work: ScheduledBatch, token: int) -> Self:
         starts = [span.start for span, _ in work]
-        counts = tuple(span.num_cached + 1 for span, _ in work)
+        counts = tuple(span.num_computed_tokens + 1 for span, _ in work)
         distance = starts[1] - starts[0] if len(work) > 1 else 0
         hidden = None
         if min(counts) < max(counts):
@@ -159,15 +159,15 @@ class SlicedAttention(NamedTuple):
         return cls(slice(token, token + len(work)), starts[0], distance, counts, hidden, {})
 
     @staticmethod
-    def runs(work: Work) -> Iterator[Work]:
+    def runs(work: ScheduledBatch) -> Iterator[ScheduledBatch]:
         """Work in the order of its rows, cut where the distance changes or padding would cost."""
-        run: list[tuple[Span, int]] = []
+        run: list[tuple[KVSpan, int]] = []
         shortest = longest = 0
         for span, new in work:
-            count = span.num_cached + 1
+            count = span.num_computed_tokens + 1
             low, high = min(shortest, count), max(longest, count)
             # A span has no more rows than its room, and behind the last one the pool may end.
-            if not (is_next(span, run) and high - low <= PADDING and high <= span.room):
+            if not (_is_next(span, run) and high - low <= PADDING and high <= span.room):
                 if run:
                     yield run
                 run, low, high = [], count, count
@@ -187,7 +187,7 @@ class SlicedAttention(NamedTuple):
         first = 0 if scoring.window is None else max(0, min(self.counts) - scoring.window)
         mask = self._mask(query.dtype, first, scoring.window)
         key, value = self._view(key, first), self._view(value, first)
-        return scaled_dot_product(query, key, value, mask, scoring).flatten(1, 2)
+        return _scaled_dot_product(query, key, value, mask, scoring).flatten(1, 2)
 
     def _view(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         """Rows [rows, heads, width] as [spans, heads, longest, width], each from its `first` on."""
@@ -207,7 +207,7 @@ class SlicedAttention(NamedTuple):
         return self.masks.get((dtype, window))
 
 
-def is_next(span: Span, run: Work) -> bool:
+def _is_next(span: KVSpan, run: ScheduledBatch) -> bool:
     """Whether a span lies behind the last of a run, as far as that one behind the one before."""
     if len(run) < 2:
         return len(run) == 1
@@ -224,8 +224,8 @@ class CopiedAttention(NamedTuple):
     is_prefill: bool = False
 
     @classmethod
-    def of(cls, work: Work, token: int) -> Self:
-        totals = torch.tensor([[span.num_cached + 1] for span, _ in work])
+    def of(cls, work: ScheduledBatch, token: int) -> Self:
+        totals = torch.tensor([[span.num_computed_tokens + 1] for span, _ in work])
         longest = torch.arange(int(totals.max()))
         # A shorter span is padded with its last row, which is masked.
         rows = torch.tensor([[span.start] for span, _ in work]) + longest.minimum(totals - 1)
@@ -245,5 +245,5 @@ class CopiedAttention(NamedTuple):
             # What lies before the window is what the mask shows of a span that much shorter.
             before = mask[..., scoring.window :]
             mask = mask ^ F.pad(before, (0, mask.shape[-1] - before.shape[-1]))
-        out = scaled_dot_product(query, key, value, mask, scoring)
+        out = _scaled_dot_product(query, key, value, mask, scoring)
         return out.flatten(1, 2)

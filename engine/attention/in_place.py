@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from engine.attention.groups import Scoring
-from engine.sequence import Work
+from engine.sequence import ScheduledBatch
 
 # The FlashAttention kernel itself: torch's wrapper, varlen_attn, has no seqused_k before 2.13, and
 # on some GPUs dispatches to cuDNN, which does not support it.
@@ -27,10 +27,10 @@ class InPlaceAttention(NamedTuple):
     seqused_k: torch.Tensor  # int32, [sequences]: how many of its rows are read
 
     @classmethod
-    def of(cls, work: Work, token: int) -> Self:
+    def of(cls, work: ScheduledBatch, token: int) -> Self:
         news = [new for _, new in work]
         starts = [span.start for span, _ in work]
-        totals = [span.num_cached + new for span, new in work]
+        totals = [span.num_computed_tokens + new for span, new in work]
         # The last offset, the end of the last span, is not used: seqused_k gives the lengths.
         numbers = [*accumulate(news, initial=0)], [*starts, starts[-1]], totals
         cu_seq_q, cu_seq_k, seqused_k = (torch.tensor(x, dtype=torch.int32) for x in numbers)
@@ -89,8 +89,11 @@ class LatentAttention(NamedTuple):
     is_prefill: bool = False
 
     @classmethod
-    def of(cls, work: Work, token: int) -> Self:
-        numbers = [span.start for span, _ in work], [span.num_cached + 1 for span, _ in work]
+    def of(cls, work: ScheduledBatch, token: int) -> Self:
+        numbers = (
+            [span.start for span, _ in work],
+            [span.num_computed_tokens + 1 for span, _ in work],
+        )
         starts, counts = (torch.tensor(x, dtype=torch.int32) for x in numbers)
         return cls(slice(token, token + len(work)), starts, counts)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from engine.attention.forward_batch import Step
+from engine.attention.forward_batch import ForwardBatch
 from engine.attention.groups import Group, Scoring
 
 
@@ -18,7 +18,7 @@ def packed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    step: Step,
+    step: ForwardBatch,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -30,8 +30,8 @@ def packed_attention(
     scoring = Scoring(scaling, module.attention_window, kwargs.get("softcap"), kwargs.get("s_aux"))
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     layer_idx = layer_of(module, step.states)
-    if keeps_latent(module):
-        return attend_latents(step, module, query, key, value, scoring)[None], None
+    if _keeps_latent(module):
+        return _attend_latents(step, module, query, key, value, scoring)[None], None
     return attend_rows(step, layer_idx, query, key, value, scoring)[None], None
 
 
@@ -47,7 +47,7 @@ def layer_of(module: Any, states: Any) -> int:
 
 
 def attend_rows(
-    step: Step,
+    step: ForwardBatch,
     layer_idx: int,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -62,7 +62,11 @@ def attend_rows(
 
 
 def attend_pool(
-    step: Step, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring
+    step: ForwardBatch,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scoring: Scoring,
 ) -> torch.Tensor:
     """Attention of [tokens, heads, width] to a layer's rows, [rows, heads, width].
 
@@ -75,8 +79,8 @@ def attend_pool(
     return joined(parts)
 
 
-def attend_latents(
-    step: Step,
+def _attend_latents(
+    step: ForwardBatch,
     module: Any,
     query: torch.Tensor,
     latent: torch.Tensor,
@@ -88,7 +92,7 @@ def attend_latents(
     here = step.on(query.device)
     rows, _ = layer.write(here.write, torch.cat([latent, rotated], dim=-1), None)
     parts = [
-        attend_latent(module, group, query[group.tokens], group.select(rows), scoring)
+        _attend_latent(module, group, query[group.tokens], group.select(rows), scoring)
         for group in here.groups
     ]
     return joined(parts)
@@ -99,7 +103,7 @@ def joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def attend_latent(
+def _attend_latent(
     module: Any, group: Group, query: torch.Tensor, rows: torch.Tensor, scoring: Scoring
 ) -> torch.Tensor:
     """Multi-head latent attention over rows [rows, 1, rank + rope width]: latent, rotated key.
@@ -126,7 +130,7 @@ def keep_latent(latent: torch.Tensor, rotated: torch.Tensor) -> tuple[torch.Tens
     return latent, rotated
 
 
-def keeps_latent(module: Any) -> bool:
+def _keeps_latent(module: Any) -> bool:
     return getattr(module, "expand_kv", None) is keep_latent
 
 

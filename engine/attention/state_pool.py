@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from engine.sequence import Span, Work
+from engine.sequence import KVSpan, ScheduledBatch
 
 # A layer's tensor in a slot: the layer, what it holds, and which of several such.
 Key = tuple[int, str, int]
-Places = slice | torch.Tensor
+_Places = slice | torch.Tensor
 
 
-class NoSlot(RuntimeError):
+class _NoSlot(RuntimeError):
     """All slots are in use."""
 
 
@@ -49,7 +49,7 @@ class StatePool:
     def take(self) -> int:
         """A free slot, for one holder. Raises NoSlot."""
         if not self.free:
-            raise NoSlot(f"all {self.slots} slots for states are in use")
+            raise _NoSlot(f"all {self.slots} slots for states are in use")
         slot = self.free.pop()
         self.users[slot] = 1
         return slot
@@ -65,13 +65,15 @@ class StatePool:
         if not self.users[slot]:
             self.free.append(slot)
 
-    def tidy(self, span: Span) -> None:
+    def tidy(self, span: KVSpan) -> None:
         """Free what a span no longer needs: what failed steps wrote, and old states not kept."""
-        wanted = {span.num_cached} | {p for p in span.kept_states if p <= span.num_cached}
+        wanted = {span.num_computed_tokens} | {
+            p for p in span.kept_states if p <= span.num_computed_tokens
+        }
         for position in [p for p in span.states if p not in wanted]:
             self.release(span.states.pop(position))
 
-    def drop(self, span: Span) -> None:
+    def drop(self, span: KVSpan) -> None:
         """Free all states of a span."""
         for slot in span.states.values():
             self.release(slot)
@@ -111,7 +113,7 @@ def zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
 class StateGroup(NamedTuple):
     """Tokens of a step that a layer computes in one call: as many of each sequence."""
 
-    tokens: Places  # of the packed row
+    tokens: _Places  # of the packed row
     size: int  # sequences
     source: torch.Tensor | None  # the slots of their states so far; None if there are none
     target: torch.Tensor  # the slots for those after
@@ -142,7 +144,7 @@ class StateGroup(NamedTuple):
             source = self.target
 
 
-def state_groups(pool: StatePool, work: Work, idle: Span) -> list[StateGroup]:
+def state_groups(pool: StatePool, work: ScheduledBatch, idle: KVSpan) -> list[StateGroup]:
     """The groups of a step, whose spans take the slots that it writes.
 
     `work` is in the order of the packed row, `idle` the span that pads it. Raises NoSlot.
@@ -150,47 +152,47 @@ def state_groups(pool: StatePool, work: Work, idle: Span) -> list[StateGroup]:
     return [*_decode(pool, work, idle), *_pieces(pool, work, idle)]
 
 
-def _decode(pool: StatePool, work: Work, idle: Span) -> Iterator[StateGroup]:
+def _decode(pool: StatePool, work: ScheduledBatch, idle: KVSpan) -> Iterator[StateGroup]:
     """One token of each sequence that has a state."""
     places, sources, targets = [], [], []
-    for span, first, new in with_places(work):
+    for span, first, new in _with_places(work):
         if span is idle:
             places.append(first)
             sources.append(pool.idle)
             targets.append(pool.idle)
-        elif new == 1 and span.num_cached:
+        elif new == 1 and span.num_computed_tokens:
             places.append(first)
-            sources.append(span.states[span.num_cached])
-            targets.append(slot_for(pool, span, span.num_cached + 1))
+            sources.append(span.states[span.num_computed_tokens])
+            targets.append(_slot_for(pool, span, span.num_computed_tokens + 1))
     if places:
         begin, end = places[0], places[-1] + 1
         tokens = slice(begin, end) if end - begin == len(places) else torch.tensor(places)
         yield StateGroup(tokens, len(places), torch.tensor(sources), torch.tensor(targets))
 
 
-def _pieces(pool: StatePool, work: Work, idle: Span) -> Iterator[StateGroup]:
+def _pieces(pool: StatePool, work: ScheduledBatch, idle: KVSpan) -> Iterator[StateGroup]:
     """Each chunk of a prompt, cut where a state is to be kept."""
-    for span, first, new in with_places(work):
-        if span is idle or (new == 1 and span.num_cached):
+    for span, first, new in _with_places(work):
+        if span is idle or (new == 1 and span.num_computed_tokens):
             continue
-        begin, end = span.num_cached, span.num_cached + new
+        begin, end = span.num_computed_tokens, span.num_computed_tokens + new
         source = span.states[begin] if begin else None
         at = begin
         for cut in [*sorted(p for p in span.kept_states if begin < p < end), end]:
-            target = slot_for(pool, span, cut)
+            target = _slot_for(pool, span, cut)
             tokens = slice(first + at - begin, first + cut - begin)
             read = None if source is None else torch.tensor([source])
             yield StateGroup(tokens, 1, read, torch.tensor([target]))
             at, source = cut, target
 
 
-def slots_needed(span: Span, new: int) -> int:
+def slots_needed(span: KVSpan, new: int) -> int:
     """How many slots a step takes for a span: for its new state, and those to be kept."""
-    end = span.num_cached + new
-    return 1 + sum(span.num_cached < position < end for position in span.kept_states)
+    end = span.num_computed_tokens + new
+    return 1 + sum(span.num_computed_tokens < position < end for position in span.kept_states)
 
 
-def with_places(work: Work) -> Iterator[tuple[Span, int, int]]:
+def _with_places(work: ScheduledBatch) -> Iterator[tuple[KVSpan, int, int]]:
     """Each span of packed work, its first token's place, and how many it has."""
     first = 0
     for span, new in work:
@@ -198,7 +200,7 @@ def with_places(work: Work) -> Iterator[tuple[Span, int, int]]:
         first += new
 
 
-def slot_for(pool: StatePool, span: Span, position: int) -> int:
+def _slot_for(pool: StatePool, span: KVSpan, position: int) -> int:
     """The slot for a span's state after so many tokens; that of a failed step serves again."""
     if position not in span.states:
         span.states[position] = pool.take()

@@ -13,7 +13,7 @@ from engine.checkpoint.adapters import Adapter, Parts, refused
 from engine.checkpoint.stored import Stored
 
 # What each stacked parameter is made of, as checkpoints call it, one below the other.
-STACKED = {
+_STACKED = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
 }
@@ -44,7 +44,7 @@ def _by_parameter(adapter: Adapter, module: str, wrapped: dict[int, Parts]) -> d
     that the last of them is outermost."""
     targets = adapter.settings.get("target_parameters") or []
     ends = [str(target).rpartition(".")[2] for target in targets]
-    names = [name for name in STACKED if name in ends]
+    names = [name for name in _STACKED if name in ends]
     if len(names) != len(wrapped) or sorted(wrapped) != list(range(len(names))):
         raise refused(
             adapter.folder,
@@ -60,7 +60,7 @@ def _expert_matrices(
     """The names of each expert's matrices of a stacked parameter, one below the other."""
     layer = re.match(r"(.*\blayers\.\d+\.)", module)
     start = re.escape(layer[1] if layer else module)
-    for names in STACKED[parameter]:
+    for names in _STACKED[parameter]:
         found: dict[int, dict[str, str]] = {}
         pattern = re.compile(rf"{start}(?:.+\.)?experts\.(\d+)\.({'|'.join(names)})\.weight")
         for name in weights:

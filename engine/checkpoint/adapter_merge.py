@@ -14,9 +14,9 @@ from engine.checkpoint.stored import Stored, Weights
 from engine.errors import StartError
 
 # Models whose linear layers keep their weights as [in, out].
-TRANSPOSED = ("gpt2", "gpt-sw3", "openai-gpt")
-INPUTS = ("embed_tokens", "tok_embeddings", "wte", "embed_in", "word_embeddings")
-OUTPUTS = ("lm_head", "output", "embed_out")
+_TRANSPOSED = ("gpt2", "gpt-sw3", "openai-gpt")
+_INPUTS = ("embed_tokens", "tok_embeddings", "wte", "embed_in", "word_embeddings")
+_OUTPUTS = ("lm_head", "output", "embed_out")
 
 
 def merge_adapter(weights: Weights, adapter: Adapter, config: Any) -> dict[str, Stored]:
@@ -47,13 +47,13 @@ def _untie(weights: dict[str, Stored], adapter: Adapter, config: Any) -> None:
     if not getattr(config, "tie_word_embeddings", False):
         return
     changed = {_leaf(name) for name in (*adapter.whole, *adapter.pairs)}
-    if not changed & {*INPUTS, *OUTPUTS}:
+    if not changed & {*_INPUTS, *_OUTPUTS}:
         return
-    inputs = [name for name in weights if name.endswith(".weight") and _leaf(name) in INPUTS]
+    inputs = [name for name in weights if name.endswith(".weight") and _leaf(name) in _INPUTS]
     if len(inputs) != 1:
         raise refused(adapter.folder, "the model's embedding is not to be found")
-    if not any(_leaf(name) in OUTPUTS for name in weights):
-        heads = (name for name in (*adapter.whole, *adapter.pairs) if _leaf(name) in OUTPUTS)
+    if not any(_leaf(name) in _OUTPUTS for name in weights):
+        heads = (name for name in (*adapter.whole, *adapter.pairs) if _leaf(name) in _OUTPUTS)
         head = next(heads, "lm_head").removesuffix(".weight")
         weights[f"{head}.weight"] = weights[inputs[0]]
     config.tie_word_embeddings = False
@@ -67,7 +67,7 @@ def _replace_whole(
     if own is None and not name.endswith(".bias"):
         raise _no_such(adapter, name)
     if own is not None and own.shape != tensor.shape:
-        if _leaf(name) not in (*INPUTS, *OUTPUTS) or own.shape[1:] != tensor.shape[1:]:
+        if _leaf(name) not in (*_INPUTS, *_OUTPUTS) or own.shape[1:] != tensor.shape[1:]:
             raise _unlike(adapter, name, tensor.shape, own.shape)
         config.get_text_config().vocab_size = tensor.shape[0]
     weights[name] = tensor
@@ -92,7 +92,7 @@ def _merge_pair(
         raise _no_such(adapter, name)
     embedding = "lora_embedding_A" in parts
     a, b = (parts[f"lora_{'embedding_' if embedding else ''}{x}"] for x in "AB")
-    turned = embedding or adapter.settings.get("fan_in_fan_out") or config.model_type in TRANSPOSED
+    turned = embedding or adapter.settings.get("fan_in_fan_out") or config.model_type in _TRANSPOSED
     shape = (b.shape[0], a.shape[1])
     if tuple(own.shape) != (shape[::-1] if turned else shape):
         raise _unlike(adapter, module, shape[::-1] if turned else shape, own.shape)

@@ -16,7 +16,7 @@ from engine.checkpoint.stored import Stored, stored_in
 from engine.errors import StartError
 
 # What adapter_config.json may say of the training, which changes nothing once it is done.
-TRAINING_ONLY = {
+_TRAINING_ONLY = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping",
     "inference_mode", "lora_dropout", "init_lora_weights", "bias", "modules_to_save",
     "target_modules", "target_parameters", "exclude_modules", "layers_to_transform",
@@ -26,19 +26,19 @@ TRAINING_ONLY = {
     "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",  # ms-swift's
     "unsloth_fixed",
 }  # fmt: skip
-HONOURED = {
+_HONOURED = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
     "fan_in_fan_out", "lora_bias", "trainable_token_indices",
 }  # fmt: skip
 # Ways to begin a training that change the model's own weights, to which the adapter must then be
 # added; peft does it again when it loads one.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # A tensor of an adapter: the module, what of it, and in some files the adapter's name.
-PART = re.compile(
+_PART = re.compile(
     r"(?P<module>.+?)\.(?P<inner>(base_layer\.)*)(?P<part>lora_A|lora_B|lora_embedding_A"
     r"|lora_embedding_B|lora_magnitude_vector)(\.[^.]+?)??(?P<kind>\.weight|\.bias|)"
 )
-TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?")
+_TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?")
 
 # The tensors of one update, by what they are: lora_A, lora_B, lora_B.bias, ….
 Parts = dict[str, Stored]
@@ -121,13 +121,13 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if task not in (None, "CAUSAL_LM"):
         raise refused(folder, f"it was trained for {task}, not for CAUSAL_LM")
     start = str(settings.get("init_lora_weights", True)).lower()
-    if start.startswith(CHANGES_BASE):
+    if start.startswith(_CHANGES_BASE):
         raise refused(
             folder,
             f"it began as {start}, which changed the model's weights; save it from peft with"
             " path_initial_model_for_weight_conversion, or merge it there",
         )
-    other = sorted(settings.keys() - TRAINING_ONLY - HONOURED)
+    other = sorted(settings.keys() - _TRAINING_ONLY - _HONOURED)
     if unknown := [name for name in other if settings[name]]:
         raise refused(
             folder,
@@ -143,7 +143,7 @@ def _module_name(name: str) -> str:
 
 def _sort_in(adapter: Adapter, name: str, tensor: Stored) -> None:
     """Put a tensor of an adapter where it belongs."""
-    if match := PART.fullmatch(name):
+    if match := _PART.fullmatch(name):
         part = match["part"] + (".bias" if match["kind"] == ".bias" else "")
         depth = match["inner"].count("base_layer.")
         if depth or match["module"].endswith(".experts"):
@@ -151,7 +151,7 @@ def _sort_in(adapter: Adapter, name: str, tensor: Stored) -> None:
             adapter.stacks.setdefault(match["module"], {}).setdefault(depth, {})[part] = tensor
         else:
             adapter.pairs.setdefault(match["module"], {})[part] = tensor
-    elif match := TOKENS.fullmatch(name):
+    elif match := _TOKENS.fullmatch(name):
         adapter.tokens[match["module"]] = tensor
     else:
         name = re.sub(r"\.(modules_to_save(\.[^.]+)?|base_layer|original_module)\.", ".", name)

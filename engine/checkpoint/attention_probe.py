@@ -28,13 +28,13 @@ log = logging.getLogger("chat")
 
 # What a layer may ask for: that which changes nothing in inference, and that which
 # `packed_attention` does. A window is read from the mask, as transformers' own sdpa does.
-HARMLESS = {"dropout", "position_ids", "position_embeddings", "cache_position", "use_cache"}
-HARMLESS |= {"is_causal", "logits_to_keep", "output_attentions", "output_hidden_states"}
-HARMLESS |= {"output_router_logits"}
-DONE = {"sliding_window", "softcap", "s_aux"}
+_HARMLESS = {"dropout", "position_ids", "position_embeddings", "cache_position", "use_cache"}
+_HARMLESS |= {"is_causal", "logits_to_keep", "output_attentions", "output_hidden_states"}
+_HARMLESS |= {"output_router_logits"}
+_DONE = {"sliding_window", "softcap", "s_aux"}
 
 
-class MaskChanged(StartError, AttributeError):
+class _MaskChanged(StartError, AttributeError):
     """A layer does more with its mask than to pass it on; `hasattr` may still ask."""
 
 
@@ -48,17 +48,17 @@ class Mask:
         self.sees = sees
 
     def __getattr__(self, name: str) -> Any:
-        raise MaskChanged("its layers change their attention's mask")
+        raise _MaskChanged("its layers change their attention's mask")
 
     def __getitem__(self, index: Any) -> Any:
-        raise MaskChanged("its layers change their attention's mask")
+        raise _MaskChanged("its layers change their attention's mask")
 
     @classmethod
     def __torch_function__(cls, *_: Any) -> Any:
-        raise MaskChanged("its layers change their attention's mask")
+        raise _MaskChanged("its layers change their attention's mask")
 
 
-class Trial:
+class _Trial:
     """Stands in for a Step, and keeps what each layer asks for."""
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Trial:
         """Take note of a call, and answer it with zeros [1, tokens, heads, width]."""
         self.calls += 1
         asked = {name for name, given in options.items() if given is not None}
-        if unknown := asked - HARMLESS - DONE:
+        if unknown := asked - _HARMLESS - _DONE:
             raise StartError(f"its attention uses {', '.join(sorted(unknown))}")
         if isinstance(mask, torch.Tensor):
             raise StartError("its attention has a mask of its own")
@@ -89,13 +89,13 @@ class Trial:
         return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 
-def trial_attention(
+def _trial_attention(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: Any,
-    step: Trial | None = None,
+    step: _Trial | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -105,7 +105,7 @@ def trial_attention(
     return step.attend(module, query, value, attention_mask, kwargs)
 
 
-def trial_mask(*_: Any, mask_function: Callable[..., torch.Tensor], **__: Any) -> Mask:
+def _trial_mask(*_: Any, mask_function: Callable[..., torch.Tensor], **__: Any) -> Mask:
     """By transformers' interface."""
     return Mask(mask_function)
 
@@ -128,11 +128,11 @@ def window_of(mask: Mask, context: int) -> int | None:
 
 
 @torch.inference_mode()
-def try_attention(model: Any, device: torch.device | str) -> Trial:
+def _try_attention(model: Any, device: torch.device | str) -> _Trial:
     """What the layers ask for, by a forward pass of two tokens. Leaves its attention changed."""
-    AttentionInterface.register("trial", trial_attention)
-    AttentionMaskInterface.register("trial", trial_mask)
-    trial = Trial()
+    AttentionInterface.register("trial", _trial_attention)
+    AttentionMaskInterface.register("trial", _trial_mask)
+    trial = _Trial()
     kinds = layer_types(model.config)
     if "full_attention" in kinds or "hybrid" in kinds or not keeps_states(model.config):
         model.set_attn_implementation("trial")
@@ -162,10 +162,10 @@ def attention_windows(
 
 def probe_layers(
     model: Any, context: int, device: torch.device | str
-) -> tuple[dict[Any, int | None], Trial]:
+) -> tuple[dict[Any, int | None], _Trial]:
     """The same, and what was found out beside it: which layers attend, and which keep a state."""
     try:
-        trial = try_attention(model, device)
+        trial = _try_attention(model, device)
         config = model.config.get_text_config()
         number = config.num_hidden_layers
         kinds = getattr(config, "layer_types", None) or [""] * number

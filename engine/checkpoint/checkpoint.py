@@ -71,7 +71,7 @@ def check_gpus(device_map: str) -> None:
 
 
 @contextmanager
-def explained(folder: Path | str) -> Iterator[None]:
+def as_start_error(folder: Path | str) -> Iterator[None]:
     """Turn what a folder's chat template refuses, and a lack of memory, into a StartError.
 
     Of its files each call that reads one does so, see `damaged`. What else is raised is our fault.
@@ -96,7 +96,7 @@ def explained(folder: Path | str) -> Iterator[None]:
         ) from error
 
 
-def read_device_map(device_map: str) -> str | dict[str, Any]:
+def _read_device_map(device_map: str) -> str | dict[str, Any]:
     """A device map as accelerate takes it.
 
     Raises StartError if it is none, or if it names a card that is not there.
@@ -143,7 +143,7 @@ def best_placement(
     return "auto"
 
 
-def reads_packed(placement: Any) -> bool:
+def _reads_packed(placement: Any) -> bool:
     """Whether a model is to be where packed weights are multiplied: on a CPU, by our kernels."""
     no_cards = not torch.cuda.is_available() and placement == "auto"
     return (no_cards or placement == "cpu") and why_missing() is None
@@ -179,7 +179,7 @@ def load_model(
     try:
         with ExitStack() as plain_folders:
             source = Source(Path(folder), None if base is None else Path(base), plain)
-            model = read_model(source, dtype, device_map, quantize, offloaded)
+            model = _read_model(source, dtype, device_map, quantize, offloaded)
             model.offloaded = offloaded
             return model.eval(), source.tokenizer()
     except BaseException:
@@ -187,18 +187,18 @@ def load_model(
         raise
 
 
-def read_model(
+def _read_model(
     source: Source, dtype: str, device_map: str, quantize: str, offloaded: Path | None
 ) -> Any:
     """The model of a source, in the form and on the devices that are wanted. Raises StartError."""
-    placement = read_device_map(device_map)
+    placement = _read_device_map(device_map)
     check_attention(source.config)
     if source.weights is not None and offloaded:
         raise StartError(
             "an adapter's model cannot have layers on disk; take them out of --device-map"
         )
     quantization = quantization_settings(source.config, quantize, device_map)
-    if source.packed and quantize == "none" and dtype == "auto" and reads_packed(placement):
+    if source.packed and quantize == "none" and dtype == "auto" and _reads_packed(placement):
         quantization, placement = source.keep_packed(), "cpu"
     elif device_map == "auto":
         placement = best_placement(source.config, dtype, quantization)

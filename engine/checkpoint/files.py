@@ -23,10 +23,10 @@ OBJECTS = (
     "pytorch_model.bin.index.json",
 )  # fmt: skip
 # In the order in which transformers looks for them.
-WHOLE = ("model.safetensors", "pytorch_model.bin")
-OF_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_OF_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 # What Git leaves in the place of a large file where Git LFS is not installed.
-POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def check_folder(folder: Path) -> None:
@@ -37,7 +37,7 @@ def check_folder(folder: Path) -> None:
     for name in OBJECTS:
         if (folder / name).is_file():
             read_object(folder / name)
-    adapters = [folder / name for name in OF_ADAPTER if (folder / name).is_file()]
+    adapters = [folder / name for name in _OF_ADAPTER if (folder / name).is_file()]
     for file in (*weight_files(folder), *adapters):
         check_pointer(file)
         if file.suffix == ".safetensors":
@@ -50,7 +50,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises StartError for one that an index names in vain.
     """
-    for name in WHOLE:
+    for name in _WHOLE:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return [folder / name]
@@ -73,8 +73,8 @@ def _shards_of(index: Path) -> list[Path]:
 def check_pointer(file: Path) -> None:
     """Raise StartError for a file that is Git LFS's pointer to it."""
     with damaged(file), file.open("rb") as opened:
-        begins = opened.read(len(POINTER))
-    if begins == POINTER:
+        begins = opened.read(len(_POINTER))
+    if begins == _POINTER:
         raise StartError(
             f"{file} is a pointer of Git LFS, in place of the file itself; run `git lfs pull` in"
             " the folder, or download the model with `python model_download.py NAME`"
@@ -89,7 +89,7 @@ def plain_folder(folder: Path, by_links: bool = True) -> Iterator[Path]:
     is gone after the block. Raises StartError where links are not wanted, or cannot be.
     """
     texts = [*folder.glob("*.json"), *folder.glob("*.jinja")]
-    marked = {file.name: read_text(file) for file in texts if has_mark(file)}
+    marked = {file.name: read_text(file) for file in texts if _has_mark(file)}
     if not marked:
         yield folder
         return
@@ -111,7 +111,7 @@ def plain_folder(folder: Path, by_links: bool = True) -> Iterator[Path]:
             raise StartError(str(error).replace(place, str(folder))) from error
 
 
-def has_mark(file: Path) -> bool:
+def _has_mark(file: Path) -> bool:
     """Whether a text is not in plain UTF-8."""
     with file.open("rb") as opened:
         return json.detect_encoding(opened.read(4)) != "utf-8"

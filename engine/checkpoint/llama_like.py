@@ -38,7 +38,7 @@ class NormalizeRows(ConversionOps):
 
 
 # Models that are Llama but for their names: model_type, and how the checkpoint's tensors differ.
-LLAMA_LIKE = {
+_LLAMA_LIKE = {
     "xverse": [],
     "index": [WeightConverter("lm_head.weight", "lm_head.weight", [NormalizeRows()])],
     "internlm2": [
@@ -65,7 +65,7 @@ def register_families() -> None:
 
     Once registered, transformers' own code is used and a checkpoint's `auto_map` is not.
     """
-    for name, mapping in LLAMA_LIKE.items():
+    for name, mapping in _LLAMA_LIKE.items():
         config_class = type(f"{name}Config", (LlamaConfig,), {"model_type": name})
         model_class = type(
             f"{name}ForCausalLM", (LlamaForCausalLM,), {"config_class": config_class}

@@ -18,18 +18,18 @@ def load_config(folder: Path) -> Any:
 
     Raises StartError if the engine cannot run the model, or the file is no configuration.
     """
-    check_model_type(folder)
+    _check_model_type(folder)
     with damaged(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     check_numbers(config)
     check_architecture(config)
-    check_quantisation(config, folder)
+    _check_quantisation(config, folder)
     if ratio := getattr(config, "rope_ratio", None):  # Index's model for long texts
         config.rope_parameters["rope_theta"] *= ratio
     return config
 
 
-def check_model_type(folder: Path) -> None:
+def _check_model_type(folder: Path) -> None:
     """Raise StartError if transformers itself has no model of the kind."""
     said = read_object(folder / "config.json")
     kind = said.get("model_type")
@@ -60,22 +60,22 @@ def check_architecture(config: Any) -> None:
     except ValueError as error:  # of several texts' configurations it takes none
         raise not_supported(config, "it is made of several models") from error
     needed = {"position_ids", "logits_to_keep", "kwargs"}
-    if layers and not layers - WITHOUT_POSITIONS:
+    if layers and not layers - _WITHOUT_POSITIONS:
         needed -= {"position_ids"}
     if missing := sorted(needed - signature(kind.forward).parameters.keys()):
         names = " and no ".join(missing)
         raise not_supported(
             config, f"its forward pass takes no {names}, so that requests cannot share a step"
         )
-    if other := sorted(layers - ATTENTION - STATES - NEITHER):
+    if other := sorted(layers - _ATTENTION - _STATES - NEITHER):
         raise not_supported(config, f"it has layers of {' and '.join(other)}")
 
 
 # Kinds of layers, by transformers' names: those that attend, that keep a state, that do neither.
-ATTENTION = {"full_attention", "sliding_attention"}
-STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+_ATTENTION = {"full_attention", "sliding_attention"}
+_STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 NEITHER = {"mlp", "moe"}
-WITHOUT_POSITIONS = {"linear_attention", "conv"} | NEITHER
+_WITHOUT_POSITIONS = {"linear_attention", "conv"} | NEITHER
 
 
 def layer_types(config: Any) -> set[str]:
@@ -85,7 +85,7 @@ def layer_types(config: Any) -> set[str]:
 
 def keeps_states(config: Any) -> bool:
     """Whether some layers keep a state in place of rows of keys and values."""
-    return bool(layer_types(config) & STATES)
+    return bool(layer_types(config) & _STATES)
 
 
 def cache_argument(model: Any) -> str:
@@ -101,7 +101,7 @@ def plain_attention(config: Any) -> str:
     return "sdpa" if kind._supports_sdpa else "eager"
 
 
-def check_quantisation(config: Any, folder: Path) -> None:
+def _check_quantisation(config: Any, folder: Path) -> None:
     """Raise StartError if the weights are quantised in a way that cannot be read."""
     settings = settings_of(config, folder)
     if settings and (kind := why_unreadable(settings)):
@@ -118,10 +118,10 @@ def context_length(config: Any) -> int:
     stated = int(getattr(config, "max_position_embeddings", None) or 2048)
     # Layers of several kinds may have one each.
     each = [inner for inner in rope.values() if isinstance(inner, dict)] or [rope]
-    return min(MAX_CONTEXT, *(rope_length(parameters, stated) for parameters in each))
+    return min(MAX_CONTEXT, *(_rope_length(parameters, stated) for parameters in each))
 
 
-def rope_length(rope: dict[str, Any], stated: int) -> int:
+def _rope_length(rope: dict[str, Any], stated: int) -> int:
     """How many positions a rotary embedding is for.
 
     Dynamic and longrope RoPE depend on the longest sequence in the batch beyond the original

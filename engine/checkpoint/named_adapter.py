@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from engine.attention.interface import can_absorb
 from engine.checkpoint.adapters import Adapter, Parts, is_adapter, read_adapter
-from engine.checkpoint.checkpoint import explained
+from engine.checkpoint.checkpoint import as_start_error
 from engine.checkpoint.llama_like import UngroupQKV
 from engine.errors import StartError
 from engine.layers.lora import Update
@@ -26,10 +26,10 @@ from engine.prompt.tokenizer import ChatTokenizer
 from engine.prompt.tokenizer_files import load_tokenizer
 
 # The tensors of an update that is computed beside the weights.
-PAIR = {"lora_A", "lora_B"}
+_PAIR = {"lora_A", "lora_B"}
 
 
-def not_beside(folder: Path, what: str) -> StartError:
+def _not_beside(folder: Path, what: str) -> StartError:
     """The error for an adapter that must be merged."""
     return StartError(
         f"--adapter: the adapter in {folder} changes {what}, which is not computed beside the"
@@ -46,15 +46,15 @@ def read_named_adapter(folder: Path) -> Adapter:
         raise StartError(f"--adapter: {folder} is no folder of a LoRA adapter")
     adapter = read_adapter(folder)
     if adapter.stacks:
-        raise not_beside(folder, f"the parameters of {min(adapter.stacks)}")
+        raise _not_beside(folder, f"the parameters of {min(adapter.stacks)}")
     for tensors in (adapter.whole, adapter.tokens):
         if tensors:
-            raise not_beside(folder, f"{min(tensors)} itself")
+            raise _not_beside(folder, f"{min(tensors)} itself")
     for module, parts in adapter.pairs.items():
-        if other := sorted(parts.keys() - PAIR):
-            raise not_beside(folder, f"{module}.{other[0]}")
+        if other := sorted(parts.keys() - _PAIR):
+            raise _not_beside(folder, f"{module}.{other[0]}")
         if adapter.settings.get("fan_in_fan_out"):
-            raise not_beside(folder, f"the transposed matrix of {module}")
+            raise _not_beside(folder, f"the transposed matrix of {module}")
     return adapter
 
 
@@ -65,13 +65,13 @@ def updates_of(adapter: Adapter, model: Any) -> Updates:
     """
     found: Updates = {}
     for module, parts in adapter.pairs.items():
-        for layer, update in layers_of(adapter, model, module, parts).items():
-            check_layer(adapter, model, module, layer, update)
+        for layer, update in _layers_of(adapter, model, module, parts).items():
+            _check_layer(adapter, model, module, layer, update)
             found[layer] = update
     return found
 
 
-def layers_of(adapter: Adapter, model: Any, module: str, parts: Parts) -> dict[str, Update]:
+def _layers_of(adapter: Adapter, model: Any, module: str, parts: Parts) -> dict[str, Update]:
     """An update by the names of the model's layers, as several of which a module may be loaded."""
     down, up = (parts[name][...].to(torch.float32) for name in ("lora_A", "lora_B"))
     up = up * adapter.scale_of(module, len(down))
@@ -87,14 +87,14 @@ def layers_of(adapter: Adapter, model: Any, module: str, parts: Parts) -> dict[s
     targets = converter.target_patterns
     names = [name.replace(targets[0], target).removesuffix(".weight") for target in targets]
     if not all(isinstance(x, UngroupQKV) for x in converter.operations):
-        raise not_beside(adapter.folder, module)
+        raise _not_beside(adapter.folder, module)
     # Its rows go where the matrix's do.
     (operation,) = converter.operations
     split = operation.convert({pattern: [up]}, [pattern], targets, config=model.config)
     return {name: Update(down, split[target]) for name, target in zip(names, targets, strict=True)}
 
 
-def check_layer(adapter: Adapter, model: Any, module: str, name: str, update: Update) -> None:
+def _check_layer(adapter: Adapter, model: Any, module: str, name: str, update: Update) -> None:
     """Raise StartError unless a layer is there, linear, of this shape, and computed by itself."""
     try:
         layer = model.get_submodule(name)
@@ -109,7 +109,7 @@ def check_layer(adapter: Adapter, model: Any, module: str, name: str, update: Up
     absorbed = can_absorb(parent) and name.endswith("kv_b_proj")
     linear = type(layer) is torch.nn.Linear or isinstance(layer, QuantizedLinear)
     if not linear or absorbed or layer is model.get_output_embeddings():
-        raise not_beside(adapter.folder, module)
+        raise _not_beside(adapter.folder, module)
     own = [layer.out_features, layer.in_features]
     found = [len(update.up), update.down.shape[1]]
     if own != found:
@@ -119,7 +119,7 @@ def check_layer(adapter: Adapter, model: Any, module: str, name: str, update: Up
         )
 
 
-def text_of(adapter: Adapter, text: ChatTokenizer, model_type: str) -> ChatTokenizer:
+def _text_of(adapter: Adapter, text: ChatTokenizer, model_type: str) -> ChatTokenizer:
     """What an adapter is prompted by: its model's own, unless its folder has another template.
 
     Raises StartError if its tokenizer is another than the model's.
@@ -128,7 +128,7 @@ def text_of(adapter: Adapter, text: ChatTokenizer, model_type: str) -> ChatToken
     if own is None:
         return text
     if own.get_vocab() != text.tokenizer.get_vocab():
-        raise not_beside(adapter.folder, "the tokenizer")
+        raise _not_beside(adapter.folder, "the tokenizer")
     if own.chat_template in (None, text.tokenizer.chat_template):
         return text
     prompted = copy(text.tokenizer)
@@ -152,7 +152,7 @@ class NamedAdapters:
         self.updates: list[Updates] = []  # of each, in order
         self.texts: dict[str, ChatTokenizer] = {}  # what each is prompted by
         for name, folder in folders.items():
-            with explained(folder):
+            with as_start_error(folder):
                 self.adapters[name] = read_named_adapter(folder)
 
     @property
@@ -163,7 +163,7 @@ class NamedAdapters:
     def fit(self, model: Any, text: ChatTokenizer, own_templates: bool) -> None:
         """Find their layers in a loaded model. Raises StartError if one is another model's."""
         for name, adapter in self.adapters.items():
-            with explained(adapter.folder):
+            with as_start_error(adapter.folder):
                 self.updates.append(updates_of(adapter, model))
                 kind = model.config.model_type
-                self.texts[name] = text_of(adapter, text, kind) if own_templates else text
+                self.texts[name] = _text_of(adapter, text, kind) if own_templates else text

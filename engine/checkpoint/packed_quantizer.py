@@ -15,7 +15,7 @@ from engine.checkpoint.quantizer import kept
 from engine.checkpoint.stored import Stored
 from engine.layers.blocks import BlockEmbedding, BlockLinear
 
-METHOD = "chat-api-packed"
+_METHOD = "chat-api-packed"
 
 
 class PackedSettings(QuantizationConfigMixin):
@@ -23,18 +23,18 @@ class PackedSettings(QuantizationConfigMixin):
     which take the place of the matrix in `weights`."""
 
     def __init__(self, weights: dict[str, Stored], packed: dict[str, dict[str, Stored]]):
-        AUTO_QUANTIZER_MAPPING[METHOD] = PackedQuantizer
-        self.quant_method = METHOD
+        AUTO_QUANTIZER_MAPPING[_METHOD] = _PackedQuantizer
+        self.quant_method = _METHOD
         self.weights, self.packed = weights, packed
 
     def __deepcopy__(self, _: Any) -> "PackedSettings":
         return self  # it holds files
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD}
+        return {"quant_method": _METHOD}
 
 
-class PackedQuantizer(HfQuantizer):
+class _PackedQuantizer(HfQuantizer):
     """Puts packed layers where the checkpoint's are, and lets their parts be read as they are.
 
     As it says that it packs while loading, transformers reads one tensor after the other, and

@@ -27,15 +27,15 @@ from engine.layers.quantized import (
 )
 from engine.layers.weight_format import computes_alike, has_fused_experts
 
-METHOD = "chat-api"
-EXPERTS = ("gate_up_proj", "down_proj")
+_METHOD = "chat-api"
+_EXPERTS = ("gate_up_proj", "down_proj")
 
 
 class QuantizationSettings(QuantizationConfigMixin):
     """So many bits, as transformers' settings of a quantizer."""
 
     def __init__(self, bits: Bits):
-        self.quant_method = METHOD
+        self.quant_method = _METHOD
         self.bits = bits
 
 
@@ -55,7 +55,7 @@ def quantization_settings(
         raise StartError("--quantize does not do layers on disk; take them out of --device-map")
     if quantize == "4bit":
         load_bitsandbytes()
-    AUTO_QUANTIZER_MAPPING[METHOD] = PackingQuantizer
+    AUTO_QUANTIZER_MAPPING[_METHOD] = _PackingQuantizer
     return QuantizationSettings(bits[quantize])
 
 
@@ -87,23 +87,23 @@ def quantize_layers(model: Any, bits: Bits) -> None:
         elif isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
             kind = (type(module), module.gate_up_proj.shape)
             if kind not in tried:
-                check_experts(module)
+                _check_experts(module)
                 tried.add(kind)
             if all(fits(stack, bits) for stack in (module.gate_up_proj, module.down_proj)):
                 model.set_submodule(name, QuantizedExperts(module, bits))
 
 
-def check_experts(experts: Any) -> None:
+def _check_experts(experts: Any) -> None:
     """Raise StartError if a mixture's experts do other than QuantizedExperts does, tried on two."""
     if has_fused_experts(experts):
         own = deepcopy(experts)
         own.num_experts = 2
         with torch.device("cpu"), torch.inference_mode():
-            for name in EXPERTS:
+            for name in _EXPERTS:
                 drawn = torch.randn(2, *getattr(experts, name).shape[1:]) / 32
                 setattr(own, name, torch.nn.Parameter(drawn, requires_grad=False))
             packed = QuantizedExperts(own, 8)
-            for name in EXPERTS:
+            for name in _EXPERTS:
                 weight, scale = pack_stack(getattr(own, name), 8)
                 getattr(packed, name).data = weight
                 getattr(packed, f"{name}_scale").data = scale
@@ -142,7 +142,7 @@ class Pack(ConversionOps):
         return packed
 
 
-class PackingQuantizer(HfQuantizer):
+class _PackingQuantizer(HfQuantizer):
     """Packs each tensor as soon as it is read, so that the whole is never in memory unpacked."""
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:

@@ -16,13 +16,13 @@ from engine.errors import StartError
 
 log = logging.getLogger("chat")
 
-SIZES = (
+_SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
-ROPE_NUMBERS = ("rope_theta", "factor")
+_ROPE_NUMBERS = ("rope_theta", "factor")
 # Far more than any model has; each layer takes its time to be made, even without weights.
-MAX_LAYERS = 10_000
+_MAX_LAYERS = 10_000
 # Most tokens of a context, whatever a config.json states; the longest known are of 10 million.
 MAX_CONTEXT = 2**24
 
@@ -30,15 +30,15 @@ MAX_CONTEXT = 2**24
 def check_numbers(config: Any) -> None:
     """Raise StartError for a size that is none, by its name."""
     config = config.get_text_config()
-    for name in SIZES:
+    for name in _SIZES:
         value = getattr(config, name, None)
         if isinstance(value, str) or (isinstance(value, int | float) and not value > 0):
             raise _wrong(name, value)
-    if not 0 < (layers := getattr(config, "num_hidden_layers", 1)) <= MAX_LAYERS:
+    if not 0 < (layers := getattr(config, "num_hidden_layers", 1)) <= _MAX_LAYERS:
         raise _wrong("num_hidden_layers", layers)
     rope = getattr(config, "rope_parameters", None) or {}
     for rotary in (rope, *(inner for inner in rope.values() if isinstance(inner, dict))):
-        for name in ROPE_NUMBERS:
+        for name in _ROPE_NUMBERS:
             value = rotary.get(name, 1)
             if not isinstance(value, int | float) or not (value > 0 and isfinite(value)):
                 raise _wrong(name, value)

@@ -41,7 +41,7 @@ class Stored:
 
 
 # As safetensors names them.
-DTYPES = {
+_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -65,7 +65,7 @@ def stored_in(file: Path) -> dict[str, Stored]:
 def _slice_of(opened: Any, name: str) -> Stored:
     part = opened.get_slice(name)
     # A type that this torch has no name for is read as what torch makes of it.
-    dtype = DTYPES.get(part.get_dtype()) or opened.get_tensor(name).dtype
+    dtype = _DTYPES.get(part.get_dtype()) or opened.get_tensor(name).dtype
     return Stored(part.get_shape(), dtype, lambda: opened.get_tensor(name))
 
 

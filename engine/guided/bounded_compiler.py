@@ -20,7 +20,7 @@ COMPILE_TIMEOUT = 2.0
 COMPILE_MEMORY = 256 * 2**20
 
 
-class TrialCompiler:
+class BoundedCompiler:
     """Compiles JSON schemas and grammars within bounds of time and memory.
 
     Thread-safe, one after the other; see GuideCompiler.
@@ -42,10 +42,10 @@ class TrialCompiler:
         self._check({"schema": schema, "closing": closing}, "schema")
         return self.compiler.compile(schema, closing)
 
-    def compile_grammar(self, grammar: str, marks: Collection[int]) -> Guide:
+    def compile_grammar(self, grammar: str, special_ids: Collection[int]) -> Guide:
         """The same for a grammar for tools, by which answers may have these special tokens."""
-        self._check({"grammar": grammar, "marks": list(marks)}, "tools")
-        return self.compiler.compile_grammar(grammar, marks)
+        self._check({"grammar": grammar, "marks": list(special_ids)}, "tools")
+        return self.compiler.compile_grammar(grammar, special_ids)
 
     def warm_up(self) -> None:
         """Build here and there what every schema needs, which takes seconds, before one comes."""
@@ -71,7 +71,7 @@ class TrialCompiler:
             raise InvalidInput(refusal, argument)
 
 
-def trial_of(setup: Any) -> Callable[[Any], str | None]:
+def _trial_of(setup: Any) -> Callable[[Any], str | None]:
     """In the process: what says why a schema or a grammar is refused, or None."""
     spec, special_ids, end_ids = setup
     compiler = GuideCompiler(Tokenizer.from_str(spec), special_ids, end_ids)
@@ -91,4 +91,4 @@ def trial_of(setup: Any) -> Callable[[Any], str | None]:
 
 
 if __name__ == "__main__":
-    answer_questions(trial_of, COMPILE_MEMORY)
+    answer_questions(_trial_of, COMPILE_MEMORY)

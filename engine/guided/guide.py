@@ -16,9 +16,9 @@ from engine.guided.json_schema import MAX_INTEGER, in_words, place_of_fault, sim
 # A longer JSON schema takes too long to compile.
 MAX_SCHEMA_CHARS = 2**16
 # What llguidance says of a schema may repeat much of it.
-MAX_REASON = 500
+_MAX_REASON = 500
 # With the default limits, a pattern such as ^(a{1000}){1000}$ would block every answer for seconds.
-GUIDE_LIMITS = LLParserLimits(initial_lexer_fuel=100_000)
+_GUIDE_LIMITS = LLParserLimits(initial_lexer_fuel=100_000)
 
 
 @dataclass(frozen=True)
@@ -33,27 +33,29 @@ class Guide:
     def copy(self) -> "Guide":
         return replace(self, matcher=self.matcher.deep_copy())
 
-    def allowed(self) -> Any:
+    def token_mask(self) -> Any:
         """Which tokens may come next, a boolean mask [vocabulary].
 
         Raises InvalidInput if the matcher has failed, or allows none.
         """
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         self.check()
-        allowed = np.unpackbits(bits, bitorder="little").astype(bool)
-        allowed[self.markers if self.matcher.is_accepting() else self.markers + self.ends] = False
-        if not allowed.any():
+        token_mask = np.unpackbits(bits, bitorder="little").astype(bool)
+        token_mask[self.markers if self.matcher.is_accepting() else self.markers + self.ends] = (
+            False
+        )
+        if not token_mask.any():
             raise InvalidInput("the JSON schema allows for no answer", self.argument)
-        return allowed
+        return token_mask
 
     def check(self) -> None:
         """Raise InvalidInput if the matcher has failed, as it never raises by itself."""
         if self.matcher.is_error():
-            reason = in_words(self.matcher.get_error()).partition("\n")[0][:MAX_REASON]
+            reason = in_words(self.matcher.get_error()).partition("\n")[0][:_MAX_REASON]
             raise InvalidInput(f"the JSON schema: {reason}", self.argument)
 
 
-def with_known_spaces(spec: dict[str, Any]) -> dict[str, Any]:
+def _with_known_spaces(spec: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer.json in which llguidance finds how spaces are written.
 
     It knows them by a decoder that replaces a character, as Llama's, and not by Metaspace, as
@@ -69,7 +71,7 @@ def with_known_spaces(spec: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
-def is_rounded(schema: Any) -> bool:
+def _is_rounded(schema: Any) -> bool:
     """Whether there is an integer in a schema that llguidance would round to a double."""
     layer = [schema]
     while layer:
@@ -86,8 +88,8 @@ def is_rounded(schema: Any) -> bool:
 
 def check_numbers(schema: dict[str, Any], argument: str) -> None:
     """Raise InvalidInput for an integer in a schema that would be rounded."""
-    if is_rounded(schema):
-        place = place_of_fault(schema, is_rounded)
+    if _is_rounded(schema):
+        place = place_of_fault(schema, _is_rounded)
         raise InvalidInput(
             f"a JSON schema{place and f', at {place},'} must have no integers beyond"
             f" {MAX_INTEGER:,}, which JSON's numbers do not hold exactly; take a string for them",
@@ -109,17 +111,17 @@ def spell_schema(schema: dict[str, Any]) -> str:
 
 
 # With flexible whitespace, a small model may indent for ever.
-WRITING: Any = {"whitespace_flexible": False}
+_WRITING: Any = {"whitespace_flexible": False}
 
 
-def grammar_of(spelled: str) -> str:
+def _grammar_of(spelled: str) -> str:
     """The grammar of a JSON schema. Raises ValueError if it is invalid."""
-    return str(LLMatcher.grammar_from_json_schema(spelled, overrides=WRITING))
+    return str(LLMatcher.grammar_from_json_schema(spelled, overrides=_WRITING))
 
 
-def after_thought(spelled: str, closing: str) -> str:
+def _after_thought(spelled: str, closing: str) -> str:
     """The grammar of JSON behind a thought that has begun, in llguidance's Lark."""
-    schema = json.dumps(json.loads(spelled) | {"x-guidance": WRITING})
+    schema = json.dumps(json.loads(spelled) | {"x-guidance": _WRITING})
     return "\n".join(
         (
             "%llguidance {}",
@@ -131,10 +133,10 @@ def after_thought(spelled: str, closing: str) -> str:
     )
 
 
-def is_faulty(schema: dict[str, Any]) -> bool:
+def _is_faulty(schema: dict[str, Any]) -> bool:
     """Whether a schema cannot be held, as far as can be seen without an answer."""
     try:
-        return bool(LLMatcher.validate_grammar(grammar_of(json.dumps(schema))))
+        return bool(LLMatcher.validate_grammar(_grammar_of(json.dumps(schema))))
     except ValueError:
         return True
 
@@ -162,37 +164,37 @@ class GuideCompiler:
         """
         spelled = spell_schema(schema)
         try:
-            grammar = grammar_of(spelled)
+            grammar = _grammar_of(spelled)
             if closing:
                 self._guide(grammar, self.markers, "schema")  # its errors are about the schema
-                grammar = after_thought(spelled, closing)
+                grammar = _after_thought(spelled, closing)
             return self._guide(grammar, self.markers, "schema")
         except (ValueError, InvalidInput) as error:
-            reason = str(error).removeprefix("the JSON schema: ")[:MAX_REASON]
-            place = place_of_fault(json.loads(spelled), is_faulty)
+            reason = str(error).removeprefix("the JSON schema: ")[:_MAX_REASON]
+            place = place_of_fault(json.loads(spelled), _is_faulty)
             where = f", at {place}" if place else ""
             raise InvalidInput(f"the JSON schema{where}: {in_words(reason)}", "schema") from error
 
-    def compile_grammar(self, grammar: str, marks: Collection[int]) -> Guide:
+    def compile_grammar(self, grammar: str, special_ids: Collection[int]) -> Guide:
         """A guide for answers by a grammar for tools, which may have some of the special tokens.
 
         Raises InvalidInput if the grammar is invalid.
         """
-        markers = sorted(set(self.markers) - set(marks))
+        markers = sorted(set(self.markers) - set(special_ids))
         return self._guide(grammar, markers, "tools")
 
     def _guide(self, grammar: str, markers: list[int], argument: str) -> Guide:
-        matcher = LLMatcher(self._vocabulary(), grammar, log_level=0, limits=GUIDE_LIMITS)
+        matcher = LLMatcher(self._vocabulary(), grammar, log_level=0, limits=_GUIDE_LIMITS)
         guide = Guide(matcher, self.ends, markers, argument)
         guide.check()
         # Some errors only show in use; and the first mask takes the longest.
-        guide.copy().allowed()
+        guide.copy().token_mask()
         return guide
 
     def _vocabulary(self) -> LLTokenizer:
         """The tokens as a trie, which takes a second or two: it is built on first use."""
         with self._lock:
             if self._trie is None:
-                spec = json.dumps(with_known_spaces(json.loads(self.tokenizer.to_str())))
+                spec = json.dumps(_with_known_spaces(json.loads(self.tokenizer.to_str())))
                 self._trie = LLTokenizer(spec, eos_token=self.ends, slices=[])
             return self._trie

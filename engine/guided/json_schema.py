@@ -7,22 +7,22 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-Schema = dict[str, Any]
+_Schema = dict[str, Any]
 
 # Where a schema has schemas: by name, in a list, or one.
-NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-LISTED = ("anyOf", "allOf", "oneOf", "prefixItems", "items")
-SINGLE = (
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_LISTED = ("anyOf", "allOf", "oneOf", "prefixItems", "items")
+_SINGLE = (
     "items", "additionalItems", "additionalProperties", "contains", "not", "if", "then", "else",
     "propertyNames", "unevaluatedItems", "unevaluatedProperties",
 )  # fmt: skip
 # What holds no answer to anything, whatever it says.
-ANNOTATIONS = {
+_ANNOTATIONS = {
     "$schema", "$comment", "title", "description", "default", "example", "examples", "deprecated",
     "readOnly", "writeOnly",
 }  # fmt: skip
 # Others are annotations too (section 7.2.1).
-FORMATS = {
+_FORMATS = {
     "date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname",
     "ipv4", "ipv6", "uri", "uri-reference", "iri", "iri-reference", "uuid", "uri-template",
     "json-pointer", "relative-json-pointer", "regex",
@@ -30,49 +30,49 @@ FORMATS = {
 # Larger integers are not exact in the doubles that JSON's numbers commonly are (RFC 8259, section
 # 6), and no model means to write them: as a bound they bound nothing.
 MAX_INTEGER = 2**53
-MAX_LENGTH = 2**31
+_MAX_LENGTH = 2**31
 # What llguidance's patterns do not have: look-around, back references, word boundaries.
-UNHELD = re.compile(r"(?<!\\)(?:\\\\)*(?:\(\?<?[=!]|\\[1-9bBk])")
+_UNHELD = re.compile(r"(?<!\\)(?:\\\\)*(?:\(\?<?[=!]|\\[1-9bBk])")
 # Parts of a schema that are tried by themselves, for what is wrong with the whole.
-MAX_TRIES = 200
+_MAX_TRIES = 200
 
 
-def simplified(schema: Schema) -> Schema:
+def simplified(schema: _Schema) -> _Schema:
     """The same schema, without what holds no answer to anything."""
-    schema = mapped(schema, simplified)
-    return {name: value for name, value in schema.items() if counts(name, value)}
+    schema = _mapped(schema, simplified)
+    return {name: value for name, value in schema.items() if _counts(name, value)}
 
 
-def counts(name: str, value: Any) -> bool:
+def _counts(name: str, value: Any) -> bool:
     """Whether a keyword may hold an answer to something."""
-    if name in ANNOTATIONS:
+    if name in _ANNOTATIONS:
         return False
     if name == "format":
-        return value in FORMATS if isinstance(value, str) else True
+        return value in _FORMATS if isinstance(value, str) else True
     if not isinstance(value, int | float):
         return True
     if name in ("minimum", "exclusiveMinimum"):
         return value > -MAX_INTEGER
     if name in ("maximum", "exclusiveMaximum"):
         return value < MAX_INTEGER
-    return not (name in ("maxLength", "maxItems", "maxProperties") and value > MAX_LENGTH)
+    return not (name in ("maxLength", "maxItems", "maxProperties") and value > _MAX_LENGTH)
 
 
-def relaxed(schema: Schema) -> Schema:
+def relaxed(schema: _Schema) -> _Schema:
     """The same schema, without what no grammar can hold, as somebody else wrote it."""
-    schema = {name: value for name, value in simplified(schema).items() if can_hold(name, value)}
+    schema = {name: value for name, value in simplified(schema).items() if _can_hold(name, value)}
     if isinstance(schema.get("oneOf"), list) and "anyOf" not in schema:
         schema["anyOf"] = schema.pop("oneOf")  # that no other one matches, too
     if isinstance(patterns := schema.get("patternProperties"), dict):
         schema["patternProperties"] = {
-            pattern: value for pattern, value in patterns.items() if can_hold("pattern", pattern)
+            pattern: value for pattern, value in patterns.items() if _can_hold("pattern", pattern)
         }
-    return mapped(schema, relaxed)
+    return _mapped(schema, relaxed)
 
 
-def can_hold(name: str, value: Any) -> bool:
+def _can_hold(name: str, value: Any) -> bool:
     if name == "pattern":
-        return isinstance(value, str) and not UNHELD.search(value)
+        return isinstance(value, str) and not _UNHELD.search(value)
     if name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"):
         return not isinstance(value, int | float) or abs(value) < MAX_INTEGER
     if name in ("const", "enum"):
@@ -81,7 +81,7 @@ def can_hold(name: str, value: Any) -> bool:
     return True
 
 
-def mapped(schema: Schema, change: Callable[[Schema], Schema]) -> Schema:
+def _mapped(schema: _Schema, change: Callable[[_Schema], _Schema]) -> _Schema:
     """A schema whose own schemas are changed."""
 
     def changed(inner: Any) -> Any:
@@ -89,31 +89,31 @@ def mapped(schema: Schema, change: Callable[[Schema], Schema]) -> Schema:
 
     result = dict(schema)
     for name, value in schema.items():
-        if name in NAMED and isinstance(value, dict):
+        if name in _NAMED and isinstance(value, dict):
             result[name] = {key: changed(inner) for key, inner in value.items()}
-        elif name in LISTED and isinstance(value, list):
+        elif name in _LISTED and isinstance(value, list):
             result[name] = [changed(inner) for inner in value]
-        elif name in SINGLE:
+        elif name in _SINGLE:
             result[name] = changed(value)
     return result
 
 
-def parts(schema: Schema) -> Iterator[tuple[str, Schema]]:
+def parts(schema: _Schema) -> Iterator[tuple[str, _Schema]]:
     """The schemas that a schema has, each with the path that leads to it."""
     for name, value in schema.items():
-        if name in NAMED and isinstance(value, dict):
+        if name in _NAMED and isinstance(value, dict):
             pairs = [(f"{name}.{key}", inner) for key, inner in value.items()]
-        elif name in LISTED and isinstance(value, list):
+        elif name in _LISTED and isinstance(value, list):
             pairs = [(f"{name}[{index}]", inner) for index, inner in enumerate(value)]
         else:
-            pairs = [(name, value)] if name in SINGLE else []
+            pairs = [(name, value)] if name in _SINGLE else []
         yield from ((path, inner) for path, inner in pairs if isinstance(inner, dict))
 
 
-def place_of_fault(schema: Schema, is_faulty: Callable[[Schema], bool]) -> str:
+def place_of_fault(schema: _Schema, is_faulty: Callable[[_Schema], bool]) -> str:
     """The path to the innermost part that is faulty by itself; empty if it is the whole."""
-    shared: Schema = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-    path, left = "", MAX_TRIES
+    shared: _Schema = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    path, left = "", _MAX_TRIES
     while True:
         tried = [pair for pair in parts(schema) if not path or pair[0] not in shared][:left]
         left -= len(tried)
@@ -123,7 +123,7 @@ def place_of_fault(schema: Schema, is_faulty: Callable[[Schema], bool]) -> str:
         path, schema = f"{path}.{faulty[0]}".lstrip("."), faulty[1]
 
 
-WORDS = (
+_WORDS = (
     ("coerce_one_of", "the alternatives of its oneOf overlap, which is not supported; send anyOf"),
     ("NoExtensionBias", "it refers to itself without an end"),
     (r"look-?around", "its pattern has look-around, which is not supported"),
@@ -134,5 +134,5 @@ WORDS = (
 
 def in_words(reason: str) -> str:
     """What llguidance says is wrong, in the words of JSON schemas."""
-    found = (words for pattern, words in WORDS if re.search(pattern, reason))
+    found = (words for pattern, words in _WORDS if re.search(pattern, reason))
     return next(found, reason)

@@ -25,20 +25,20 @@ import torch
 
 # By what torch's own kernels were chosen for. The processors that torch calls by neither name have
 # no vectors as wide; of those, ARM's need no flag.
-FLAGS = {
+_FLAGS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
 }
 # Clang's OpenMP is not the one that torch brings along.
-COMPILERS = ("g++", "c++")
+_COMPILERS = ("g++", "c++")
 # Seconds for the compiler, which needs five.
-PATIENCE = 120.0
+COMPILE_TIMEOUT_S = 120.0
 
 
 log = logging.getLogger("chat")
 
 
-class Unavailable(Exception):
+class _Unavailable(Exception):
     """Why there are no kernels here."""
 
 
@@ -112,7 +112,7 @@ class DeltaStep(ctypes.Structure):
 def kernels() -> Any:
     """The kernels, as a library. Raises Unavailable where they cannot be compiled or loaded."""
     found = outcome()
-    if isinstance(found, Unavailable):
+    if isinstance(found, _Unavailable):
         raise found
     return found
 
@@ -122,10 +122,10 @@ def outcome() -> Any:
     """The library, or why there is none; none of the reasons may end a start."""
     try:
         return library()
-    except Unavailable as reason:
+    except _Unavailable as reason:
         return reason
     except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
-        return Unavailable(str(error))
+        return _Unavailable(str(error))
 
 
 def library() -> Any:
@@ -134,7 +134,7 @@ def library() -> Any:
     sources = source_files()
     made_of = repr((sources, told, run([*compile_, "--version"]))).encode()
     name = f"cpu_kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
-    folder = writable(cache_folder())
+    folder = _writable(cache_folder())
     kept = Path(cache_folder() or "/nowhere", name)
     if why := why_untrusted(kept):
         log.warning("%s is not used, and the kernels are compiled anew: %s", kept.parent, why)
@@ -187,25 +187,25 @@ def loaded(path: Path) -> Any:
 def why_missing() -> str | None:
     """Why there are no kernels here; None if there are."""
     found = outcome()
-    return str(found) if isinstance(found, Unavailable) else None
+    return str(found) if isinstance(found, _Unavailable) else None
 
 
 def compiler() -> list[str]:
     """The C++ compiler, as `CXX` names it, or found. Raises Unavailable where there is none."""
     words = shlex.split(os.environ.get("CXX", ""))
-    found = [path for path in map(shutil.which, COMPILERS) if path]
+    found = [path for path in map(shutil.which, _COMPILERS) if path]
     if not words + found:
-        raise Unavailable("there is no C++ compiler; install one, as by `apt install g++`")
+        raise _Unavailable("there is no C++ compiler; install one, as by `apt install g++`")
     return words or found[:1]
 
 
 def flags() -> list[str]:
     """What the compiler is told. Raises Unavailable for a CPU whose vectors are too narrow."""
     instructions = torch.backends.cpu.get_cpu_capability()
-    if instructions not in FLAGS and platform.machine() not in ("aarch64", "arm64"):
-        raise Unavailable(f"there are none for this CPU's instructions ({instructions})")
+    if instructions not in _FLAGS and platform.machine() not in ("aarch64", "arm64"):
+        raise _Unavailable(f"there are none for this CPU's instructions ({instructions})")
     general = ["-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-fopenmp"]
-    return general + FLAGS.get(instructions, [])
+    return general + _FLAGS.get(instructions, [])
 
 
 def cache_folder() -> Path | None:
@@ -215,7 +215,7 @@ def cache_folder() -> Path | None:
     return None
 
 
-def writable(folder: Path | None) -> Path | None:
+def _writable(folder: Path | None) -> Path | None:
     """The folder, made if need be; None if nothing can be kept in it."""
     if folder is None:
         return None
@@ -256,10 +256,10 @@ def run(arguments: list[str]) -> str:
         text=True,
         errors="replace",
         check=False,
-        timeout=PATIENCE,
+        timeout=COMPILE_TIMEOUT_S,
     )
     if done.returncode:
         lines = [x for x in done.stderr.splitlines() if x.strip()] or [f"exit {done.returncode}"]
         line = next((line for line in lines if "error" in line), lines[0])
-        raise Unavailable(f"{Path(arguments[0]).name}: {line}")
+        raise _Unavailable(f"{Path(arguments[0]).name}: {line}")
     return done.stdout

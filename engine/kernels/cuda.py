@@ -13,7 +13,7 @@ BLOCK = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def norm_kernel(  # type: ignore[no-untyped-def]
+def _norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr, more_ptr, weight_ptr, out_ptr, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One row; see add_and_norm."""
@@ -41,7 +41,7 @@ def add_and_norm(
     width = x.shape[-1]
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        norm_kernel[(x.numel() // width,)](
+        _norm_kernel[(x.numel() // width,)](
             x, x if more is None else more, weight, out, width, eps,
             ADDS=more is not None, BLOCK=triton.next_power_of_2(width),
             num_warps=8 if width > 2048 else 4,
@@ -50,7 +50,7 @@ def add_and_norm(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def normed(first, second, weight_ptr, half, mask, eps, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+def _normed(first, second, weight_ptr, half, mask, eps, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
     """RMSNorm of a head in two halves, in float32."""
     mean = (tl.sum(first * first) + tl.sum(second * second)) / (2 * HALF)
     scale = 1 / tl.sqrt(mean + eps)
@@ -60,7 +60,7 @@ def normed(first, second, weight_ptr, half, mask, eps, HALF: tl.constexpr):  # t
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def rotate_and_store_kernel(  # type: ignore[no-untyped-def]
+def _rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     heads_ptr, cos_ptr, sin_ptr, rows_ptr, query_ptr, keys_ptr, values_ptr,
     query_norm_ptr, key_norm_ptr, eps, cos_stride, sin_stride,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
@@ -77,9 +77,9 @@ def rotate_and_store_kernel(  # type: ignore[no-untyped-def]
     if head < QUERIES + KEYS:
         if NORMS:
             if head < QUERIES:
-                first, second = normed(first, second, query_norm_ptr, half, mask, eps, HALF)
+                first, second = _normed(first, second, query_norm_ptr, half, mask, eps, HALF)
             else:
-                first, second = normed(first, second, key_norm_ptr, half, mask, eps, HALF)
+                first, second = _normed(first, second, key_norm_ptr, half, mask, eps, HALF)
         cos = tl.load(cos_ptr + token * cos_stride + half, mask=mask, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + token * sin_stride + half, mask=mask, other=0.0).to(tl.float32)
         turned = first * cos - second * sin
@@ -119,7 +119,7 @@ def rotate_and_store(
     )
     query_norm, key_norm = norms or (heads, heads)
     with torch.cuda.device_of(heads):
-        rotate_and_store_kernel[(tokens, count)](
+        _rotate_and_store_kernel[(tokens, count)](
             heads, cos, sin, rows, query, keys, values,
             query_norm, key_norm, eps, cos.stride(0), sin.stride(0),
             QUERIES=count - 2 * key_heads, KEYS=key_heads, HALF=width // 2,
@@ -129,7 +129,7 @@ def rotate_and_store(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def silu_and_mul_kernel(x_ptr, out_ptr, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _silu_and_mul_kernel(x_ptr, out_ptr, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """A block of one token's numbers."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -145,7 +145,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     width = x.shape[-1] // 2
     out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        silu_and_mul_kernel[(out.numel() // width, triton.cdiv(width, BLOCK))](
+        _silu_and_mul_kernel[(out.numel() // width, triton.cdiv(width, BLOCK))](
             x, out, width, BLOCK=BLOCK
         )
     return out
@@ -156,7 +156,7 @@ BLOCK_KEYS = 32
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def latent_kernel(  # type: ignore[no-untyped-def]
+def _latent_kernel(  # type: ignore[no-untyped-def]
     query_ptr, rows_ptr, starts_ptr, counts_ptr, out_ptr, sums_ptr, scale, heads,
     RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_RANK: tl.constexpr,
     BLOCK_ROPE: tl.constexpr, BLOCK_KEYS: tl.constexpr, SPLITS: tl.constexpr,
@@ -205,7 +205,7 @@ def latent_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def joined_kernel(  # type: ignore[no-untyped-def]
+def _joined_kernel(  # type: ignore[no-untyped-def]
     parts_ptr, sums_ptr, out_ptr, heads,
     RANK: tl.constexpr, BLOCK_RANK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -247,17 +247,17 @@ def latent_attention(
     out = torch.empty(tokens, heads, rank, dtype=query.dtype, device=query.device)
     blocks = {"BLOCK_RANK": max(16, triton.next_power_of_2(rank)), "SPLITS": splits, "RANK": rank}
     with torch.cuda.device_of(query):
-        latent_kernel[(tokens, triton.cdiv(heads, 16), splits)](
+        _latent_kernel[(tokens, triton.cdiv(heads, 16), splits)](
             query.contiguous(), rows, starts, counts, parts, sums, scale, heads,
             ROPE=width - rank, BLOCK_HEADS=16, BLOCK_KEYS=BLOCK_KEYS,
             BLOCK_ROPE=max(16, triton.next_power_of_2(width - rank)), **blocks, num_stages=1,
         )  # fmt: skip
-        joined_kernel[(tokens, heads)](parts, sums, out, heads, **blocks)
+        _joined_kernel[(tokens, heads)](parts, sums, out, heads, **blocks)
     return out
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def expert_kernel(  # type: ignore[no-untyped-def]
+def _expert_kernel(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, scale_ptr, chosen_ptr, out_ptr, out_features, in_features,
     SHARING: tl.constexpr, SCALED: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
@@ -295,7 +295,7 @@ def expert_product(
     out = torch.empty(*chosen.shape, out_features, dtype=x.dtype, device=x.device)
     block = 16
     with torch.cuda.device_of(x):
-        expert_kernel[(chosen.numel(), triton.cdiv(out_features, block))](
+        _expert_kernel[(chosen.numel(), triton.cdiv(out_features, block))](
             x.contiguous(), weight, weight if scale is None else scale, chosen.contiguous(), out,
             out_features, in_features, SHARING=chosen.shape[1], SCALED=scale is not None,
             BLOCK_OUT=block, BLOCK_IN=256,

@@ -20,7 +20,7 @@ from engine.layers.fbgemm import has_int8_products, is_available
 from engine.layers.quantized import BLOCK, Bits, bits_of, fits
 from engine.layers.weight_format import (
     PACKED,
-    Form,
+    WeightFormat,
     convert,
     convert_module,
     convert_packed,
@@ -32,25 +32,27 @@ from engine.layers.weight_format import (
 log = logging.getLogger("chat")
 
 # What is measured: the tokens in a step of one request, and of a full batch.
-TOKENS = (1, 16)
+_TOKENS = (1, 16)
 # How often each form is tried.
-ROUNDS = 2
+_ROUNDS = 2
 # How much faster a form must be than one before it, so that a start under load chooses as an idle
 # one does.
-CLEARLY = 1.2
+_MIN_SPEEDUP = 1.2
 # Up to how many times as long is no slower: so much differs from one measurement to the next, and
 # is gained by fusing attention, which comes later.
-EQUALLY = 1.2
+_MAX_SLOWDOWN = 1.2
 
 
-def packed_forms() -> list[Form]:
+def _packed_formats() -> list[WeightFormat]:
     """The form in which weights are read in few bits here, if there is one."""
     if why_missing() is None:
         return ["our kernels"]
     return ["fp16 weights"] if is_available() else []
 
 
-def products_of(form: Form, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def _products_of(
+    form: WeightFormat, weight: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """A matrix's product in a form, [tokens, in] to [tokens, out]."""
     if form in PACKED:
         return PACKED[form].of_half(weight, None)
@@ -58,7 +60,7 @@ def products_of(form: Form, weight: torch.Tensor) -> Callable[[torch.Tensor], to
     return lambda x: F.linear(x, kept)
 
 
-class AllReached(Exception):
+class _AllReached(Exception):
     """Ends a forward pass behind the last layer whose input is wanted."""
 
 
@@ -76,7 +78,7 @@ def kinds_of(model: Any) -> dict[Any, int]:
     return {alike[0]: len(alike) for alike in kinds.values()}
 
 
-def inputs_of(model: Any, layers: Iterable[Any], tokens: int) -> dict[Any, tuple[Any, Any]]:
+def _inputs_of(model: Any, layers: Iterable[Any], tokens: int) -> dict[Any, tuple[Any, Any]]:
     """What layers are called with for so many tokens, positional and named."""
     given: dict[Any, tuple[Any, Any]] = {}
     wanted = set(layers)
@@ -84,11 +86,11 @@ def inputs_of(model: Any, layers: Iterable[Any], tokens: int) -> dict[Any, tuple
     def keep(layer: Any, args: Any, kwargs: Any) -> None:
         given[layer] = args, kwargs
         if given.keys() == wanted:
-            raise AllReached
+            raise _AllReached
 
     hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in wanted]
     try:
-        with suppress(AllReached):
+        with suppress(_AllReached):
             model(input_ids=torch.arange(tokens)[None], use_cache=False)
     finally:
         for hook in hooks:
@@ -96,7 +98,7 @@ def inputs_of(model: Any, layers: Iterable[Any], tokens: int) -> dict[Any, tuple
     return given
 
 
-def milliseconds_of(call: Callable[[], Any]) -> float:
+def _milliseconds_of(call: Callable[[], Any]) -> float:
     """The shortest of a few calls."""
     call()
     shortest = inf
@@ -110,7 +112,7 @@ def milliseconds_of(call: Callable[[], Any]) -> float:
     return 1000 * shortest
 
 
-def layer_in(form: Form, layer: Any) -> Any:
+def _layer_in(form: WeightFormat, layer: Any) -> Any:
     """A layer in a form; another one, unless it is as it is."""
     if form == "as it is":
         return layer
@@ -120,7 +122,7 @@ def layer_in(form: Form, layer: Any) -> Any:
 
 
 @torch.inference_mode()
-def measure_forms(model: Any) -> dict[Form, list[float]]:
+def measure_forms(model: Any) -> dict[WeightFormat, list[float]]:
     """The milliseconds of a forward pass in each form, for each number of TOKENS.
 
     Measured on one layer of each kind and the head, and multiplied up. Empty if the model's layers
@@ -129,50 +131,52 @@ def measure_forms(model: Any) -> dict[Form, list[float]]:
     kinds = kinds_of(model)
     if not kinds:
         return {}
-    forms: list[Form] = ["as it is", *packed_forms(), "float32"]
-    taken: dict[Form, list[float]] = {form: [0.0] * len(TOKENS) for form in forms}
-    inputs = [inputs_of(model, kinds, tokens) for tokens in TOKENS]
+    forms: list[WeightFormat] = ["as it is", *_packed_formats(), "float32"]
+    taken: dict[WeightFormat, list[float]] = {form: [0.0] * len(_TOKENS) for form in forms}
+    inputs = [_inputs_of(model, kinds, tokens) for tokens in _TOKENS]
     for example, count in kinds.items():
-        calls = {form: layer_in(form, example) for form in forms}
+        calls = {form: _layer_in(form, example) for form in forms}
         for n, given in enumerate(inputs):
-            for form, milliseconds in measure_in_turns(calls, *given[example]).items():
+            for form, milliseconds in _measure_in_turns(calls, *given[example]).items():
                 taken[form][n] += count * milliseconds
     head = model.get_output_embeddings().weight
-    products = {form: products_of(form, head) for form in forms}
-    for n, tokens in enumerate(TOKENS):
+    products = {form: _products_of(form, head) for form in forms}
+    for n, tokens in enumerate(_TOKENS):
         hidden = torch.ones(tokens, head.shape[1], dtype=model.dtype)
-        for form, milliseconds in measure_in_turns(products, (hidden,), {}).items():
+        for form, milliseconds in _measure_in_turns(products, (hidden,), {}).items():
             taken[form][n] += milliseconds
     return taken
 
 
-def measure_in_turns(
-    calls: dict[Form, Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[Form, float]:
+def _measure_in_turns(
+    calls: dict[WeightFormat, Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[WeightFormat, float]:
     """The milliseconds of each form's call, which are given float32 but as it is.
 
     In turns, so that what else the machine does meanwhile comes to all alike.
     """
     wide = convert_to_fp32(args), convert_to_fp32(kwargs)
     shortest = dict.fromkeys(calls, inf)
-    for form in [*calls] * ROUNDS:
+    for form in [*calls] * _ROUNDS:
         given, named = (args, kwargs) if form == "as it is" else wide
-        milliseconds = milliseconds_of(partial(calls[form], *given, **named))
+        milliseconds = _milliseconds_of(partial(calls[form], *given, **named))
         shortest[form] = min(shortest[form], milliseconds)
     return shortest
 
 
-def fastest_form(taken: dict[Form, list[float]]) -> Form:
+def fastest_format(taken: dict[WeightFormat, list[float]]) -> WeightFormat:
     """The first form than which none is clearly faster, and slower for no number of tokens."""
-    chosen: Form = "as it is"
+    chosen: WeightFormat = "as it is"
     for form, times in taken.items():
-        is_clear = CLEARLY ** len(TOKENS) * prod(times) < prod(taken[chosen])
-        if is_clear and all(a <= EQUALLY * b for a, b in zip(times, taken[chosen], strict=True)):
+        is_clear = _MIN_SPEEDUP ** len(_TOKENS) * prod(times) < prod(taken[chosen])
+        if is_clear and all(
+            a <= _MAX_SLOWDOWN * b for a, b in zip(times, taken[chosen], strict=True)
+        ):
             chosen = form
     return chosen
 
 
-def settle_form(model: Any, dtype: str = "auto") -> str:
+def choose_weight_format(model: Any, dtype: str = "auto") -> str:
     """Convert a model on the CPU to its fastest form; in words, what its weights are and why.
 
     A dtype that was asked for is kept, and so is one that is no half precision.
@@ -181,28 +185,28 @@ def settle_form(model: Any, dtype: str = "auto") -> str:
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     asked = dtype != "auto" or model.dtype not in (torch.bfloat16, torch.float16)
     if any(isinstance(module, BlockLinear) for module in model.modules()):
-        how = settle_quantized(model, asked)
+        how = _settle_quantized(model, asked)
         return f"as they are in the checkpoint, {held_size(model)} ({how})"
     if bits := bits_of(model):
-        unfit = unfit_summary(model, bits)
-        how = settle_quantized(model, asked) if on_cpu else settle_kernel(bits, model)
+        unfit = _unfit_summary(model, bits)
+        how = _settle_quantized(model, asked) if on_cpu else _settle_kernel(bits, model)
         return f"in {bits} bits, {held_size(model)} ({how}{unfit})"
     taken = {} if asked or not on_cpu else measure_forms(model)
     if not taken:
         return f"{kept}, {held_size(model)}"
-    form = fastest_form(taken)
+    form = fastest_format(taken)
     convert(model, form)
     figures = [
         f"{kept if other == 'as it is' else other} {' and '.join(f'{ms:.0f}' for ms in times)} ms"
         for other, times in taken.items()
     ]
-    tokens = " and ".join(map(str, TOKENS))
-    measured = f"a step of {tokens} tokens here: {', '.join(figures)}{missing_summary()}"
+    tokens = " and ".join(map(str, _TOKENS))
+    measured = f"a step of {tokens} tokens here: {', '.join(figures)}{_missing_summary()}"
     named = {"as it is": kept, "our kernels": f"{kept} by our kernels"}.get(form, form)
     return f"{named}, {held_size(model)} ({measured})"
 
 
-def missing_summary() -> str:
+def _missing_summary() -> str:
     """Why our kernels are not among the forms; nothing if they are."""
     reason = why_missing()
     if reason:
@@ -210,7 +214,7 @@ def missing_summary() -> str:
     return f"; without our kernels: {reason}" if reason else ""
 
 
-def unfit_summary(model: Any, bits: Bits) -> str:
+def _unfit_summary(model: Any, bits: Bits) -> str:
     """How many layers are not packed though others like them are; nothing if all could be."""
     layers = replaceable(model).values()
     unfit = sum(not all(fits(x, bits) for x in matrices_of(layer)) for layer in layers)
@@ -219,7 +223,7 @@ def unfit_summary(model: Any, bits: Bits) -> str:
     return f"; {unfit} layers stay as they are, whose rows are not whole blocks of {BLOCK} weights"
 
 
-def settle_kernel(bits: int, model: Any) -> str:
+def _settle_kernel(bits: int, model: Any) -> str:
     """Let a card compute with the packed weights where it can; how it does, in words."""
     if bits == 4:
         return "products by bitsandbytes"
@@ -233,13 +237,13 @@ def settle_kernel(bits: int, model: Any) -> str:
     return "products of few tokens by a kernel of ours"
 
 
-def settle_quantized(model: Any, asked: bool) -> str:
+def _settle_quantized(model: Any, asked: bool) -> str:
     """The same for a quantised model; how its products are computed."""
-    form: Form = "our kernels" if why_missing() is None else "fp16 weights"
+    form: WeightFormat = "our kernels" if why_missing() is None else "fp16 weights"
     if form == "fp16 weights" and not (bits_of(model) == 8 and has_int8_products()):
-        return f"unpacked before each product{missing_summary()}"
+        return f"unpacked before each product{_missing_summary()}"
     if asked:
         convert_packed(model, PACKED[form])
     else:
         convert(model, form)
-    return f"products by FBGEMM{missing_summary()}" if why_missing() else "products by our kernels"
+    return f"products by FBGEMM{_missing_summary()}" if why_missing() else "products by our kernels"

@@ -22,8 +22,8 @@ NF4 = (
     0.7229568362236023, 1.0,
 )  # fmt: skip
 # What belongs to a packed matrix beside its numbers, where it has them.
-FACTORS = ("weight_scale", "weight_offset")
-ORDER = "weight_order"
+_FACTORS = ("weight_scale", "weight_offset")
+_ORDER = "weight_order"
 
 
 def unpack_blocks(
@@ -43,12 +43,12 @@ def unpack_blocks(
     return blocks.flatten(-2)
 
 
-def set_parts(module: Any, parts: Mapping[str, Any], device: torch.device) -> None:
+def _set_parts(module: Any, parts: Mapping[str, Any], device: torch.device) -> None:
     """Give a module empty tensors of the shapes and types of a packed matrix's parts.
 
     All but the numbers are buffers, which no change of a model's dtype touches.
     """
-    for name in ("weight", *FACTORS, ORDER):
+    for name in ("weight", *_FACTORS, _ORDER):
         part = parts.get(name)
         empty = None if part is None else torch.empty(part.shape, dtype=part.dtype, device=device)
         if name == "weight":
@@ -69,7 +69,7 @@ class BlockLinear(QuantizedLinear):
     def __init__(self, linear: torch.nn.Linear, parts: Mapping[str, Any]):
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        set_parts(self, parts, linear.weight.device)
+        _set_parts(self, parts, linear.weight.device)
         self.bias = linear.bias
         self.shapes = shapes_of(self)
 
@@ -99,7 +99,7 @@ class BlockEmbedding(torch.nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = embedding.weight.shape
         self.dtype = embedding.weight.dtype
-        set_parts(self, parts, embedding.weight.device)
+        _set_parts(self, parts, embedding.weight.device)
         self.shapes = shapes_of(self)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -126,7 +126,7 @@ def joined(layers: list[BlockLinear]) -> tuple[torch.Tensor, torch.Tensor, dict[
         )
         > 1
     ):
-        weights = [as_int8(weight) for weight in weights]
+        weights = [_as_int8(weight) for weight in weights]
         blocks = max(scale.shape[1] for scale in scales)
         offsets = [
             torch.zeros_like(scale) if offset is None else offset
@@ -141,7 +141,7 @@ def joined(layers: list[BlockLinear]) -> tuple[torch.Tensor, torch.Tensor, dict[
     return torch.cat(weights), torch.cat(scales), more
 
 
-def as_int8(weight: torch.Tensor) -> torch.Tensor:
+def _as_int8(weight: torch.Tensor) -> torch.Tensor:
     """Numbers of 4 bits as those of 8 are kept."""
     if weight.dtype != torch.uint8:
         return weight

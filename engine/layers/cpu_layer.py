@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from transformers.activations import SiLUActivation
 
-from engine.attention.forward_batch import Step
+from engine.attention.forward_batch import ForwardBatch
 from engine.kernels.cpu import Layer, StepInputs, Updates, kernels
 from engine.layers.cpu_linear import CpuLinear, pointer_to
 from engine.layers.fused_layer import FusedLayer
 from engine.layers.lora import Table
 
 # Of numbers that the kernels read at once, on any CPU.
-VECTOR = 16
+_VECTOR = 16
 
 
 def can_be_one_call(module: Any) -> bool:
@@ -23,25 +23,27 @@ def can_be_one_call(module: Any) -> bool:
     attention, mlp = module.self_attn, module.mlp
     queries, kv_heads, _ = attention.counts
     return (
-        all(isinstance(x, CpuLinear) for x in products_of(module))
+        all(isinstance(x, CpuLinear) for x in _products_of(module))
         and isinstance(mlp.act_fn, SiLUActivation | torch.nn.SiLU)
         and attention.scoring.is_plain
-        and attention.width % VECTOR == mlp.down_proj.in_features % VECTOR == 0
+        and attention.width % _VECTOR == mlp.down_proj.in_features % _VECTOR == 0
         and queries % kv_heads == 0
         and queries // kv_heads <= kernels().most_sharing()
     )
 
 
-def products_of(layer: FusedLayer) -> list[Any]:
+def _products_of(layer: FusedLayer) -> list[Any]:
     """A layer's products, in the order of the kernel's."""
     attention, mlp = layer.self_attn, layer.mlp
     return [attention.product, attention.o_proj, mlp.product, mlp.down_proj]
 
 
-class Inputs:
+class _Inputs:
     """What a step's layers are told of it; keeps alive what the kernel is pointed to."""
 
-    def __init__(self, step: Step, embeddings: tuple[torch.Tensor, torch.Tensor], floats: int):
+    def __init__(
+        self, step: ForwardBatch, embeddings: tuple[torch.Tensor, torch.Tensor], floats: int
+    ):
         scratch = torch.empty(len(step.ids) * floats)
         tensors = step.write, step.positions, *(x[0].contiguous() for x in embeddings), scratch
         self.tensors = tensors, step.adapters
@@ -77,7 +79,7 @@ class CpuLayer(torch.nn.Module):
         layer, attention = self.layer, self.layer.self_attn
         scale = attention.scoring.scale
         pointers = [pointer_to(weight) for weight in self.norms]
-        products = [product.described for product in products_of(layer)]
+        products = [product.described for product in _products_of(layer)]
         return Layer(
             **dict(zip(("input_norm", "post_norm", "head_norm"), pointers, strict=True)),
             **dict(zip(("qkv", "o", "gate_up", "down"), products, strict=True)),
@@ -95,7 +97,7 @@ class CpuLayer(torch.nn.Module):
 
     def adapt(self, count: int) -> None:
         """Let the kernel add what the `count` adapters of the products do."""
-        products = products_of(self.layer)
+        products = _products_of(self.layer)
         updates = [getattr(product, "updates", None) for product in products]
         self.tables = [
             table if isinstance(table, Table) else Table(product.in_features, {}, count)
@@ -109,7 +111,7 @@ class CpuLayer(torch.nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        step: Step,
+        step: ForwardBatch,
         **_: Any,
     ) -> torch.Tensor:
         """By transformers' interface, float32 [1, tokens, width]."""
@@ -118,7 +120,7 @@ class CpuLayer(torch.nn.Module):
         cache.prepare(self.row, self.row)
         made_of = position_embeddings[0], self.floats
         if made_of not in step.inputs:
-            step.inputs[made_of] = Inputs(step, position_embeddings, self.floats)
+            step.inputs[made_of] = _Inputs(step, position_embeddings, self.floats)
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
         self.function(

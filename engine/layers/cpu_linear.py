@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from engine.kernels.cpu import Linear, kernels
 
 # The kernels' numbers for how weights are stored; of 4 bits, there are two in a byte.
-KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.int8: 2, torch.uint8: 3}
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.int8: 2, torch.uint8: 3}
 WHOLE_NUMBERS, INT8_BLOCKS = 4, 5
-BLOCKS = (WHOLE_NUMBERS, INT8_BLOCKS)
+_BLOCKS = (WHOLE_NUMBERS, INT8_BLOCKS)
 
 
 def pack(weight: torch.Tensor, width: int) -> torch.Tensor:
@@ -22,15 +22,15 @@ def pack(weight: torch.Tensor, width: int) -> torch.Tensor:
     """
     if weight.dtype == torch.uint8:
         weight = torch.stack([weight >> 4, weight & 15], dim=2).flatten(1)
-        packed = panels_of(weight, width)
+        packed = _panels_of(weight, width)
         return packed[..., : width // 2] | packed[..., width // 2 :] << 4
     if weight.dtype == torch.bfloat16:  # a row of each half of the panel in turn
-        packed = panels_of(weight, width)
+        packed = _panels_of(weight, width)
         return packed.unflatten(2, (2, -1)).transpose(2, 3).flatten(2)
-    return panels_of(weight, width)
+    return _panels_of(weight, width)
 
 
-def panels_of(matrix: torch.Tensor, width: int) -> torch.Tensor:
+def _panels_of(matrix: torch.Tensor, width: int) -> torch.Tensor:
     """A matrix [out, in] as [panels, in, width], the last filled up with zeros."""
     filled = F.pad(matrix, (0, 0, 0, -len(matrix) % width))
     return filled.unflatten(0, (-1, width)).transpose(1, 2).contiguous()
@@ -56,16 +56,16 @@ class CpuLinear(torch.nn.Module):
         width = kernels().panel_width()
         self.packed = pack(weight.detach(), width)
         self.out_features, self.in_features = len(weight), self.packed.shape[1]
-        kind = kind_of(weight, scale, offset)
+        kind = _kind_of(weight, scale, offset)
         # Only where all are: they are read as one type.
-        half = kind in BLOCKS and all(
+        half = kind in _BLOCKS and all(
             x is None or x.dtype == torch.float16 for x in (scale, offset)
         )
         dtype = torch.float16 if half else torch.float32
         # Kept as long as the layer, whose description points to them.
-        self.scale = None if scale is None else panels_of(scale.detach().to(dtype), width)
-        self.bias = None if bias is None else panels_of(bias.detach().float()[:, None], width)
-        self.offset = None if offset is None else panels_of(offset.detach().to(dtype), width)
+        self.scale = None if scale is None else _panels_of(scale.detach().to(dtype), width)
+        self.bias = None if bias is None else _panels_of(bias.detach().float()[:, None], width)
+        self.offset = None if offset is None else _panels_of(offset.detach().to(dtype), width)
         self.order = None if order is None else order.detach().to(torch.int32).contiguous()
         parts = self.packed, self.scale, self.bias, self.offset, self.order
         self.described = Linear(
@@ -114,13 +114,13 @@ class CpuLinear(torch.nn.Module):
         return out
 
 
-def kind_of(weight: torch.Tensor, scale: Any, offset: Any) -> int:
+def _kind_of(weight: torch.Tensor, scale: Any, offset: Any) -> int:
     """The kernels' number for a matrix with such scales and offsets."""
     if weight.dtype == torch.uint8 and offset is not None:
         return WHOLE_NUMBERS
     if weight.dtype == torch.int8 and (offset is not None or scale.shape[1] > 1):
         return INT8_BLOCKS
-    return KINDS[weight.dtype]
+    return _KINDS[weight.dtype]
 
 
 def pointer_to(values: Any) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine.attention.forward_batch import Step
+from engine.attention.forward_batch import ForwardBatch
 from engine.attention.groups import Scoring
 from engine.attention.interface import attend_pool
 from engine.kernels.cuda import add_and_norm, expert_product, rotate_and_store, silu_and_mul
@@ -18,7 +18,7 @@ from engine.layers.quantized import QuantizedExperts, QuantizedLinear, is_int8
 from engine.layers.weight_format import has_fused_experts
 
 
-def side_by_side(layers: list[Any]) -> Any:
+def _merge_linears(layers: list[Any]) -> Any:
     """One linear layer in place of several with the same input, whose weights become parts of its.
 
     So there is no second copy of them, whoever is used in the end.
@@ -38,13 +38,13 @@ def side_by_side(layers: list[Any]) -> Any:
     return joined
 
 
-def can_be_joined(layers: list[Any]) -> bool:
+def _can_be_joined(layers: list[Any]) -> bool:
     """Whether layers of one input are linear, and of one kind."""
     kinds = {(type(x), x.weight.dtype, x.weight.shape[1:], x.bias is None) for x in layers}
     return len(kinds) == 1 and type(layers[0]) in (torch.nn.Linear, QuantizedLinear)
 
 
-class CudaNorm(torch.nn.Module):
+class _CudaNorm(torch.nn.Module):
     """A model's RMSNorm, over the last dimension, in one kernel."""
 
     def __init__(self, weight: torch.nn.Parameter, eps: float):
@@ -65,7 +65,7 @@ class CudaMLP(torch.nn.Module):
 
     def __init__(self, module: Any):
         super().__init__()
-        self.product = side_by_side([module.gate_proj, module.up_proj])
+        self.product = _merge_linears([module.gate_proj, module.up_proj])
         self.down_proj = module.down_proj
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -76,13 +76,13 @@ class CudaAttention(OneProductAttention):
     """A layer of plain attention, which turns and stores its heads in one kernel."""
 
     def __init__(self, module: Any, scoring: Scoring):
-        super().__init__(module, scoring, side_by_side([getattr(module, n) for n in PRODUCTS]))
+        super().__init__(module, scoring, _merge_linears([getattr(module, n) for n in PRODUCTS]))
         norms = [getattr(module, name) for name in ("q_norm", "k_norm") if hasattr(module, name)]
         self.norms = (norms[0].weight, norms[1].weight) if norms else None
         self.eps = norms[0].eps if norms else 0.0
 
     def attend(
-        self, x: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor], step: Step
+        self, x: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor], step: ForwardBatch
     ) -> torch.Tensor:
         """The same of [tokens, width], for embeddings of the positions."""
         layer = step.enter(self.layer_idx, self.scoring)
@@ -126,10 +126,10 @@ class CudaExperts(torch.nn.Module):
         return x.sum(1).to(hidden_states.dtype)
 
 
-PARTS: dict[str, type] = {
-    "input_layernorm": CudaNorm,
+_PARTS: dict[str, type] = {
+    "input_layernorm": _CudaNorm,
     "self_attn": CudaAttention,
-    "post_attention_layernorm": CudaNorm,
+    "post_attention_layernorm": _CudaNorm,
     "mlp": CudaMLP,
 }
 
@@ -137,10 +137,10 @@ PARTS: dict[str, type] = {
 class CudaLayer(FusedLayer):
     """A layer of such parts, which adds and takes the norm in one kernel."""
 
-    post_attention_layernorm: CudaNorm  # type: ignore[assignment]
+    post_attention_layernorm: _CudaNorm  # type: ignore[assignment]
 
     def compute(
-        self, x: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor], step: Step
+        self, x: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor], step: ForwardBatch
     ) -> torch.Tensor:
         """The same of [tokens, width], for embeddings of the positions."""
         # What attention gives is ours to add to; what came in may be another's.
@@ -149,7 +149,7 @@ class CudaLayer(FusedLayer):
         return self.mlp.forward(normed).add_(added)
 
 
-def attention_of(module: Any, given: dict[str, Any]) -> CudaAttention | None:
+def _attention_of(module: Any, given: dict[str, Any]) -> CudaAttention | None:
     """Such attention in place of a module, if it stores the same keys.
 
     What attention gives is not enough: of a few tokens it may hardly depend on how these turn.
@@ -165,31 +165,31 @@ def attention_of(module: Any, given: dict[str, Any]) -> CudaAttention | None:
     return attention if is_alike(layer.keys, wanted) else None
 
 
-def is_norm(module: Any) -> bool:
+def _is_norm(module: Any) -> bool:
     return norm_parameters(module) is not None
 
 
-def norm_of(module: Any, _: dict[str, Any]) -> CudaNorm | None:
+def _norm_of(module: Any, _: dict[str, Any]) -> _CudaNorm | None:
     parameters = norm_parameters(module)
-    return parameters and CudaNorm(*parameters)
+    return parameters and _CudaNorm(*parameters)
 
 
-def is_gated(module: Any) -> bool:
+def _is_gated(module: Any) -> bool:
     """Whether a module may be a gated MLP, whose products can be joined."""
-    return looks_gated(module) and can_be_joined([module.gate_proj, module.up_proj])
+    return looks_gated(module) and _can_be_joined([module.gate_proj, module.up_proj])
 
 
-def is_experts(module: Any) -> bool:
+def _is_experts(module: Any) -> bool:
     """Whether a module may be a mixture's experts, in half precision or in 8 bits."""
     if isinstance(module, QuantizedExperts):
         return is_int8(module)
     return has_fused_experts(module)
 
 
-def is_attention(module: Any) -> bool:
+def _is_attention(module: Any) -> bool:
     """Whether a module may be plain attention, whose products can be joined."""
-    plain = is_plain_attention(module, CudaNorm)
-    return plain and can_be_joined([getattr(module, name) for name in PRODUCTS])
+    plain = is_plain_attention(module, _CudaNorm)
+    return plain and _can_be_joined([getattr(module, name) for name in PRODUCTS])
 
 
 def fuse_on_gpu(model: Any, run: Callable[[], Any]) -> None:
@@ -198,8 +198,8 @@ def fuse_on_gpu(model: Any, run: Callable[[], Any]) -> None:
     `run` is a forward pass of several tokens, whose layers are told its step. Raises whatever
     Triton does where it cannot compile.
     """
-    replace(model, is_norm, norm_of, run)
-    replace(model, is_gated, lambda module, _: CudaMLP(module), run)
-    replace(model, is_experts, lambda module, _: CudaExperts(module), run)
-    replace(model, is_attention, attention_of, run)
-    replace(model, partial(is_plain, parts=PARTS), lambda module, _: CudaLayer(module), run)
+    replace(model, _is_norm, _norm_of, run)
+    replace(model, _is_gated, lambda module, _: CudaMLP(module), run)
+    replace(model, _is_experts, lambda module, _: CudaExperts(module), run)
+    replace(model, _is_attention, _attention_of, run)
+    replace(model, partial(is_plain, parts=_PARTS), lambda module, _: CudaLayer(module), run)

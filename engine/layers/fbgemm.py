@@ -14,13 +14,13 @@ from engine.layers.cpu_linear import CpuLinear, is_half
 from engine.layers.quantized import Bits, QuantizedExperts
 
 # FBGEMM stores a row of fp16 weights in blocks of so many; the last is filled up with zeros.
-PACKED_BLOCK = 512
+_PACKED_BLOCK = 512
 
 # The largest relative error of a layer's weights in fp16, by their norms.
-MAX_ERROR = 1e-4
+_MAX_ERROR = 1e-4
 
 
-def direct(operator: Any) -> Any:
+def _direct(operator: Any) -> Any:
     """An operator without what torch does in Python before each call with packed weights.
 
     Twelve microseconds are half a small product's time. Where torch hides it elsewhere, the
@@ -38,13 +38,13 @@ class HalfLinear(torch.nn.Module):
         bias = None if bias is None else bias.detach().float()
         packed = weight.detach().float().contiguous()
         self.packed = torch.ops.quantized.linear_prepack_fp16(packed, bias)
-        self.product = direct(torch.ops.quantized.linear_dynamic_fp16)
+        self.product = _direct(torch.ops.quantized.linear_dynamic_fp16)
 
     @property
     def packed_bytes(self) -> int:
         """The memory that the weights take."""
-        blocks = -(-self.in_features // PACKED_BLOCK)
-        return 2 * self.out_features * blocks * PACKED_BLOCK
+        blocks = -(-self.in_features // _PACKED_BLOCK)
+        return 2 * self.out_features * blocks * _PACKED_BLOCK
 
     @property
     def weight(self) -> torch.Tensor:
@@ -56,13 +56,13 @@ class HalfLinear(torch.nn.Module):
 
 
 # FBGEMM's product of float32 activations, which it rounds to whole steps, with packed int8.
-int8_product: Any = getattr(
+_int8_product: Any = getattr(
     torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32", None
 )
 # An activation is at most so many steps: the AVX2 kernel adds two products of it with an int8 in 16
 # bits, which overflow beyond.
-STEPS = 63
-ZERO_POINT = 64
+_MAX_QUANTIZED = 63
+_ZERO_POINT = 64
 
 
 class Int8Linear(torch.nn.Module):
@@ -88,10 +88,10 @@ class Int8Linear(torch.nn.Module):
                 0,
             )
         self.packed = torch.ops.quantized.linear_prepack(quantized, None)
-        self.product = direct(int8_product)
+        self.product = _direct(_int8_product)
         # As tensors, since a number would become one each time.
-        self.step = torch.tensor(1 / STEPS)
-        self.finer = torch.tensor(2.0 * STEPS)
+        self.step = torch.tensor(1 / _MAX_QUANTIZED)
+        self.finer = torch.tensor(2.0 * _MAX_QUANTIZED)
 
     @property
     def packed_bytes(self) -> int:
@@ -104,7 +104,7 @@ class Int8Linear(torch.nn.Module):
         step = rows.abs().amax(1, keepdim=True).mul_(self.step)
         steps = rows / step
         rest = steps.sub(steps.round()).mul_(self.finer)
-        product = self.product(torch.cat([steps, rest]), 1.0, ZERO_POINT, self.packed)
+        product = self.product(torch.cat([steps, rest]), 1.0, _ZERO_POINT, self.packed)
         out, left = product.chunk(2)
         out = out.addcdiv_(left, self.finer).mul_(step)
         if self.bias is not None:
@@ -216,7 +216,7 @@ def fits_fp16(weight: torch.Tensor) -> bool:
         wide = rows.float()
         sizes.append(wide.norm())
         errors.append((wide.half().float() - wide).norm())
-    return bool(torch.stack(errors).norm() <= MAX_ERROR * torch.stack(sizes).norm())
+    return bool(torch.stack(errors).norm() <= _MAX_ERROR * torch.stack(sizes).norm())
 
 
 BY_KERNELS = Products(CpuLinear, CpuLinear.of_packed, is_half, (8, 4))

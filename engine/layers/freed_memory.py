@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def find_trim() -> Callable[[int], Any] | None:
+def _find_trim() -> Callable[[int], Any] | None:
     """glibc's malloc_trim(3); None where the C library is another one."""
     try:
         trim = ctypes.CDLL(None).malloc_trim
@@ -19,7 +19,7 @@ def find_trim() -> Callable[[int], Any] | None:
     return trim
 
 
-trim = find_trim()
+trim = _find_trim()
 
 
 def return_freed_memory() -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from engine.attention.forward_batch import Step
+from engine.attention.forward_batch import ForwardBatch
 from engine.attention.groups import Scoring
 from engine.attention.interface import attend_rows
-from engine.layers.merged import PRODUCTS, Part, RMSNorm
+from engine.layers.merged import PRODUCTS, MergedPart, RMSNorm
 
 
-class Turns:
+class RotaryCache:
     """Rotary embeddings (arXiv 2104.09864) as complex numbers, made once a step for all layers."""
 
     def __init__(self) -> None:
@@ -48,14 +48,14 @@ class OneProductAttention(torch.nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        step: Step,
+        step: ForwardBatch,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """By transformers' interface, [1, tokens, width]."""
         return self.attend(hidden_states[0], position_embeddings, step)[None], None
 
     def attend(
-        self, x: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor], step: Step
+        self, x: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor], step: ForwardBatch
     ) -> torch.Tensor:
         """The same of [tokens, width], for embeddings of the positions."""
         raise NotImplementedError
@@ -68,13 +68,13 @@ class FusedAttention(OneProductAttention):
     transformers, where it is half a head apart. Keys and queries have the same order.
     """
 
-    def __init__(self, module: Any, scoring: Scoring, turns: Turns):
+    def __init__(self, module: Any, scoring: Scoring, turns: RotaryCache):
         super().__init__(module, scoring, module.q_proj.shared.product)
         self.turns = turns
-        self.norm = head_norm(module, *self.counts[:2])
+        self.norm = _head_norm(module, *self.counts[:2])
 
     def attend(
-        self, x: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor], step: Step
+        self, x: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor], step: ForwardBatch
     ) -> torch.Tensor:
         """The same of [tokens, width], for embeddings of the positions."""
         queries, keys, values = self.counts
@@ -90,7 +90,7 @@ class FusedAttention(OneProductAttention):
         return self.o_proj.forward(out.flatten(1))
 
 
-def head_norm(module: Any, queries: int, keys: int) -> RMSNorm | None:
+def _head_norm(module: Any, queries: int, keys: int) -> RMSNorm | None:
     """One norm for the heads of queries and keys, where a module has one for each."""
     if not hasattr(module, "q_norm"):
         return None
@@ -121,5 +121,5 @@ def is_plain_attention(module: Any, norm: type) -> bool:
 
 def can_be_fused(module: Any) -> bool:
     """Whether a module looks like plain attention, with packed products, and norms as ours."""
-    packed = all(isinstance(getattr(module, name, None), Part) for name in PRODUCTS)
+    packed = all(isinstance(getattr(module, name, None), MergedPart) for name in PRODUCTS)
     return packed and is_plain_attention(module, RMSNorm)

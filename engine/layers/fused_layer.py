@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from engine.attention.forward_batch import Step
+from engine.attention.forward_batch import ForwardBatch
 from engine.attention.groups import Scoring
-from engine.layers.fused_attention import FusedAttention, Turns, can_be_fused
+from engine.layers.fused_attention import FusedAttention, RotaryCache, can_be_fused
 from engine.layers.merged import FusedMLP, RMSNorm
 from engine.relative_error import relative_error
 
 # By how much a module's result may differ, relatively: in half precision transformers rounds after
 # each operation, and 8 bits round activations to 14.
-TOLERANCE = {torch.bfloat16: 0.015, torch.float16: 0.005, torch.float32: 1e-3}
+_TOLERANCE = {torch.bfloat16: 0.015, torch.float16: 0.005, torch.float32: 1e-3}
 
 # A decoder layer's, by their names in transformers.
-PARTS: dict[str, type] = {
+_PARTS: dict[str, type] = {
     "input_layernorm": RMSNorm,
     "self_attn": FusedAttention,
     "post_attention_layernorm": RMSNorm,
@@ -36,7 +36,7 @@ class FusedLayer(torch.nn.Module):
 
     def __init__(self, module: Any):
         super().__init__()
-        for name in PARTS:
+        for name in _PARTS:
             setattr(self, name, getattr(module, name))
         # By which some models choose what they give their layers.
         self.attention_type = getattr(module, "attention_type", None)
@@ -45,14 +45,14 @@ class FusedLayer(torch.nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        step: Step,
+        step: ForwardBatch,
         **_: Any,
     ) -> torch.Tensor:
         """By transformers' interface, [1, tokens, width]."""
         return self.compute(hidden_states[0], position_embeddings, step)[None]
 
     def compute(
-        self, x: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor], step: Step
+        self, x: torch.Tensor, embeddings: tuple[torch.Tensor, torch.Tensor], step: ForwardBatch
     ) -> torch.Tensor:
         """The same of [tokens, width], for embeddings of the positions."""
         normed = self.input_layernorm.forward(x)
@@ -70,7 +70,7 @@ def is_plain(module: Any, parts: dict[str, type]) -> bool:
 Make = Callable[[Any, dict[str, Any]], torch.nn.Module | None]
 
 
-class Comparison:
+class _Comparison:
     """Makes fused modules in a forward pass, and keeps those that compute what the model's do.
 
     Both are given noise: what a model computes of a short text may hardly depend on the order of a
@@ -87,23 +87,23 @@ class Comparison:
         if fused is None:
             return
         if args:
-            args = (noise_like(args[0]), *args[1:])
+            args = (_noise_like(args[0]), *args[1:])
         else:
-            kwargs = kwargs | {"hidden_states": noise_like(kwargs["hidden_states"])}
+            kwargs = kwargs | {"hidden_states": _noise_like(kwargs["hidden_states"])}
         # Not by calling the modules, which would be heard again.
-        wanted = module.forward(*args, **uncounted(kwargs))
-        found = fused.forward(*args, **uncounted(kwargs))
+        wanted = module.forward(*args, **_uncounted(kwargs))
+        found = fused.forward(*args, **_uncounted(kwargs))
         if type(found) is type(wanted) and is_alike(found, wanted):
             self.alike[name] = fused
 
 
-def uncounted(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _uncounted(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The same, with a step and states of its own, as they count how often a layer is computed."""
     counting = {"step", "cache_params", "past_key_values"} & kwargs.keys()
     return kwargs | {name: copy(kwargs[name]) for name in counting}
 
 
-def noise_like(x: torch.Tensor) -> torch.Tensor:
+def _noise_like(x: torch.Tensor) -> torch.Tensor:
     """Numbers that are about as large, and always the same."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     return noise.to(x) * x.float().square().mean().sqrt().to(x)
@@ -113,12 +113,12 @@ def is_alike(found: Any, wanted: Any) -> bool:
     """Whether two modules' outputs are the same but for rounding; attention gives a pair."""
     if isinstance(wanted, tuple):
         found, wanted = found[0], wanted[0]
-    return relative_error(found, wanted) < TOLERANCE[wanted.dtype]
+    return relative_error(found, wanted) < _TOLERANCE[wanted.dtype]
 
 
 def replace(model: Any, fits: Callable[[Any], bool], make: Make, run: Callable[[], Any]) -> None:
     """Replace the modules that fit, where that computes the same in a forward pass."""
-    comparison = Comparison(make)
+    comparison = _Comparison(make)
     fitting = {name: module for name, module in model.named_modules() if fits(module)}
     if not fitting:
         return
@@ -140,14 +140,14 @@ def fuse_layers(model: Any, run: Callable[[], Any]) -> None:
 
     `run` is a forward pass of several tokens, whose layers are told its step.
     """
-    turns = Turns()
+    turns = RotaryCache()
 
     def attention(module: Any, given: dict[str, Any]) -> FusedAttention | None:
         scoring = scoring_of(module, given)
         return None if scoring is None else FusedAttention(module, scoring, turns)
 
     replace(model, can_be_fused, attention, run)
-    replace(model, partial(is_plain, parts=PARTS), lambda module, _: FusedLayer(module), run)
+    replace(model, partial(is_plain, parts=_PARTS), lambda module, _: FusedLayer(module), run)
 
 
 def scoring_of(module: Any, given: dict[str, Any]) -> Scoring | None:

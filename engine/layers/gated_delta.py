@@ -14,27 +14,27 @@ from engine.kernels.cpu import DeltaLayer, DeltaStep, kernels
 from engine.layers.recurrent import StateCache
 
 # Of channels that the kernel reads at once, on any CPU; and inputs of its convolution.
-VECTOR = 16
-TAPS = 4
-PARTS = {"conv1d", "norm", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"}
+_VECTOR = 16
+_TAPS = 4
+_PARTS = {"conv1d", "norm", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"}
 
 
 def can_be_packed(module: Any) -> bool:
     """Whether a module looks like such a layer, of sizes that the kernel does."""
-    if not {name for name, _ in module.named_children()} >= PARTS:
+    if not {name for name, _ in module.named_children()} >= _PARTS:
         return False
     conv = module.conv1d
     return (
         hasattr(module, "A_log")
         and conv.bias is None
-        and conv.kernel_size == (TAPS,)
-        and conv.in_channels % VECTOR == 0
+        and conv.kernel_size == (_TAPS,)
+        and conv.in_channels % _VECTOR == 0
         and conv.weight.device.type == "cpu"
         and conv.weight.dtype == torch.float32
     )
 
 
-class Chains:
+class _Chains:
     """A step's texts for the kernel, each a chain of pieces; keeps alive what it is pointed to."""
 
     def __init__(self, cache: StateCache, floats: int):
@@ -106,7 +106,7 @@ class PackedDelta(torch.nn.Module):
         self.floats = conv.in_channels + 2 * module.num_v_heads
         # One slot's states.
         self.shapes = {
-            "conv": (conv.in_channels, TAPS),
+            "conv": (conv.in_channels, _TAPS),
             "recurrent": (module.num_v_heads, module.head_k_dim, module.head_v_dim),
         }
         self.function = kernels().gated_delta
@@ -139,9 +139,9 @@ class PackedDelta(torch.nn.Module):
         out: torch.Tensor = own.forward(*args, **kwargs)
         return out
 
-    def _chains(self, cache: StateCache) -> Chains:
+    def _chains(self, cache: StateCache) -> _Chains:
         """The step for layers of this size, described once for all of them."""
         if self.floats not in cache.inputs:
-            cache.inputs[self.floats] = Chains(cache, self.floats)
-        chains: Chains = cache.inputs[self.floats]
+            cache.inputs[self.floats] = _Chains(cache, self.floats)
+        chains: _Chains = cache.inputs[self.floats]
         return chains

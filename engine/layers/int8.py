@@ -14,21 +14,21 @@ from engine.layers.quantized import QuantizedLinear, is_int8
 from engine.relative_error import relative_error
 
 # With more tokens the product takes longer than unpacking, and torch's own is faster.
-MAX_TOKENS = 64
+_MAX_TOKENS = 64
 # The largest relative error of a product beside that of the unpacked weights.
-MAX_ERROR = 0.02
+_MAX_ERROR = 0.02
 
-CONFIGS = [
+_CONFIGS = [
     triton.Config({"BLOCK_OUT": out, "BLOCK_IN": inner}, num_warps=4, num_stages=stages)
     for out, inner, stages in ((16, 256, 3), (32, 128, 4), (32, 256, 3), (64, 128, 4))
 ]
 
 
 @triton.autotune(  # type: ignore[untyped-decorator]
-    configs=CONFIGS, key=["out_features", "in_features", "BLOCK_TOKENS"]
+    configs=_CONFIGS, key=["out_features", "in_features", "BLOCK_TOKENS"]
 )
 @triton.jit  # type: ignore[untyped-decorator]
-def int8_product(  # type: ignore[no-untyped-def]
+def _int8_product(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, scale_ptr, out_ptr, tokens, out_features, in_features,
     BLOCK_TOKENS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ class Int8Kernel:
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether these are few enough tokens, in half precision."""
-        few = x.numel() // x.shape[-1] <= MAX_TOKENS
+        few = x.numel() // x.shape[-1] <= _MAX_TOKENS
         return few and x.dtype in (torch.bfloat16, torch.float16)
 
     def product(
@@ -84,7 +84,7 @@ class Int8Kernel:
             return (triton.cdiv(out_features, config["BLOCK_OUT"]),)
 
         with torch.cuda.device_of(rows):  # of several cards Triton takes the current one
-            int8_product[grid](
+            _int8_product[grid](
                 rows, weight, scale, out, len(rows), out_features, in_features,
                 BLOCK_TOKENS=max(16, triton.next_power_of_2(len(rows))),
             )  # fmt: skip
@@ -111,12 +111,12 @@ def use_kernel(model: Any) -> None:
 def check(kernel: Int8Kernel, layer: QuantizedLinear, dtype: torch.dtype) -> None:
     """Compare the kernel's product with the unpacked weights', for one token and for many."""
     generator = torch.Generator().manual_seed(0)
-    for tokens in (1, 5, 16, 33, MAX_TOKENS):
+    for tokens in (1, 5, 16, 33, _MAX_TOKENS):
         x = torch.randn(tokens, layer.in_features, generator=generator)
         x = x.to(layer.weight.device, dtype)
         if not kernel.takes(x):
             raise RuntimeError(f"there is no kernel for {dtype}")
         found = kernel.product(x, layer.weight, layer.weight_scale, layer.bias)
         error = relative_error(found, layer.reference(x))
-        if not error < MAX_ERROR:
+        if not error < _MAX_ERROR:
             raise RuntimeError(f"our kernel's products are {error:.0%} off")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engine.attention.forward_batch import Step
+from engine.attention.forward_batch import ForwardBatch
 from engine.kernels.cpu import Update as KernelUpdate
 from engine.kernels.cpu import Updates as KernelUpdates
 from engine.kernels.cpu import kernels
@@ -35,10 +35,10 @@ class Part(NamedTuple):
 class Current:
     """The step that a model computes now, whose tokens' adapters its products ask for."""
 
-    step: Step | None = None
+    step: ForwardBatch | None = None
 
     @contextmanager
-    def computing(self, step: Step) -> Iterator[None]:
+    def computing(self, step: ForwardBatch) -> Iterator[None]:
         self.step = step
         try:
             yield
@@ -74,7 +74,7 @@ class Table:
         self.described = KernelUpdates(*pointers, in_features, self.ranks)
         self.address = ctypes.addressof(self.described)
 
-    def add(self, step: Step, x: torch.Tensor, out: torch.Tensor) -> None:
+    def add(self, step: ForwardBatch, x: torch.Tensor, out: torch.Tensor) -> None:
         """Add the tokens' updates for x [tokens, in] to out [tokens, columns], both float32."""
         said = torch.empty(len(x), self.ranks)
         pointers = x.data_ptr(), out.data_ptr(), out.shape[1], said.data_ptr()
@@ -83,7 +83,7 @@ class Table:
         kernels().adapt(self.address, adapters, len(x), *pointers, torch.get_num_threads())
 
 
-class Stacks:
+class _Stacks:
     """A product's updates as one matrix each of an adapter, zeros where it has none."""
 
     def __init__(self, product: Any, parts: dict[int, list[Part]], count: int, like: torch.Tensor):
@@ -98,7 +98,7 @@ class Stacks:
                 self.up[number, first : first + len(up), row:end] = up
                 row = end
 
-    def add(self, step: Step, x: torch.Tensor, out: torch.Tensor) -> None:
+    def add(self, step: ForwardBatch, x: torch.Tensor, out: torch.Tensor) -> None:
         """Add the tokens' updates for x [tokens, in] to out [tokens, columns]."""
         here = step.on(x.device)
         assert here.adapters is not None
@@ -117,7 +117,7 @@ class Stacks:
 class Adapted(torch.nn.Module):
     """A product of a model's, and what each token's adapter adds to it."""
 
-    updates: Table | Stacks
+    updates: Table | _Stacks
 
     def __init__(self, product: Any, current: Current):
         super().__init__()
@@ -131,7 +131,7 @@ class Adapted(torch.nn.Module):
         if like is None:
             self.updates = Table(self.in_features, self.parts, count)
         else:
-            self.updates = Stacks(self.product, self.parts, count, like)
+            self.updates = _Stacks(self.product, self.parts, count, like)
         self.parts = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

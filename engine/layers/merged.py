@@ -17,7 +17,7 @@ PRODUCTS = ("q_proj", "k_proj", "v_proj")
 SIBLINGS = (PRODUCTS, ("gate_proj", "up_proj"))
 
 
-class SharedProduct:
+class _MergedLinear:
     """Several linear layers of one input as a single product, computed for the first of them."""
 
     def __init__(self, layers: list[Any], products: Products):
@@ -49,10 +49,10 @@ class SharedProduct:
         return part
 
 
-class Part(torch.nn.Module):
-    """One of the layers of a SharedProduct."""
+class MergedPart(torch.nn.Module):
+    """One of the layers of a MergedLinear."""
 
-    def __init__(self, shared: SharedProduct, index: int):
+    def __init__(self, shared: _MergedLinear, index: int):
         super().__init__()
         self.shared = shared
         self.index = index
@@ -108,7 +108,7 @@ class FusedMLP(torch.nn.Module):
         return self.down_proj.forward(self.act_fn.forward(gate) * up)
 
 
-def can_be_shared(layer: Any, products: Products) -> bool:
+def _can_be_shared(layer: Any, products: Products) -> bool:
     """Whether a layer is linear, and its weights are such as the products take."""
     if isinstance(layer, QuantizedLinear):
         return bits_of(layer) in products.bits
@@ -125,14 +125,14 @@ def share_products(module: Any, products: Products) -> None:
     """Let a module's linear layers of one input be computed together, where all can be."""
     for names in SIBLINGS:
         layers: list[Any] = [getattr(module, name, None) for name in names]
-        if not all(can_be_shared(layer, products) for layer in layers):
+        if not all(_can_be_shared(layer, products) for layer in layers):
             continue
         if isinstance(layers[0], BlockLinear) and not can_be_joined(layers):
             continue
         if len({(type(x), x.in_features, x.bias is None) for x in layers}) == 1:
-            shared = SharedProduct(layers, products)
+            shared = _MergedLinear(layers, products)
             for index, name in enumerate(names):
-                setattr(module, name, Part(shared, index))
+                setattr(module, name, MergedPart(shared, index))
 
 
 def norm_parameters(module: Any) -> tuple[torch.nn.Parameter, float] | None:
@@ -163,9 +163,9 @@ def looks_gated(module: Any) -> bool:
     return names == {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
-def plain_mlp(module: Any) -> FusedMLP | None:
+def _plain_mlp(module: Any) -> FusedMLP | None:
     """A module in few operations, if it computes no more than a gated MLP."""
-    if not looks_gated(module) or not isinstance(module.gate_proj, Part):
+    if not looks_gated(module) or not isinstance(module.gate_proj, MergedPart):
         return None
     fused = FusedMLP(module)
     probe = torch.linspace(-30, 30, 2 * module.gate_proj.in_features).reshape(1, 2, -1)
@@ -175,5 +175,5 @@ def plain_mlp(module: Any) -> FusedMLP | None:
 def fuse_parts(model: Any) -> None:
     """Replace a model's norms and gated MLPs, where they are no more than that."""
     for name, module in list(model.named_modules()):
-        if fused := plain_norm(module) or plain_mlp(module):
+        if fused := plain_norm(module) or _plain_mlp(module):
             model.set_submodule(name, fused)

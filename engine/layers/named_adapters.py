@@ -18,7 +18,7 @@ from engine.layers.weight_format import computes_exactly
 Updates = dict[str, Update]
 
 
-class Place(NamedTuple):
+class _Place(NamedTuple):
     """Where a linear layer is computed: columns of a module's product, from `first` on."""
 
     holder: Any
@@ -26,7 +26,7 @@ class Place(NamedTuple):
     first: int = 0
 
 
-def place_of(model: Any, layer: str) -> Place:
+def _place_of(model: Any, layer: str) -> _Place:
     """Where a model computes a layer that transformers calls so, in whatever form.
 
     Raises StartError where tokens come in another order than in the step.
@@ -34,36 +34,36 @@ def place_of(model: Any, layer: str) -> Place:
     *path, leaf = layer.split(".")
     parent = model
     for name in path:
-        parent = getattr(inside(parent), name)
+        parent = getattr(_inside(parent), name)
         if isinstance(parent, PackedDelta) or isinstance(parent.forward, InGroups):
             raise StartError(
                 f"--adapter: {layer} is in a layer that keeps a state, which is not computed with"
                 " adapters beside the weights; merge the adapter instead, with --model FOLDER"
             )
-    parent = inside(parent)
+    parent = _inside(parent)
     for names in merged.SIBLINGS:
         if leaf in names and hasattr(parent, "product"):
-            return Place(parent, "product", sum(widths_of(parent, names)[: names.index(leaf)]))
+            return _Place(parent, "product", sum(_widths_of(parent, names)[: names.index(leaf)]))
     module = getattr(parent, leaf)
-    if isinstance(module, merged.Part):
+    if isinstance(module, merged.MergedPart):
         shared = module.shared
-        return Place(shared, "product", sum(shared.widths[: module.index]))
-    return Place(parent, leaf)
+        return _Place(shared, "product", sum(shared.widths[: module.index]))
+    return _Place(parent, leaf)
 
 
-def inside(module: Any) -> Any:
+def _inside(module: Any) -> Any:
     """A layer as it was before it became one call."""
     return module.layer if type(module) is CpuLayer else module
 
 
-def widths_of(parent: Any, names: tuple[str, ...]) -> list[int]:
+def _widths_of(parent: Any, names: tuple[str, ...]) -> list[int]:
     """How many columns of a fused module's product each of its layers has."""
     if names == merged.PRODUCTS:
         return [count * parent.width for count in parent.counts]
     return [parent.product.out_features // len(names)] * len(names)
 
 
-def device_of(product: Any) -> torch.device:
+def _device_of(product: Any) -> torch.device:
     """Where a product is computed."""
     hook = getattr(product, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
@@ -82,7 +82,7 @@ def attach(model: Any, adapters: Sequence[Updates]) -> Current:
     adapted: list[Adapted] = []
     for number, updates in enumerate(adapters, 1):
         for layer, update in updates.items():
-            place = place_of(model, layer)
+            place = _place_of(model, layer)
             product = getattr(place.holder, place.name)
             if not isinstance(product, Adapted):
                 product = Adapted(product, current)
@@ -90,7 +90,7 @@ def attach(model: Any, adapters: Sequence[Updates]) -> Current:
                 adapted.append(product)
             product.parts.setdefault(number, []).append(Part(place.first, update))
     for product in adapted:
-        device = device_of(product.product)
+        device = _device_of(product.product)
         by_kernel = device.type == "cpu" and computes_exactly(model) and not why_missing()
         dtype = torch.float32 if computes_exactly(model) else model.dtype
         like = None if by_kernel else torch.empty(0, device=device, dtype=dtype)

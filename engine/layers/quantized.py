@@ -52,7 +52,7 @@ def pack(matrix: torch.Tensor, bits: Bits) -> tuple[torch.Tensor, torch.Tensor]:
     largest = exact.abs().amax(1, keepdim=True)
     # A row of zeros has no scale of its own. The weights are divided by the scale as it is stored,
     # so that its rounding does no harm.
-    scale = torch.where(largest == 0, 1.0, largest / 127).to(scale_dtype(matrix))
+    scale = torch.where(largest == 0, 1.0, largest / 127).to(_scale_dtype(matrix))
     return exact.div_(scale).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
@@ -64,7 +64,7 @@ def pack_stack(weight: torch.Tensor, bits: Bits) -> tuple[torch.Tensor, torch.Te
     return torch.stack([packed for packed, _ in pairs]), torch.stack([scale for _, scale in pairs])
 
 
-def scale_dtype(weight: torch.Tensor) -> torch.dtype:
+def _scale_dtype(weight: torch.Tensor) -> torch.dtype:
     """The type of scales in 8 bits; fp16 has too few exponents for them."""
     return torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
 
@@ -73,12 +73,12 @@ def unpack(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> tor
     """The matrix, or the stack of them, that was packed, but for what the fewer bits cost."""
     if packed.dtype == torch.int8:
         return (packed * scale.to(torch.promote_types(scale.dtype, dtype))).to(dtype)
-    state = state_of(packed, scale, dtype)
+    state = _state_of(packed, scale, dtype)
     weight = load_bitsandbytes().functional.dequantize_4bit(packed.reshape(-1, 1), state)
     return weight.view(state.shape)
 
 
-def state_of(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Any:
+def _state_of(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Any:
     """What bitsandbytes must be told of a packed matrix."""
     shape = torch.Size((*packed.shape[:-1], 2 * packed.shape[-1]))
     return load_bitsandbytes().functional.QuantState(
@@ -86,10 +86,10 @@ def state_of(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> A
     )
 
 
-def empty_pair(weight: torch.Tensor, bits: Bits) -> list[torch.nn.Parameter]:
+def _empty_pair(weight: torch.Tensor, bits: Bits) -> list[torch.nn.Parameter]:
     """Parameters for what a matrix, or a stack of them, will be packed into, and its scales."""
     *rows, columns = weight.shape
-    kinds: list[tuple[int, torch.dtype]] = [(columns, torch.int8), (1, scale_dtype(weight))]
+    kinds: list[tuple[int, torch.dtype]] = [(columns, torch.int8), (1, _scale_dtype(weight))]
     if bits == 4:
         kinds = [(columns // 2, torch.uint8), (columns // BLOCK, torch.float32)]
     return [
@@ -116,13 +116,13 @@ class QuantizedLinear(torch.nn.Module):
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self.weight, self.weight_scale = empty_pair(linear.weight, bits)
+        self.weight, self.weight_scale = _empty_pair(linear.weight, bits)
         self.bias = linear.bias
         self.shapes = shapes_of(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.dtype == torch.uint8:
-            state = state_of(self.weight, self.weight_scale, x.dtype)
+            state = _state_of(self.weight, self.weight_scale, x.dtype)
             bnb = load_bitsandbytes()
             return bnb.matmul_4bit(x, self.weight.view(-1, 1), state, bias=self.bias)
         if self.kernel is not None and self.kernel.takes(x):
@@ -145,8 +145,8 @@ class QuantizedExperts(torch.nn.Module):
         super().__init__()
         self.num_experts = len(experts.gate_up_proj)
         self.act_fn = experts.act_fn
-        self.gate_up_proj, self.gate_up_proj_scale = empty_pair(experts.gate_up_proj, bits)
-        self.down_proj, self.down_proj_scale = empty_pair(experts.down_proj, bits)
+        self.gate_up_proj, self.gate_up_proj_scale = _empty_pair(experts.gate_up_proj, bits)
+        self.down_proj, self.down_proj_scale = _empty_pair(experts.down_proj, bits)
         self.shapes = shapes_of(self)
 
     def unpacked(self, name: str, dtype: torch.dtype, chosen: Any = slice(None)) -> torch.Tensor:

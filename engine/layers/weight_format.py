@@ -25,12 +25,12 @@ from engine.layers.fbgemm import (
 )
 from engine.layers.freed_memory import return_freed_memory
 from engine.layers.lora import Adapted
-from engine.layers.merged import Part, fuse_parts, parents_of_siblings, share_products
+from engine.layers.merged import MergedPart, fuse_parts, parents_of_siblings, share_products
 from engine.layers.quantized import QuantizedExperts, QuantizedLinear, bits_of
 from engine.relative_error import relative_error
 
-Form = Literal["as it is", "our kernels", "fp16 weights", "float32"]
-PACKED: dict[Form, Products] = {"our kernels": BY_KERNELS, "fp16 weights": BY_FBGEMM}
+WeightFormat = Literal["as it is", "our kernels", "fp16 weights", "float32"]
+PACKED: dict[WeightFormat, Products] = {"our kernels": BY_KERNELS, "fp16 weights": BY_FBGEMM}
 
 
 def has_fused_experts(module: Any) -> bool:
@@ -78,7 +78,7 @@ def computes_alike(half: Any, experts: Any) -> bool:
 
 
 @torch.inference_mode()
-def convert(model: Any, form: Form) -> None:
+def convert(model: Any, form: WeightFormat) -> None:
     """Give a model's linear layers a form, one after the other, and the rest float32.
 
     A layer whose weights do not fit it has them in float32.
@@ -93,7 +93,7 @@ def convert(model: Any, form: Form) -> None:
     convert_module(model, form)
 
 
-def convert_module(model: Any, form: Form) -> None:
+def convert_module(model: Any, form: WeightFormat) -> None:
     """The same for a model or for a part of it; its embedding stays."""
     if products := PACKED.get(form):
         for module in parents_of_siblings(model):
@@ -102,7 +102,7 @@ def convert_module(model: Any, form: Form) -> None:
         convert_packed(model, products)
         layers = replaceable(model)
         while layers:  # each is freed before the next is made
-            convert_half(model, *layers.popitem(), products)
+            _convert_half(model, *layers.popitem(), products)
             return_freed_memory()
     wide = [module for module in model.modules() if isinstance(module, WideEmbedding)]
     kept = {parameter for embedding in wide for parameter in embedding.parameters()}
@@ -111,18 +111,18 @@ def convert_module(model: Any, form: Form) -> None:
             parameter.data = parameter.data.float()
     for module in model.modules():
         if hasattr(module, "get_slope_rate"):
-            widen_decays(module)
+            _widen_decays(module)
     fuse_parts(model)
 
 
-def widen_decays(module: Any) -> None:
+def _widen_decays(module: Any) -> None:
     """Make MiniMax's decays again in float32: they are computed, and were rounded when loaded."""
     slope = module.get_slope_rate(device=module.slope_rate.device)
     module.slope_rate = slope
     module.query_decay, module.key_decay, module.diagonal_decay = module.decay_factors(slope)
 
 
-def convert_half(model: Any, name: str, layer: Any, products: Products) -> None:
+def _convert_half(model: Any, name: str, layer: Any, products: Products) -> None:
     """Let a layer's or a mixture's weights be read in 16 bits, if all can be."""
     if not all(map(products.fits, matrices_of(layer))):
         return
@@ -166,13 +166,13 @@ def tolerance_of(model: Any) -> float:
     """
     if not computes_exactly(model):
         return 0.1
-    by_int8 = any(isinstance(product_of(module), Int8Linear) for module in model.modules())
+    by_int8 = any(isinstance(_product_of(module), Int8Linear) for module in model.modules())
     return 0.01 if by_int8 else 1e-3
 
 
-def product_of(module: Any) -> Any:
+def _product_of(module: Any) -> Any:
     """A module itself, or the product that the first of several layers computes for all."""
-    if isinstance(module, Part):
+    if isinstance(module, MergedPart):
         product = module.shared.product if module.index == 0 else None
         return product.product if isinstance(product, Adapted) else product
     return module
@@ -182,7 +182,7 @@ def held_bytes(model: Any) -> int:
     """The memory that a model's weights take in whatever form; those on disk take none."""
     tensors = [*model.parameters(), *model.buffers()]
     total = sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
-    for product in map(product_of, model.modules()):
+    for product in map(_product_of, model.modules()):
         if isinstance(product, CpuLinear | HalfLinear | Int8Linear):
             total += product.packed_bytes
     return total

@@ -24,7 +24,7 @@ class PromptBounds:
 
         Raises ContextTooLong if none does, InvalidInput for ids or lengths that cannot be.
         """
-        params = with_given(defaults, given)
+        params = _with_given(defaults, given)
         asked = "max_new_tokens" in given
         most = params.max_new_tokens if asked or not whole_context else self.context_length
         room = self.context_length - len(ids)
@@ -69,7 +69,7 @@ class PromptBounds:
         return limit
 
 
-def with_given(defaults: SamplingParams, given: dict[str, Any]) -> SamplingParams:
+def _with_given(defaults: SamplingParams, given: dict[str, Any]) -> SamplingParams:
     """A request's sampling; its stop strings come to those of the checkpoint."""
     stop = dict.fromkeys((*defaults.stop, *given.get("stop", ())))
     return replace(defaults, **given | {"stop": tuple(stop)})

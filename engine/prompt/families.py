@@ -23,7 +23,7 @@ PIECE_BREAK = "\ufdd2"
 Message = dict[str, Any]
 
 
-DEFAULTS = SamplingParams()
+_DEFAULTS = SamplingParams()
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Family:
     ends: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()  # tokens that only other models of this model_type have
     strip: bool = False
-    defaults: SamplingParams = DEFAULTS
+    defaults: SamplingParams = _DEFAULTS
     ignores_generation_config: bool = False  # as the tutorial's program did
     # Whether the chat model's files may be without a chat template. Where they always had one,
     # a checkpoint without is the base model.
@@ -52,8 +52,8 @@ class Family:
         return self.begin + "".join(turns) + (self.ask if add_generation_prompt else "")
 
 
-ROLES = ("system", "user", "assistant")
-TUTORIAL = SamplingParams(1024, 0.95, 5, 0.7, repetition_penalty=1.1)
+_ROLES = ("system", "user", "assistant")
+_TUTORIAL = SamplingParams(1024, 0.95, 5, 0.7, repetition_penalty=1.1)
 
 # The formats are those of each model's original code.
 FAMILIES = (
@@ -69,7 +69,7 @@ FAMILIES = (
         begin="<｜begin▁of▁sentence｜>",
         ask="Assistant:",
         ends=("<｜end▁of▁sentence｜>",),
-        defaults=TUTORIAL,
+        defaults=_TUTORIAL,
         ignores_generation_config=True,
     ),
     Family(
@@ -80,14 +80,14 @@ FAMILIES = (
         ask="reserved_1",
         ends=("</s>",),
         without_template=True,
-        defaults=TUTORIAL,
+        defaults=_TUTORIAL,
         ignores_generation_config=True,
     ),
     Family(
         "llama-3",
         "llama",
         markers=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-        turns={r: f"<|start_header_id|>{r}<|end_header_id|>\n\n{{}}<|eot_id|>" for r in ROLES},
+        turns={r: f"<|start_header_id|>{r}<|end_header_id|>\n\n{{}}<|eot_id|>" for r in _ROLES},
         begin="<|begin_of_text|>",
         ask="<|start_header_id|>assistant<|end_header_id|>\n\n",
         ends=("<|end_of_text|>", "<|eot_id|>"),
@@ -116,7 +116,7 @@ FAMILIES = (
         "internlm2",
         markers=("<s>", "<|im_start|>", "<|im_end|>"),
         turns={
-            **{role: f"<|im_start|>{role}\n{{}}<|im_end|>\n" for role in ROLES},
+            **{role: f"<|im_start|>{role}\n{{}}<|im_end|>\n" for role in _ROLES},
             "tools": "<|im_start|>system name=<|plugin|>\n{}<|im_end|>\n",
             "tool": "<|im_start|>environment name=<|plugin|>\n{}<|im_end|>\n",
         },
@@ -131,7 +131,7 @@ FAMILIES = (
 )
 
 # A conversation by which formats are compared, with spaces that some of them strip.
-PROBE: list[Message] = [
+_PROBE: list[Message] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": " hi "},
     {"role": "assistant", "content": " hello "},
@@ -170,7 +170,7 @@ def renders_like(family: Family, tokenizer: PreTrainedTokenizerFast) -> bool:
         return False
     given = tokenizer.special_tokens_map | {"add_generation_prompt": True}
     try:
-        rendered = render_template(templates.default, PROBE, given)
+        rendered = render_template(templates.default, _PROBE, given)
     except InvalidInput:
         return False
-    return rendered == family.render(PROBE, add_generation_prompt=True).replace(PIECE_BREAK, "")
+    return rendered == family.render(_PROBE, add_generation_prompt=True).replace(PIECE_BREAK, "")

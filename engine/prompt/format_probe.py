@@ -5,15 +5,15 @@ from collections.abc import Callable
 from engine.errors import EngineError
 from engine.prompt.families import Message
 
-ASKED: Message = {"role": "user", "content": "hi"}
-ANSWERED: Message = {"role": "assistant", "content": "hello"}
-WORD = "qzasystem"  # that no format says by itself
+_ASKED: Message = {"role": "user", "content": "hi"}
+_ANSWERED: Message = {"role": "assistant", "content": "hello"}
+_WORD = "qzasystem"  # that no format says by itself
 
 
 def can_continue(encode: Callable[..., list[int]]) -> bool:
     """Whether an answer can go on from a message."""
     try:
-        return bool(encode([ASKED, ANSWERED], continue_final=True))
+        return bool(encode([_ASKED, _ANSWERED], continue_final=True))
     except EngineError:
         return False
 
@@ -21,7 +21,7 @@ def can_continue(encode: Callable[..., list[int]]) -> bool:
 def has_system_turns(encode: Callable[..., list[int]], decode: Callable[[list[int]], str]) -> bool:
     """Whether a system turn behind others is taken, and shown in its place."""
     try:
-        text = decode(encode([ASKED, ANSWERED, ASKED, {"role": "system", "content": WORD}]))
+        text = decode(encode([_ASKED, _ANSWERED, _ASKED, {"role": "system", "content": _WORD}]))
     except EngineError:
         return False
-    return WORD in text.partition(ANSWERED["content"])[2]
+    return _WORD in text.partition(_ANSWERED["content"])[2]

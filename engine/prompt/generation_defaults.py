@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 log = logging.getLogger("chat")
 
 # What transformers' generate does and the engine does not, and the values that ask for nothing.
-NOT_DONE: dict[str, tuple[Any, ...]] = {
+_NOT_DONE: dict[str, tuple[Any, ...]] = {
     "constraints": (),
     "diversity_penalty": (0,),
     "encoder_no_repeat_ngram_size": (0,),
@@ -68,7 +68,7 @@ def checkpoint_defaults(
         "min_tokens": config.min_new_tokens,
         "stop": texts(config.stop_strings),
         "suppress_tokens": ids(
-            "suppress_tokens", [*(config.suppress_tokens or ()), *banned_words(config)], vocabulary
+            "suppress_tokens", [*(config.suppress_tokens or ()), *_banned_words(config)], vocabulary
         ),
         "begin_suppress_tokens": ids(
             "begin_suppress_tokens", config.begin_suppress_tokens, vocabulary
@@ -76,14 +76,14 @@ def checkpoint_defaults(
     }
     for name, value in found.items():
         if isinstance(getattr(base, name), int | float) and value is not None:
-            check_number(name, value)
+            _check_number(name, value)
     if config.do_sample is False:
         found["temperature"] = 0.0
     found["top_k"] = found["top_k"] and max(0, found["top_k"])  # some write -1 for off
     return replace(base, **{name: x for name, x in found.items() if x is not None})
 
 
-def check_number(name: str, value: Any) -> None:
+def _check_number(name: str, value: Any) -> None:
     if not isinstance(value, int | float):
         raise StartError(
             f"generation_config.json says {name} {value!r}, which is no number; correct the file,"
@@ -109,7 +109,7 @@ def texts(listed: Any) -> tuple[str, ...] | None:
     return tuple(text for text in stop if text) or None
 
 
-def banned_words(config: GenerationConfig) -> list[int]:
+def _banned_words(config: GenerationConfig) -> list[int]:
     """The words never to be said that are one token; longer ones are none of what we do."""
     return [word[0] for word in config.bad_words_ids or () if len(word) == 1]
 
@@ -136,8 +136,8 @@ def log_wishes(config: GenerationConfig, family: Family | None = None) -> None:
     """Log what a checkpoint wishes that is not done."""
     if family and family.ignores_generation_config:
         return
-    wishes = {name: getattr(config, name, None) for name in NOT_DONE}
-    wishes = {name: x for name, x in wishes.items() if x and x not in NOT_DONE[name]}
+    wishes = {name: getattr(config, name, None) for name in _NOT_DONE}
+    wishes = {name: x for name, x in wishes.items() if x and x not in _NOT_DONE[name]}
     if longer := [word for word in config.bad_words_ids or () if len(word) > 1]:
         wishes["bad_words_ids"] = longer
     if wishes:

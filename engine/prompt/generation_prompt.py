@@ -8,8 +8,8 @@ from typing import Any
 from engine.errors import InvalidInput
 
 # Characters of the variables for which it is remembered.
-MAX_VARIABLES = 4096
-QUESTION = [{"role": "user", "content": "?"}]
+_MAX_VARIABLES = 4096
+_QUESTION = [{"role": "user", "content": "?"}]
 
 
 class GenerationPrompt:
@@ -29,15 +29,15 @@ class GenerationPrompt:
     def num_before(self, ids: list[int], variables: Mapping[str, Any]) -> int | None:
         """How many of a prompt's tokens stand before it; None if it is not at their end."""
         key = json.dumps(variables, sort_keys=True)
-        added = self._ids(key) if len(key) < MAX_VARIABLES else []
+        added = self._ids(key) if len(key) < _MAX_VARIABLES else []
         return len(ids) - len(added) if added and ids[-len(added) :] == added else None
 
     def _find(self, variables: str) -> list[int]:
         """Its ids; none if the template has none, or refuses the question."""
         given = json.loads(variables)
         try:
-            whole = self._render(QUESTION, add_generation_prompt=True, **given)
-            before = self._render(QUESTION, add_generation_prompt=False, **given)
+            whole = self._render(_QUESTION, add_generation_prompt=True, **given)
+            before = self._render(_QUESTION, add_generation_prompt=False, **given)
         except InvalidInput:
             return []
         return self._encode(whole[len(before) :]) if whole.startswith(before) else []

@@ -14,12 +14,12 @@ from engine.prompt.families import PIECE_BREAK
 
 # Added tokens of this form are special even where they are not flagged so, as DeepSeek's and
 # Qwen's for filling in the middle.
-SPECIAL_FORM = re.compile(r"<[|｜]\S+[|｜]>")
+_SPECIAL_FORM = re.compile(r"<[|｜]\S+[|｜]>")
 # A text's bytes where no token fits; whoever flags them as special does not mean it.
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def alternation(words: Iterable[str]) -> str:
+def _alternation(words: Iterable[str]) -> str:
     """A pattern that matches any of the words, the longest first."""
     return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
 
@@ -69,7 +69,7 @@ class SpecialTokens:
         # Training may have left these behind; transformers resets them at every call.
         spec["truncation"] = spec["padding"] = None
         for token in spec["added_tokens"]:
-            special = token["special"] or SPECIAL_FORM.fullmatch(token["content"])
+            special = token["special"] or _SPECIAL_FORM.fullmatch(token["content"])
             token["special"] = bool(special) and token["content"] not in shown
         self.backend = Tokenizer.from_str(json.dumps(spec))
         self.ids = self._find(spec, markers)
@@ -80,9 +80,9 @@ class SpecialTokens:
         self._quotable = [PIECE_BREAK, *self.ids]
         self._quotes = {w: f"{self._secret}q{i}_" for i, w in enumerate(self._quotable)}
         self._names = {word: f"{self._secret}n{i}_" for i, word in enumerate(self.ids)}
-        self.pattern = re.compile(alternation(self._quotable))
+        self.pattern = re.compile(_alternation(self._quotable))
         self._marked = re.compile(
-            f"{self._secret}q(\\d+)_|{alternation([*self.ids, *self._longer(spec)]) or '(?!)'}"
+            f"{self._secret}q(\\d+)_|{_alternation([*self.ids, *self._longer(spec)]) or '(?!)'}"
         )
         self.plain = self._renamed(spec)
 
@@ -119,7 +119,7 @@ class SpecialTokens:
 
     def _find(self, spec: dict[str, Any], markers: Iterable[str]) -> dict[str, int]:
         flagged = [token["content"] for token in spec["added_tokens"] if token["special"]]
-        words = [word for word in flagged if not BYTE_TOKEN.fullmatch(word)]
+        words = [word for word in flagged if not _BYTE_TOKEN.fullmatch(word)]
         known = {word: self.backend.token_to_id(word) for word in (*words, *markers)}
         return {word: i for word, i in known.items() if i is not None}
 

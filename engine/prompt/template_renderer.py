@@ -17,7 +17,7 @@ from engine.errors import InvalidInput, TemplateTooCostly
 RENDER_TIMEOUT = 5.0
 RENDER_MEMORY = 512 * 2**20
 # What a template says of what it refuses may repeat all of that.
-MAX_REASON = 500
+_MAX_REASON = 500
 
 
 @cache
@@ -63,7 +63,7 @@ def render_template(
 # ---- In the process
 
 
-def prepare(_: Any) -> Callable[[Any], dict[str, Any]]:
+def _prepare(_: Any) -> Callable[[Any], dict[str, Any]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     def answer(question: Any) -> dict[str, Any]:
@@ -73,15 +73,15 @@ def prepare(_: Any) -> Callable[[Any], dict[str, Any]]:
         except MemoryError:
             return {"costly": True}
         except Exception as error:
-            if is_of_template(error):
-                return {"refused": str(error)[:MAX_REASON]}
+            if _is_of_template(error):
+                return {"refused": str(error)[:_MAX_REASON]}
             return {"failed": traceback.format_exc()}
         return {"text": text}
 
     return answer
 
 
-def is_of_template(error: Exception) -> bool:
+def _is_of_template(error: Exception) -> bool:
     """Whether a template is at fault: jinja says so, or its code, or what it called, raised it."""
     from jinja2 import TemplateError
 
@@ -90,4 +90,4 @@ def is_of_template(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
-    answer_questions(prepare, RENDER_MEMORY)
+    answer_questions(_prepare, RENDER_MEMORY)

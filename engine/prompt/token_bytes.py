@@ -9,11 +9,11 @@ from functools import cache
 
 from tokenizers import Tokenizer
 
-BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @cache
-def byte_of_char() -> dict[str, int]:
+def _byte_of_char() -> dict[str, int]:
     """Which byte each character of a byte-level vocabulary stands for."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -24,7 +24,7 @@ def byte_of_char() -> dict[str, int]:
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes | None:
     """What a token adds to the text, from its own name; None if that does not say it."""
     piece = tokenizer.id_to_token(token) or ""
-    if found := BYTE.fullmatch(piece):
+    if found := _BYTE.fullmatch(piece):
         return bytes([int(found[1], 16)])
-    table = byte_of_char()
+    table = _byte_of_char()
     return bytes(table[c] for c in piece) if piece and table.keys() >= set(piece) else None

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 # Between which of them a model thinks aloud, where its chat template knows them.
-THINKING_MARKERS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+_THINKING_MARKERS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
 # Whose turns every template repeats; of the assistant's, some leave the thoughts out.
-ASKING = ("system", "user")
+_ASKING = ("system", "user")
 
 # Before the text, between it and the suffix, and after both, for models that can fill in what is
 # missing between: DeepSeek-Coder; Qwen2.5-Coder and CodeGemma; StarCoder and Granite; Code Llama.
@@ -59,7 +59,7 @@ class ChatTokenizer:
         self.tokenizer, self.family = tokenizer, family
         self.templates = Templates("", "") if family or templates is None else templates
         known = "".join(self.templates)
-        self.thinking_markers = next((p for p in THINKING_MARKERS if p[1] in known), None)
+        self.thinking_markers = next((p for p in _THINKING_MARKERS if p[1] in known), None)
         markers = (*family.markers, *family.ends) if family else ()
         infill = [word for words in INFILL_MARKERS for word in words]
         self._special = SpecialTokens(
@@ -92,7 +92,7 @@ class ChatTokenizer:
         ContextTooLong or TemplateTooCostly where they are too much for it.
         """
         # A template puts all that is said into a prompt, which may take the square of its length.
-        self.check_length("".join(m["content"].strip() for m in messages if m["role"] in ASKING))
+        self.check_length("".join(m["content"].strip() for m in messages if m["role"] in _ASKING))
         given = self._special.quote(self._checked(template_kwargs or {}))
         quoted, listed = self.tools.arrange(
             self._special.quote(messages), self._special.quote(tools)

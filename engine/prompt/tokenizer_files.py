@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # Texts that a wrongly read tokenizer.model encodes otherwise.
-PROBES = ("Hello, world", "你好，世界", " two  spaces", "x = 1\n\ty", "🙂 1234")
+_PROBES = ("Hello, world", "你好，世界", " two  spaces", "x = 1\n\ty", "🙂 1234")
 
 
-def upgrade_metaspace(node: dict[str, Any]) -> dict[str, Any]:
+def _upgrade_metaspace(node: dict[str, Any]) -> dict[str, Any]:
     """Rewrite a Metaspace node, as in XVERSE's tokenizer.json, for tokenizers 0.19 and later."""
     if node.get("type") == "Metaspace" and node.pop("add_prefix_space", True) is False:
         node["prepend_scheme"] = "never"
@@ -36,7 +36,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast | None":
     if (folder / "tokenizer.json").is_file():
         text = read_text(folder / "tokenizer.json")
         with damaged(folder / "tokenizer.json"):
-            held = json.loads(text, object_hook=upgrade_metaspace)
+            held = json.loads(text, object_hook=_upgrade_metaspace)
             backend = Tokenizer.from_str(json.dumps(held))
         with damaged(folder):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_object=backend)
@@ -69,12 +69,12 @@ def load_sentencepiece(folder: Path) -> "PreTrainedTokenizerFast":
     for kind in classes:
         with damaged(folder):
             read = kind.from_pretrained(folder).backend_tokenizer
-        backend = merge_by_score(read, original)
+        backend = _merge_by_score(read, original)
         with damaged(folder):
             tokenizer = plain.from_pretrained(folder, tokenizer_object=backend)
         add_lone_template(tokenizer, folder)
         # The classes put no second space in front of a text that begins with one.
-        probes = PROBES if kind is plain else [probe.lstrip() for probe in PROBES]
+        probes = _PROBES if kind is plain else [probe.lstrip() for probe in _PROBES]
         encode = partial(tokenizer.encode, add_special_tokens=False)
         wrong = [probe for probe in probes if original.encode(probe) != encode(probe)]
         if not wrong:
@@ -85,7 +85,7 @@ def load_sentencepiece(folder: Path) -> "PreTrainedTokenizerFast":
     )
 
 
-def merge_by_score(backend: Tokenizer, original: Any) -> Tokenizer:
+def _merge_by_score(backend: Tokenizer, original: Any) -> Tokenizer:
     """The tokenizer with its merges in the order of sentencepiece's scores.
 
     transformers orders them by id, which is another order where pieces were added to a vocabulary.

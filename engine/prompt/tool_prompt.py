@@ -9,11 +9,11 @@ from engine.tools.arguments import spell_json
 from engine.tools.format import COMMON, ToolFormat
 from engine.tools.learning import Render, learn_format
 
-HELP = """You may call functions to answer the user. These are their signatures, as JSON:
+_HELP = """You may call functions to answer the user. These are their signatures, as JSON:
 {}
 To call one, answer with its name and its arguments as JSON, in this way:
 {}"""
-EXAMPLE = {"function": {"name": "the_name", "arguments": {"the_argument": "its value"}}}
+_EXAMPLE = {"function": {"name": "the_name", "arguments": {"the_argument": "its value"}}}
 
 
 class ToolPrompt:
@@ -37,11 +37,11 @@ class ToolPrompt:
         self, messages: list[Message], tools: list[Any]
     ) -> tuple[list[Message], dict[str, Any]]:
         """The messages for the format, and what a chat template is to be given beside them."""
-        messages = with_results_in_order(messages)
+        messages = _with_results_in_order(messages)
         if not self.by_template or not self.form.native:
-            messages = calls_as_text(messages, self.form, self.roles)
+            messages = _calls_as_text(messages, self.form, self.roles)
         elif self.form.arguments_as_text:
-            messages = [with_spelled_arguments(message) for message in messages]
+            messages = [_with_spelled_arguments(message) for message in messages]
         if not tools:
             return messages, {}
         if self.by_template and self.form.lists_tools:
@@ -51,15 +51,15 @@ class ToolPrompt:
             first = messages[0]["role"] == "system"
             turn = {"role": "tools", "content": f"[{', '.join(listed)}]"}
             return [*messages[:first], turn, *messages[first:]], {}
-        help_text = HELP.format("\n".join(listed), self.form.spell([EXAMPLE]))
-        return with_help(messages, help_text, self.form.takes_system), {}
+        help_text = _HELP.format("\n".join(listed), self.form.spell([_EXAMPLE]))
+        return _with_help(messages, help_text, self.form.takes_system), {}
 
 
-def is_result(message: Message) -> bool:
+def _is_result(message: Message) -> bool:
     return bool(message["role"] == "tool")
 
 
-def with_results_in_order(messages: list[Message]) -> list[Message]:
+def _with_results_in_order(messages: list[Message]) -> list[Message]:
     """The messages with results in the order of their calls, which tell them apart in most formats.
 
     Each has the name of its tool.
@@ -67,11 +67,11 @@ def with_results_in_order(messages: list[Message]) -> list[Message]:
     turns: list[Message] = []
     order: dict[str, int] = {}
     names: dict[str, str] = {}
-    for are_results, group in groupby(messages, is_result):
+    for are_results, group in groupby(messages, _is_result):
         some = list(group)
         if are_results:
             some.sort(key=lambda result: order.get(result.get("tool_call_id", ""), len(order)))
-            some = [named(result, names) for result in some]
+            some = [_named(result, names) for result in some]
         calls = some[-1].get("tool_calls") or []
         order = {call.get("id", ""): at for at, call in enumerate(calls)}
         names |= {call.get("id", ""): call["function"]["name"] for call in calls}
@@ -79,13 +79,13 @@ def with_results_in_order(messages: list[Message]) -> list[Message]:
     return turns
 
 
-def named(result: Message, names: dict[str, str]) -> Message:
+def _named(result: Message, names: dict[str, str]) -> Message:
     """A result with the name of the tool that was called, where it is known and not there."""
     name = names.get(result.get("tool_call_id", ""))
     return {"name": name, **result} if name else result
 
 
-def with_help(messages: list[Message], help_text: str, takes_system: bool) -> list[Message]:
+def _with_help(messages: list[Message], help_text: str, takes_system: bool) -> list[Message]:
     """The messages with a text at their system text's end, or else in front of the first one."""
     first = messages[0]
     if first["role"] == "system":
@@ -97,14 +97,14 @@ def with_help(messages: list[Message], help_text: str, takes_system: bool) -> li
     return [first | {"content": both}, *messages[1:]]
 
 
-def calls_as_text(
+def _calls_as_text(
     messages: list[Message], form: ToolFormat, roles: Collection[str]
 ) -> list[Message]:
     """The messages in the roles that every format has; results that follow one another are one."""
     turns: list[Message] = []
-    for are_results, group in groupby(messages, is_result):
+    for are_results, group in groupby(messages, _is_result):
         if not are_results:
-            turns += [with_written_calls(message, form) for message in group]
+            turns += [_with_written_calls(message, form) for message in group]
         elif "tool" in roles:
             turns += [{"role": "tool", "content": message["content"]} for message in group]
         else:
@@ -113,7 +113,7 @@ def calls_as_text(
     return turns
 
 
-def with_written_calls(message: Message, form: ToolFormat) -> Message:
+def _with_written_calls(message: Message, form: ToolFormat) -> Message:
     """The message with its calls at the end of its content."""
     if not message.get("tool_calls"):
         return message
@@ -124,7 +124,7 @@ def with_written_calls(message: Message, form: ToolFormat) -> Message:
     return rest | {"content": content + form.spell(message["tool_calls"])}
 
 
-def with_spelled_arguments(message: Message) -> Message:
+def _with_spelled_arguments(message: Message) -> Message:
     """The message with its calls' arguments as JSON."""
     if not message.get("tool_calls"):
         return message

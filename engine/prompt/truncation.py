@@ -6,7 +6,7 @@ from collections.abc import Callable
 from engine.prompt.families import Message
 
 
-def turn_starts(messages: list[Message]) -> list[int]:
+def _turn_starts(messages: list[Message]) -> list[int]:
     """Where each turn begins: at a message of the user."""
     return [i for i, message in enumerate(messages) if message["role"] == "user"]
 
@@ -15,7 +15,7 @@ def drop_turns(messages: list[Message], count: int) -> list[Message]:
     """The messages without the oldest `count` turns; a system text before them stays."""
     if not count:
         return messages
-    starts = turn_starts(messages)
+    starts = _turn_starts(messages)
     return messages[: starts[0]] + messages[starts[count] :]
 
 
@@ -36,13 +36,13 @@ def turns_to_drop(
         ids = encode(drop_turns(messages, dropped))
         return ids is not None and len(ids) <= room
 
-    most = max(0, len(turn_starts(messages)) - 1)
-    return first_that_fits(most, min(most, estimate(messages, room, num_tokens)), fits)
+    most = max(0, len(_turn_starts(messages)) - 1)
+    return first_that_fits(most, min(most, _estimate(messages, room, num_tokens)), fits)
 
 
-def estimate(messages: list[Message], room: int, num_tokens: Callable[[str], float]) -> int:
+def _estimate(messages: list[Message], room: int, num_tokens: Callable[[str], float]) -> int:
     """How many turns to drop by the texts alone, without what the prompt format adds."""
-    starts = turn_starts(messages)
+    starts = _turn_starts(messages)
     total = 0.0
     for i in reversed(range(len(messages))):
         total += num_tokens(messages[i]["content"])

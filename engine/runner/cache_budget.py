@@ -22,7 +22,7 @@ def affordable_rows(trial: Runner, cache_memory: str, slots: int = 0) -> int:
     costs: Counter[torch.device] = Counter()
     for layer in trial.pool.layers:
         costs[layer.keys.device] += layer.row_bytes
-    taken = state_costs(trial)
+    taken = _state_costs(trial)
     return min(
         (
             (
@@ -36,7 +36,7 @@ def affordable_rows(trial: Runner, cache_memory: str, slots: int = 0) -> int:
     )
 
 
-def state_costs(trial: Runner) -> Counter[torch.device]:
+def _state_costs(trial: Runner) -> Counter[torch.device]:
     """Bytes of one sequence's states, by device."""
     costs: Counter[torch.device] = Counter()
     if trial.states:
@@ -47,7 +47,7 @@ def state_costs(trial: Runner) -> Counter[torch.device]:
 
 def affordable_slots(trial: Runner, cache_memory: str, most: int) -> int:
     """Slots for states that half of the budget holds, at most so many."""
-    costs = state_costs(trial)
+    costs = _state_costs(trial)
     each = [
         cache_budget(cache_memory, device, largest_unpacked(trial.model, device)) // 2 // cost
         for device, cost in costs.items()
@@ -61,7 +61,7 @@ def cache_budget(setting: str, device: torch.device, needed: int = 0) -> int:
     `needed` bytes are not free, as a step unpacks weights into them.
     """
     on_card = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_card else available_memory()
+    free = torch.cuda.mem_get_info(device)[0] if on_card else _available_memory()
     free = max(0, free - needed)
     if setting == "auto" and on_card:
         # The rest is for activations and CUDA graphs.
@@ -79,6 +79,6 @@ def cache_budget(setting: str, device: torch.device, needed: int = 0) -> int:
     return wanted
 
 
-def available_memory() -> int:
+def _available_memory() -> int:
     """Bytes of main memory that may still be used, by the machine's count and a container's."""
     return int(min(psutil.virtual_memory().available, free_memory()))

@@ -16,10 +16,10 @@ from engine.container import cpu_quota
 # Seconds over which the use of the cores is measured.
 INTERVAL = 0.5
 # The part of a core that others may use before it is left to them.
-LITTLE = 0.6
+_IGNORED_SHARE = 0.6
 # Before any thread sets it for those that begin later; no more than a container's quota is for, as
 # threads that have used it up stop all others in the middle of an operation.
-MOST = min(torch.get_num_threads(), max(1, int(min(cpu_quota(), 2**16) + 0.1)))
+MAX_THREADS = min(torch.get_num_threads(), max(1, int(min(cpu_quota(), 2**16) + 0.1)))
 
 
 class FreeCores:
@@ -29,8 +29,8 @@ class FreeCores:
         self._process = psutil.Process()
         self._when = time.monotonic()
         _, self._used = self._used_by_others()
-        if torch.get_num_threads() > MOST:
-            torch.set_num_threads(MOST)
+        if torch.get_num_threads() > MAX_THREADS:
+            torch.set_num_threads(MAX_THREADS)
 
     def settle(self) -> None:
         """Look at what others have used since the last look, if that is long enough ago."""
@@ -39,7 +39,7 @@ class FreeCores:
         if seconds < INTERVAL:
             return
         number, used = self._used_by_others()
-        torch.set_num_threads(min(MOST, cores_left(number, (used - self._used) / seconds)))
+        torch.set_num_threads(min(MAX_THREADS, cores_left(number, (used - self._used) / seconds)))
         self._when, self._used = now, used
 
     def _used_by_others(self) -> tuple[int, float]:
@@ -60,7 +60,7 @@ class FreeCores:
 
 def cores_left(cores: int, used: float) -> int:
     """How many of the cores are left, where others use as many as `used`; at least one."""
-    return max(1, cores - int(used + 1 - LITTLE))
+    return max(1, cores - int(used + 1 - _IGNORED_SHARE))
 
 
 @contextmanager

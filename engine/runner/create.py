@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine.attention.forward_batch import LayerRows
+from engine.attention.forward_batch import LayerKVCache
 from engine.attention.in_place import flash_attention
 from engine.attention.interface import use_packed_attention
 from engine.blame import first_line
@@ -22,15 +22,15 @@ from engine.layers.named_adapters import Updates, attach
 from engine.layers.recurrent import use_state_groups
 from engine.runner.cache_budget import affordable_rows, affordable_slots
 from engine.runner.runner import Runner, input_device
-from engine.sequence import Span
+from engine.sequence import KVSpan
 
 log = logging.getLogger("chat")
 
 # Most states of finished prompts that are kept.
-MAX_STATES = 64
+_MAX_STATES = 64
 
 
-def why_not_in_place(layers: list[LayerRows]) -> str | None:
+def why_not_in_place(layers: list[LayerKVCache]) -> str | None:
     """Why FlashAttention cannot read these keys and values in place; None if it can."""
     if flash_attention is None or "seqused_k" not in str(flash_attention.default._schema):
         return f"torch {torch.__version__} has no FlashAttention for it"
@@ -50,12 +50,12 @@ def why_not_in_place(layers: list[LayerRows]) -> str | None:
     return None
 
 
-def are_latents(layers: list[LayerRows]) -> bool:
+def _are_latents(layers: list[LayerKVCache]) -> bool:
     """Whether all layers cache MLA's latents, and no kernel of others' reads them."""
     return all(x.keys is x.values and x.scoring.window is None for x in layers)
 
 
-def why_not_latents(layers: list[LayerRows]) -> str | None:
+def _why_not_latents(layers: list[LayerKVCache]) -> str | None:
     """Why our kernel cannot read MLA's latents in place; None if it can."""
     for keys in (layer.keys for layer in layers):
         if keys.device.type != "cuda":
@@ -105,7 +105,7 @@ def create_runner(
     trial = Runner(model, 8, 3)
     make_faster(trial)
     current = attach(model, adapters)
-    slots = affordable_slots(trial, cache_memory, 2 * max_batch + 1 + MAX_STATES)
+    slots = affordable_slots(trial, cache_memory, 2 * max_batch + 1 + _MAX_STATES)
     if slots < 5:
         raise StartError(f"the cache holds the states of {slots} texts; raise --cache-memory")
     rows = min(max_rows, affordable_rows(trial, cache_memory, slots))
@@ -117,11 +117,11 @@ def create_runner(
     if not trial.pool.layers:
         runner.fallback_reason = "no layer computes attention"
     if runner.fallback_reason is None:
-        runner.way = "in place"
-    elif trial.pool.layers and are_latents(trial.pool.layers):
-        runner.fallback_reason = why_not_latents(trial.pool.layers)
+        runner.backend = "in place"
+    elif trial.pool.layers and _are_latents(trial.pool.layers):
+        runner.fallback_reason = _why_not_latents(trial.pool.layers)
         if runner.fallback_reason is None:
-            runner.way = "latents"
+            runner.backend = "latents"
     return runner
 
 
@@ -129,7 +129,7 @@ def make_faster(trial: Runner) -> None:
     """Let a model's layers take fewer and larger operations, where they compute the same."""
 
     def run() -> torch.Tensor:
-        return trial.forward([(Span([*range(7)]), 7)])
+        return trial.forward([(KVSpan([*range(7)]), 7)])
 
     run()  # says of a model that cannot be batched why
     if trial.device.type == "cpu":

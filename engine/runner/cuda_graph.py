@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine.attention.forward_batch import Step
+from engine.attention.forward_batch import ForwardBatch
 
 
 def capture(
@@ -46,9 +46,9 @@ class DecodeGraph:
 
     def __init__(
         self,
-        step: Step,
+        step: ForwardBatch,
         longest: int,
-        compute: Callable[[Step], torch.Tensor],
+        compute: Callable[[ForwardBatch], torch.Tensor],
         device: torch.device,
         memory: Any,
     ):
@@ -61,7 +61,7 @@ class DecodeGraph:
         step.groups = [self.group]
         self.logits, self.replay = capture(partial(compute, step), device, memory)
 
-    def __call__(self, step: Step) -> torch.Tensor:
+    def __call__(self, step: ForwardBatch) -> torch.Tensor:
         """Replay with a step's inputs; the returned logits are overwritten by the next call."""
         (given,) = step.groups
         for name in ("ids", "positions", "write", "wanted", "adapters"):

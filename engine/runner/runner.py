@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from engine.attention.forward_batch import Pool, Step, Way
+from engine.attention.forward_batch import AttentionBackend, ForwardBatch, KVCache
 from engine.attention.state_pool import StatePool, state_groups
 from engine.blame import first_line
 from engine.checkpoint.model_config import cache_argument
@@ -18,7 +18,7 @@ from engine.layers.recurrent import StateCache
 from engine.layers.weight_format import computes_exactly
 from engine.runner.cpu_threads import FreeCores
 from engine.runner.cuda_graph import DecodeGraph
-from engine.sequence import Span, Work
+from engine.sequence import KVSpan, ScheduledBatch
 
 log = logging.getLogger("chat")
 
@@ -51,11 +51,11 @@ class Runner:
         self.pads = self.device.type == "cpu" and not computes_exactly(model)
         self.sizes: set[int] = set()  # of steps so far, where they are padded
         self.num_layers = model.config.get_text_config().num_hidden_layers
-        self.pool = Pool(model.attention_layers, rows)
+        self.pool = KVCache(model.attention_layers, rows)
         # The token id in each row, for penalties; and the span that pads a step.
         self.ids = torch.zeros(rows + 1, dtype=torch.long, device=self.device)
-        self.idle = Span([0], rows, 1)
-        self.way: Way = self.fallback_way
+        self.idle = KVSpan([0], rows, 1)
+        self.backend: AttentionBackend = self.fallback_backend
         self.fallback_reason: str | None = None  # why attention is not in place
         self.graphs: list[DecodeGraph] = []
         self.cores = FreeCores() if self.device.type == "cpu" else None
@@ -64,7 +64,7 @@ class Runner:
         self.current = Current()
 
     @property
-    def fallback_way(self) -> Way:
+    def fallback_backend(self) -> AttentionBackend:
         """How decode reads the cache where FlashAttention cannot."""
         return "sliced" if self.device.type == "cpu" else "copied"
 
@@ -79,7 +79,7 @@ class Runner:
         return self.pool.rows
 
     @torch.inference_mode()
-    def forward(self, work: Work) -> torch.Tensor:
+    def forward(self, work: ScheduledBatch) -> torch.Tensor:
         """Compute the work; return float32 logits [wanted tokens, vocabulary].
 
         Wanted is each span's last token, or all of the computed ones if it has `all_logits`.
@@ -94,7 +94,7 @@ class Runner:
             size = graph.size
         elif self.pads:
             size = padded_size(total)
-        step = Step([*work, *[(self.idle, 1)] * (size - total)], self.way)
+        step = ForwardBatch([*work, *[(self.idle, 1)] * (size - total)], self.backend)
         if self.states:
             for span, _ in work:
                 self.states.tidy(span)
@@ -106,7 +106,7 @@ class Runner:
             return_freed_memory()
         return logits[:wanted]
 
-    def compute(self, step: Step, wanted: int | None = None) -> torch.Tensor:
+    def compute(self, step: ForwardBatch, wanted: int | None = None) -> torch.Tensor:
         """A step's logits: of the first `wanted` of its wanted tokens, or of all."""
         step.pool = self.pool
         here = step.on(self.device)
@@ -133,11 +133,16 @@ class Runner:
     @torch.inference_mode()
     def capture_graphs(self, max_batch: int, context: int) -> None:
         """Capture decode steps as CUDA graphs, for a few batch sizes and length limits each."""
-        if self.fallback_reason or self.way == self.fallback_way or self.split or self.states:
+        if (
+            self.fallback_reason
+            or self.backend == self.fallback_backend
+            or self.split
+            or self.states
+        ):
             return
         sizes = sorted({*(2**n for n in range(11) if 2**n < max_batch), max_batch})
         lengths = sorted({*(2048 * 4**n for n in range(6) if 2048 * 4**n < context), context})
-        if self.way == "latents":  # its kernel divides its work by the lengths themselves
+        if self.backend == "latents":  # its kernel divides its work by the lengths themselves
             lengths = [context]
         log.info("capturing CUDA graphs for decode steps of up to %d sequences", max_batch)
         memory = torch.cuda.graph_pool_handle()
@@ -157,33 +162,33 @@ class Runner:
     def fall_back(self, reason: str) -> None:
         """Do without FlashAttention from now on, because reading in place went wrong."""
         log.warning("attention in place is not used: %s", reason)
-        self.way, self.fallback_reason, self.graphs = self.fallback_way, reason, []
+        self.backend, self.fallback_reason, self.graphs = self.fallback_backend, reason, []
 
     def check_device(self) -> None:
         """Raise if the device no longer computes, as after some CUDA errors."""
         torch.zeros(1, device=self.device).item()
 
     @torch.inference_mode()
-    def copy(self, span: Span, start: int, count: int) -> None:
+    def copy(self, span: KVSpan, start: int, count: int) -> None:
         """Copy the first `count` rows of a span to the rows from `start` on."""
         self.pool.copy(span.start, start, count)
         ids = torch.tensor(span.tokens[:count]).to(self.device, non_blocking=True)
         self.ids[start : start + count] = ids
 
-    def forget(self, spans: list[Span]) -> None:
+    def forget(self, spans: list[KVSpan]) -> None:
         """Free the states of spans that are done with."""
         if self.states:
             for span in spans:
                 self.states.drop(span)
 
-    def _fitting_graph(self, work: Work) -> DecodeGraph | None:
-        longest = max(span.num_cached + new for span, new in work)
+    def _fitting_graph(self, work: ScheduledBatch) -> DecodeGraph | None:
+        longest = max(span.num_computed_tokens + new for span, new in work)
         adapted = any(span.adapter for span, _ in work)
         fitting = (g for g in self.graphs if g.size >= len(work) and g.longest >= longest)
         return next((g for g in fitting if g.adapted == adapted), None)
 
     def _decode_graph(self, size: int, longest: int, adapted: bool, memory: Any) -> DecodeGraph:
-        step = Step([(self.idle, 1)] * size, self.way).on(self.device)
+        step = ForwardBatch([(self.idle, 1)] * size, self.backend).on(self.device)
         if adapted:  # whose tokens are none's at first
             step.adapters = torch.zeros_like(step.ids)
         return DecodeGraph(step, longest, self.compute, self.device, memory)

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 import torch
 
 from engine.runner.runner import Runner
-from engine.sequence import Span
+from engine.sequence import KVSpan
 
 # Up to how many times as much a token may cost as in the best of steps.
-EFFICIENT = 1.1
+_EFFICIENT = 1.1
 # Seconds of a step behind which no larger one is tried, and from which on one is measured once.
-LONGEST = 1.0
-LONG = 0.2
+_LONGEST = 1.0
+_LONG = 0.2
 
 
 def step_costs(runner: Runner, most: int) -> dict[int, float]:
@@ -21,32 +21,32 @@ def step_costs(runner: Runner, most: int) -> dict[int, float]:
     Measured until larger steps bring no more; a step that fails, as for want of memory, is not
     in it.
     """
-    costs = {1: seconds_of(runner, 1)}
+    costs = {1: _seconds_of(runner, 1)}
     size = 16
     while size <= min(most, runner.rows):
         try:
-            costs[size] = seconds_of(runner, size)
+            costs[size] = _seconds_of(runner, size)
         except RuntimeError:  # torch's for memory, too
             runner.check_device()
             break
         before = costs.get(size // 2, torch.inf) / (size // 2)
-        if costs[size] > LONGEST or before <= EFFICIENT * costs[size] / size:
+        if costs[size] > _LONGEST or before <= _EFFICIENT * costs[size] / size:
             break
         size *= 2
     return costs
 
 
-def seconds_of(runner: Runner, tokens: int) -> float:
+def _seconds_of(runner: Runner, tokens: int) -> float:
     """How long a step of so many tokens of one prompt takes: the shorter of two, or of one."""
     vocabulary = len(runner.model.get_input_embeddings().weight)
-    span = Span([7 * n % vocabulary for n in range(tokens)], 0)
+    span = KVSpan([7 * n % vocabulary for n in range(tokens)], 0)
     shortest = torch.inf
     try:
         for _ in range(2):
             began = time.perf_counter()
             runner.forward([(span, tokens)])[0, 0].item()  # which waits for a card
             shortest = min(shortest, time.perf_counter() - began)
-            if shortest > LONG:
+            if shortest > _LONG:
                 break
     finally:
         runner.forget([span])
@@ -57,4 +57,4 @@ def efficient_size(costs: Mapping[int, float]) -> int:
     """The fewest tokens of a step of which one costs about as little as any does."""
     of_one = {size: seconds / size for size, seconds in costs.items()}
     best = min(of_one.values())
-    return min(size for size, cost in of_one.items() if cost <= EFFICIENT * best)
+    return min(size for size, cost in of_one.items() if cost <= _EFFICIENT * best)

@@ -10,15 +10,15 @@ def attention_summary(runner: Runner) -> str:
     scorings = [layer.scoring for layer in runner.pool.layers]
     windows = Counter(scoring.window for scoring in scorings if scoring.window is not None)
     reach = [f"; {n} of {len(scorings)} layers see {size:,} tokens" for size, n in windows.items()]
-    return kernel_summary(runner) + "".join(reach)
+    return _kernel_summary(runner) + "".join(reach)
 
 
-def kernel_summary(runner: Runner) -> str:
+def _kernel_summary(runner: Runner) -> str:
     if runner.fallback_reason:
         kernel = "our kernels" if runner.one_call else "sdpa"
-        how = "the rows in place" if runner.way == "sliced" else "copied rows"
+        how = "the rows in place" if runner.backend == "sliced" else "copied rows"
         return f"{kernel} over {how} ({runner.fallback_reason})"
     sizes = sorted({recorded.size for recorded in runner.graphs})
     graphs = f"CUDA graphs for {', '.join(map(str, sizes)) or 'no'} sequences"
-    kernel = "FlashAttention" if runner.way == "in place" else "a kernel of ours for latents"
+    kernel = "FlashAttention" if runner.backend == "in place" else "a kernel of ours for latents"
     return f"{kernel} in place, {graphs}"

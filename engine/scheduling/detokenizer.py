@@ -8,7 +8,7 @@ from tokenizers.decoders import DecodeStream
 from engine.tools.grammar import Thoughts
 
 
-def partial(text: str, words: tuple[str, ...]) -> int:
+def _partial(text: str, words: tuple[str, ...]) -> int:
     """How many characters at the end of a text may begin one of these words, and more follow."""
     most = max(map(len, words), default=0)
     ends = (text[at:] for at in range(max(0, len(text) - most), len(text)))
@@ -20,7 +20,7 @@ class Detokenizer:
 
     `context_ids` are the last ids of a text that the answer continues. Many tokenizers leave out
     the space at the beginning of a text, and an answer that continues one does not begin it.
-    `shown_ids` are the special tokens that are text here too, in which no stop string is looked
+    `shown_special_ids` are the special tokens that are text here too, in which no stop string is looked
     for; without any, special tokens are left out. Nor is one looked for in `thoughts`.
     """
 
@@ -29,10 +29,10 @@ class Detokenizer:
         tokenizer: Tokenizer,
         stop: tuple[str, ...] = (),
         context_ids: Sequence[int] = (),
-        shown_ids: Collection[int] = (),
+        shown_special_ids: Collection[int] = (),
         thoughts: Thoughts | None = None,
     ):
-        self.tokenizer, self.stop, self.shown_ids = tokenizer, stop, shown_ids
+        self.tokenizer, self.stop, self.shown_special_ids = tokenizer, stop, shown_special_ids
         # Until what is said begins; without a stop string that does not matter.
         self._thoughts = thoughts if stop else None
         self._is_inside = bool(thoughts and thoughts.begun)
@@ -47,7 +47,7 @@ class Detokenizer:
     def push(self, token: int) -> str:
         """Add the next id; return the text that can be sent now, often none or one word."""
         text = self._decode(token)
-        if token in self.shown_ids:
+        if token in self.shown_special_ids:
             return self.flush() + text
         self._held += text
         return self._thought() + self._said()
@@ -67,7 +67,7 @@ class Detokenizer:
             return ""
         end = self._held.find(thoughts.closing)
         if end < 0:
-            return self._release(len(self._held) - partial(self._held, (thoughts.closing,)))
+            return self._release(len(self._held) - _partial(self._held, (thoughts.closing,)))
         self._thoughts = None
         return self._release(end + len(thoughts.closing))
 
@@ -80,7 +80,7 @@ class Detokenizer:
             at, self.stop_string = min(starts)
             self._held = self._held[:at]
             return self.flush()
-        return self._release(len(self._held) - partial(self._held, self.stop))
+        return self._release(len(self._held) - _partial(self._held, self.stop))
 
     @property
     def stopped(self) -> bool:
@@ -95,7 +95,7 @@ class Detokenizer:
         return ready
 
     def _decode_stream(self) -> DecodeStream:
-        return DecodeStream(skip_special_tokens=not self.shown_ids)
+        return DecodeStream(skip_special_tokens=not self.shown_special_ids)
 
     def _decode(self, token: int) -> str:
         try:

@@ -23,23 +23,23 @@ from engine.runner.runner import Runner
 from engine.sampling_params import SamplingParams
 from engine.scheduling.kv_cache import SpanCache
 from engine.scheduling.output import (
-    Answer,
-    AnswerText,
     Event,
     Item,
     Outbox,
+    OutputProcessor,
+    StreamedSequence,
     deliver,
     failed,
     heartbeat,
 )
 from engine.scheduling.sampler import sample_tokens, score_prompt
 from engine.scheduling.scheduler import Scheduler
-from engine.sequence import Delta, Prompt, Sequence, Span, Token
+from engine.sequence import Delta, KVSpan, Prompt, Sequence, Token
 
 log = logging.getLogger("chat")
 
 # The last tokens of a text to continue, by which its continuation is decoded.
-CONTEXT = 8
+_CONTEXT = 8
 
 
 class Engine:
@@ -63,11 +63,13 @@ class Engine:
         self.cache = SpanCache(runner.rows, self._copy_rows, reuse, runner.states)
         if runner.states:
             max_batch = min(max_batch, runner.states.most_sequences)
-        self.scheduler: Scheduler[Answer] = Scheduler(self.cache, max_batch, prefill_chunk, costs)
+        self.scheduler: Scheduler[StreamedSequence] = Scheduler(
+            self.cache, max_batch, prefill_chunk, costs
+        )
         self.failure: BaseException | None = None
         self.expected_step = 0.0  # seconds that the current step is likely to take
         self.last_step = time.monotonic()  # when the last step ended, or work came after idleness
-        self._inbox: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[StreamedSequence | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -93,9 +95,11 @@ class Engine:
         deadline = self.timeout + (time.monotonic() if arrived is None else arrived)
         each = [(prompt, number) for prompt in prompts for number in range(n)]
         answers = [self._answer(*pair, index, outbox, deadline) for index, pair in enumerate(each)]
-        contexts = [prompt.ids[-CONTEXT:] if prompt.continues else [] for prompt, _ in each]
+        contexts = [prompt.ids[-_CONTEXT:] if prompt.continues else [] for prompt, _ in each]
         texts = [
-            AnswerText(answer, self.tokenizer, context, prompt.shown_ids, prompt.thoughts)
+            OutputProcessor(
+                answer, self.tokenizer, context, prompt.shown_special_ids, prompt.thoughts
+            )
             for answer, context, (prompt, _) in zip(answers, contexts, each, strict=True)
         ]
         self._submit(answers)
@@ -142,13 +146,13 @@ class Engine:
 
     def _answer(
         self, prompt: Prompt, number: int, index: int, outbox: Outbox, deadline: float
-    ) -> Answer:
+    ) -> StreamedSequence:
         """The answer of this number to a prompt, and of this index in its request."""
         params = prompt.params
         if params.seed is not None:  # each of n answers has its own, or all would be the same
             params = replace(params, seed=params.seed + number)
         ends = frozenset() if params.ignore_eos else self.end_ids
-        return Answer(
+        return StreamedSequence(
             list(prompt.ids),
             params=params,
             request=outbox,
@@ -163,7 +167,7 @@ class Engine:
             deadline=deadline,
         )
 
-    def _submit(self, answers: list[Answer]) -> None:
+    def _submit(self, answers: list[StreamedSequence]) -> None:
         most = max(answer.max_tokens for answer in answers)
         if most > self.cache.rows:
             raise ContextTooLong(
@@ -209,13 +213,13 @@ class Engine:
         items = self._step()
         self.last_step = time.monotonic()
         items += self._end_late_ones()
-        self.scheduler.retire()
+        self.scheduler.remove_finished()
         # Last, so that whoever is told of an answer's end finds its place free.
         self._send(items)
 
     def _step(self) -> list[Item]:
         """Compute the next step; returns what it brought."""
-        self.scheduler.make_room()
+        self.scheduler.grow_or_preempt()
         work = self.scheduler.plan()
         began = time.monotonic()
         self.expected_step = self.scheduler.expected(work)
@@ -236,8 +240,8 @@ class Engine:
         return items
 
     def _compute(
-        self, work: list[tuple[Answer, int]]
-    ) -> list[tuple[Answer, Token | EngineError | None]]:
+        self, work: list[tuple[StreamedSequence, int]]
+    ) -> list[tuple[StreamedSequence, Token | EngineError | None]]:
         """The next token of each sequence whose prompt is through; None where none is wanted.
 
         If a step fails, its halves are retried, so that only the sequences at fault fail.
@@ -260,10 +264,10 @@ class Engine:
         return self._compute(work[:half]) + self._compute(work[half:])
 
     def _sample(
-        self, work: list[tuple[Answer, int]], logits: torch.Tensor
-    ) -> list[tuple[Answer, Token | EngineError | None]]:
+        self, work: list[tuple[StreamedSequence, int]], logits: torch.Tensor
+    ) -> list[tuple[StreamedSequence, Token | EngineError | None]]:
         """The next tokens, by the logits of each sequence's last token, or of all its tokens."""
-        through: list[Answer] = []
+        through: list[StreamedSequence] = []
         rows: list[int] = []
         end = 0
         for answer, new in work:
@@ -297,7 +301,7 @@ class Engine:
         # One each: whoever raises an exception adds to its traceback.
         return [(seq, TimedOut(why)) for seq in late]
 
-    def _copy_rows(self, source: Span, start: int, count: int) -> bool:
+    def _copy_rows(self, source: KVSpan, start: int, count: int) -> bool:
         """Copy a span's first rows; False if that failed and they must be recomputed."""
         try:
             self.runner.copy(source, start, count)

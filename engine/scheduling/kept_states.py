@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from engine.attention.state_pool import StatePool, slots_needed
 from engine.scheduling.prefix_index import PrefixIndex, StateIndex, equal_tokens, in_blocks
-from engine.sequence import Sequence, Span, Work
+from engine.sequence import KVSpan, ScheduledBatch, Sequence
 
 
 class KeptStates:
@@ -30,7 +30,9 @@ class KeptStates:
             last = len(seq.tokens) - 1
             near = in_blocks(last) if seq.num_stable is None else min(seq.num_stable, last)
             # Less than a block is never looked for.
-            seq.kept_states |= {p for p in (near, known) if p > seq.num_cached and in_blocks(p)}
+            seq.kept_states |= {
+                p for p in (near, known) if p > seq.num_computed_tokens and in_blocks(p)
+            }
 
     def advance(self, seq: Sequence) -> None:
         """Free what a sequence no longer needs, and let what it keeps be found."""
@@ -39,13 +41,13 @@ class KeptStates:
             for position in seq.kept_states & seq.states.keys() if self.reuse else ():
                 self.index.add(seq, position)
 
-    def share(self, source: Span, position: int, seq: Sequence) -> None:
+    def share(self, source: KVSpan, position: int, seq: Sequence) -> None:
         """Let a sequence begin with another span's state."""
         if self.pool:
             seq.states[position] = self.pool.share(source.states[position])
             self.index.touch(source, position)
 
-    def hand_over(self, old: Span, new: Span) -> None:
+    def hand_over(self, old: KVSpan, new: KVSpan) -> None:
         """Give all that a span has to another, of the same tokens."""
         if self.pool:
             self.pool.tidy(old)
@@ -55,7 +57,7 @@ class KeptStates:
             for position in new.states:
                 self.index.add(new, position)
 
-    def drop(self, span: Span) -> None:
+    def drop(self, span: KVSpan) -> None:
         """Free all states of a span."""
         if self.pool:
             self.index.remove(span)
@@ -73,12 +75,12 @@ class KeptStates:
             shared = equal_tokens(leader.tokens, seq.tokens, count)
             kept = (position for position in leader.kept_states if position <= shared)
             position = max([min(shared, count), *kept])
-            if position > max(known, leader.num_cached):
+            if position > max(known, leader.num_computed_tokens):
                 leader.kept_states.add(position)
                 return leader
         return None
 
-    def free(self, work: Work, kept: Iterable[Span]) -> Iterable[Span]:
+    def free(self, work: ScheduledBatch, kept: Iterable[KVSpan]) -> Iterable[KVSpan]:
         """Free as many slots as a step takes; yields prefixes that have no state any more.
 
         First go states of kept prefixes, those unused for longest. If that is not enough, no states

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from engine.attention.state_pool import StatePool
 from engine.scheduling.kept_states import KeptStates
 from engine.scheduling.prefix_index import PrefixIndex, block_hashes, common_prefix, in_blocks
-from engine.sequence import Sequence, Span, Work
+from engine.sequence import KVSpan, ScheduledBatch, Sequence
 
 # Most prefixes of finished requests that are kept.
-MAX_PREFIXES = 256
+_MAX_PREFIXES = 256
 
 
 class Allocator:
@@ -69,7 +69,7 @@ class SpanCache:
     def __init__(
         self,
         rows: int,
-        copy_rows: Callable[[Span, int, int], bool],
+        copy_rows: Callable[[KVSpan, int, int], bool],
         reuse: bool = True,
         states: StatePool | None = None,
     ):
@@ -77,9 +77,9 @@ class SpanCache:
         self.states = KeptStates(states, reuse)
         self.copy_rows = copy_rows
         self.allocator = Allocator(rows)
-        self.kept: dict[Span, None] = {}  # of finished requests, least recently used first
+        self.kept: dict[KVSpan, None] = {}  # of finished requests, least recently used first
         # Kept spans, and running ones as far as they are computed.
-        self.computed = PrefixIndex[Span]()
+        self.computed = PrefixIndex[KVSpan]()
         # The prompts of running ones that are being computed.
         self.prefilling = PrefixIndex[Sequence]()
 
@@ -92,19 +92,19 @@ class SpanCache:
         """Give a sequence a span, with the longest cached prefix in it; False if none fits."""
         shared, source = self._longest_prefix(seq)
         if not self._continue_in(source, shared, seq):
-            start = self._reserve(seq.wanted_room, spare=source)
+            start = self._reserve(seq.rows_needed, spare=source)
             if start is None:
                 return False
-            seq.start, seq.room = start, seq.wanted_room
+            seq.start, seq.room = start, seq.rows_needed
             # The source may have been evicted for the room.
             if source and source in self.computed.num_blocks:
                 if source in self.kept:
                     self.kept[source] = self.kept.pop(source)
                 if self.copy_rows(source, start, shared):
-                    seq.num_cached = shared
+                    seq.num_computed_tokens = shared
                     self.states.share(source, shared, seq)
         if not seq.admitted:  # a readmitted sequence finds its own rows, which is no reuse
-            seq.num_reused = seq.num_cached
+            seq.num_reused = seq.num_computed_tokens
         self.states.plan(seq, self.computed.longest(seq))
         self.advance(seq)
         return True
@@ -114,7 +114,7 @@ class SpanCache:
         self.states.advance(seq)
         if not self.reuse:
             return
-        self.computed.add(seq, seq.num_cached)
+        self.computed.add(seq, seq.num_computed_tokens)
         if seq.pending > 1:
             self.prefilling.add(seq, len(seq.tokens))
         elif seq in self.prefilling.num_blocks:
@@ -137,21 +137,21 @@ class SpanCache:
 
     def grow(self, seq: Sequence) -> bool:
         """Widen a sequence's span, or move it; if no room is found, it is released."""
-        more = seq.wanted_room - seq.room
+        more = seq.rows_needed - seq.room
         if self.allocator.allocate(more, at=seq.start + seq.room) is not None:
             seq.room += more
             return True
-        start = self._reserve(seq.wanted_room)
+        start = self._reserve(seq.rows_needed)
         if start is None:
             self.release(seq)
             return False
-        old = Span(seq.tokens, seq.start, seq.room, seq.num_cached)
-        seq.start, seq.room = start, seq.wanted_room
-        if not self.copy_rows(old, seq.start, old.num_cached):
+        old = KVSpan(seq.tokens, seq.start, seq.room, seq.num_computed_tokens)
+        seq.start, seq.room = start, seq.rows_needed
+        if not self.copy_rows(old, seq.start, old.num_computed_tokens):
             self.computed.remove(seq)
             self.prefilling.remove(seq)
             self.states.drop(seq)
-            seq.num_cached = 0
+            seq.num_computed_tokens = 0
         self.allocator.release(old.start, old.room)
         return True
 
@@ -159,11 +159,11 @@ class SpanCache:
         """Free a sequence's rows, except for those kept as a prefix."""
         self.computed.remove(seq)
         self.prefilling.remove(seq)
-        keeps = self.reuse and not seq.spoilt and in_blocks(seq.num_cached)
-        count = seq.num_cached if keeps else 0
+        keeps = self.reuse and not seq.spoilt and in_blocks(seq.num_computed_tokens)
+        count = seq.num_computed_tokens if keeps else 0
         if count:
             hashes = block_hashes(seq, count)
-            prefix = Span(
+            prefix = KVSpan(
                 seq.tokens[:count],
                 seq.start,
                 count,
@@ -175,18 +175,18 @@ class SpanCache:
             self.computed.add(prefix, count)
             self.states.hand_over(seq, prefix)
         self.states.drop(seq)
-        if len(self.kept) > MAX_PREFIXES:
+        if len(self.kept) > _MAX_PREFIXES:
             self._evict(next(iter(self.kept)))
         if seq.room > count:
             self.allocator.release(seq.start + count, seq.room - count)
-        seq.room = seq.num_cached = 0
+        seq.room = seq.num_computed_tokens = 0
 
-    def free_slots(self, work: Work) -> None:
+    def free_slots(self, work: ScheduledBatch) -> None:
         """Free as many slots for states as a step takes, giving up kept prefixes for them."""
         for prefix in self.states.free(work, self.kept):
             self._evict(prefix)
 
-    def _longest_prefix(self, seq: Sequence) -> tuple[int, Span | None]:
+    def _longest_prefix(self, seq: Sequence) -> tuple[int, KVSpan | None]:
         """The most tokens of a sequence that a span holds already, and that span."""
         if not self.reuse or seq.all_logits:
             return 0, None
@@ -200,20 +200,20 @@ class SpanCache:
                 longest, source = count, span
         return longest, source
 
-    def _continue_in(self, prefix: Span | None, shared: int, seq: Sequence) -> bool:
+    def _continue_in(self, prefix: KVSpan | None, shared: int, seq: Sequence) -> bool:
         """Take over the rows of a kept prefix that is shared whole, if those behind are free."""
-        if prefix is None or prefix not in self.kept or shared < prefix.num_cached:
+        if prefix is None or prefix not in self.kept or shared < prefix.num_computed_tokens:
             return False
-        more = seq.wanted_room - prefix.room
+        more = seq.rows_needed - prefix.room
         if self.allocator.allocate(more, at=prefix.start + prefix.room) is None:
             return False
-        seq.start, seq.room, seq.num_cached = prefix.start, seq.wanted_room, shared
+        seq.start, seq.room, seq.num_computed_tokens = prefix.start, seq.rows_needed, shared
         del self.kept[prefix]
         self.computed.remove(prefix)
         self.states.hand_over(prefix, seq)
         return True
 
-    def _reserve(self, size: int, spare: Span | None = None) -> int | None:
+    def _reserve(self, size: int, spare: KVSpan | None = None) -> int | None:
         """Allocate rows, evicting kept prefixes as needed, `spare` last; None if they are few."""
         start = self.allocator.allocate(size)
         if start is not None:
@@ -232,7 +232,7 @@ class SpanCache:
             self._evict(span)
         return self.allocator.allocate(size, at=start)
 
-    def _evict(self, span: Span) -> None:
+    def _evict(self, span: KVSpan) -> None:
         del self.kept[span]
         self.computed.remove(span)
         self.states.drop(span)

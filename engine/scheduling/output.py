@@ -29,7 +29,7 @@ class Outbox:
 
 
 @dataclass(eq=False, kw_only=True)
-class Answer(Sequence):
+class StreamedSequence(Sequence):
     """A sequence whose tokens go to a stream."""
 
     outbox: Outbox
@@ -40,29 +40,29 @@ class Answer(Sequence):
 class Event(NamedTuple):
     """What a step brought an answer: its next token, or none where only the prompt is scored."""
 
-    answer: Answer
+    answer: StreamedSequence
     token: Token | None
     finish_reason: FinishReason | None
 
 
 # What is sent of an answer at once.
-Item = tuple[Answer, Event | EngineError]
+Item = tuple[StreamedSequence, Event | EngineError]
 
 
-class AnswerText:
+class OutputProcessor:
     """Makes Deltas of an answer's tokens, on the event loop."""
 
     def __init__(
         self,
-        answer: Answer,
+        answer: StreamedSequence,
         tokenizer: Tokenizer,
         context: list[int],
-        shown_ids: Collection[int] = (),
+        shown_special_ids: Collection[int] = (),
         thoughts: Thoughts | None = None,
     ):
         self.answer, self.num_tokens, self.ended = answer, 0, False
         stop = answer.params.stop
-        self.detokenizer = Detokenizer(tokenizer, stop, context, shown_ids, thoughts)
+        self.detokenizer = Detokenizer(tokenizer, stop, context, shown_special_ids, thoughts)
 
     def take(self, event: Event) -> Delta | None:
         """The Delta for the next token, None if there is nothing to tell.

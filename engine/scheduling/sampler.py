@@ -12,7 +12,7 @@ from engine.sequence import Sequence, Token
 # Tokens that are ranked at first; few requests ever need more.
 NUM_CANDIDATES = 128
 # No temperature above 0 is 0 in float32.
-COLDEST = 1e-30
+_MIN_TEMPERATURE = 1e-30
 
 
 @torch.inference_mode()
@@ -30,13 +30,13 @@ def sample_tokens(
     with_logprobs = [row for row, seq in enumerate(seqs) if seq.params.logprobs is not None]
     own = logits[with_logprobs].log_softmax(-1) if with_logprobs else None
     is_finite = logits.amax(-1).isfinite()
-    failures = restrict(seqs, logits)
-    ids = sample(seqs, logits, pool_ids, is_finite)
+    failures = _restrict(seqs, logits)
+    ids = _sample(seqs, logits, pool_ids, is_finite)
     tokens: list[Token | EngineError] = [Token(i) for i in ids]
     if own is not None:
         chosen = [ids[row] for row in with_logprobs]
         counts = [seqs[row].params.logprobs or 0 for row in with_logprobs]
-        for row, token in zip(with_logprobs, scored(own, chosen, counts), strict=True):
+        for row, token in zip(with_logprobs, _scored(own, chosen, counts), strict=True):
             tokens[row] = token
     for row, error in failures.items():
         tokens[row] = error
@@ -47,20 +47,20 @@ def sample_tokens(
 def score_prompt(seq: Sequence, logits: torch.Tensor) -> None:
     """Note the logprobs of the prompt's tokens that follow those just computed.
 
-    Takes the logits of the tokens from `num_cached` on, [tokens, vocabulary].
+    Takes the logits of the tokens from `num_computed_tokens` on, [tokens, vocabulary].
     """
-    following = seq.tokens[seq.num_cached + 1 : seq.num_prompt][: len(logits)]
+    following = seq.tokens[seq.num_computed_tokens + 1 : seq.num_prompt][: len(logits)]
     own = logits[: len(following)].log_softmax(-1)
     counts = [seq.params.prompt_logprobs or 0] * len(following)
     # A step that failed is computed again.
-    seq.prompt_scores[seq.num_cached :] = scored(own, following, counts)
+    seq.prompt_scores[seq.num_computed_tokens :] = _scored(own, following, counts)
 
 
-def scored(logprobs: torch.Tensor, ids: list[int], counts: list[int]) -> list[Token]:
+def _scored(logprobs: torch.Tensor, ids: list[int], counts: list[int]) -> list[Token]:
     """Tokens with their logprobs and those of the `counts` likeliest, [tokens, vocabulary]."""
     if not ids:
         return []
-    own = logprobs.gather(1, to_device([[i] for i in ids], logprobs.device))[:, 0].tolist()
+    own = logprobs.gather(1, _to_device([[i] for i in ids], logprobs.device))[:, 0].tolist()
     values, likeliest = logprobs.topk(max(counts))
     rows = zip(ids, own, likeliest.tolist(), values.tolist(), counts, strict=True)
     return [
@@ -69,7 +69,7 @@ def scored(logprobs: torch.Tensor, ids: list[int], counts: list[int]) -> list[To
     ]
 
 
-def restrict(seqs: list[Sequence], logits: torch.Tensor) -> dict[int, EngineError]:
+def _restrict(seqs: list[Sequence], logits: torch.Tensor) -> dict[int, EngineError]:
     """Apply what is said of single tokens: biases, those banned, a guide.
 
     Returns the errors of those whose guides failed, by their rows.
@@ -79,7 +79,7 @@ def restrict(seqs: list[Sequence], logits: torch.Tensor) -> dict[int, EngineErro
         if seq.params.logit_bias:
             ids, biases = zip(*seq.params.logit_bias, strict=True)
             logits[row].index_add_(
-                0, to_device(ids, logits.device), to_device(biases, logits.device, logits.dtype)
+                0, _to_device(ids, logits.device), _to_device(biases, logits.device, logits.dtype)
             )
         if banned := seq.banned:
             logits[row, sorted(banned)] = -torch.inf
@@ -96,12 +96,12 @@ def restrict(seqs: list[Sequence], logits: torch.Tensor) -> dict[int, EngineErro
 
 def apply_guide(guide: Guide, logits: torch.Tensor) -> None:
     """Mask one sequence's logits [vocabulary] by its guide. Raises InvalidInput if it fails."""
-    allowed = torch.from_numpy(guide.allowed()[: len(logits)])
-    ruled_out = F.pad(~allowed, (0, len(logits) - len(allowed)), value=True)
+    token_mask = torch.from_numpy(guide.token_mask()[: len(logits)])
+    ruled_out = F.pad(~token_mask, (0, len(logits) - len(token_mask)), value=True)
     logits.masked_fill_(ruled_out.to(logits.device, non_blocking=True), -torch.inf)
 
 
-def sample(
+def _sample(
     seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor, is_finite: torch.Tensor
 ) -> list[int]:
     """The next token ids, as transformers' logits processors would have them.
@@ -109,20 +109,20 @@ def sample(
     Synchronises with a GPU once, or twice where a sequence's top-p reaches beyond the candidates.
     """
     if any(seq.params.repetition_penalty != 1 for seq in seqs):
-        apply_repetition_penalty(seqs, logits, pool_ids)
+        _apply_repetition_penalty(seqs, logits, pool_ids)
     if any(seq.params.presence_penalty or seq.params.frequency_penalty for seq in seqs):
-        apply_openai_penalties(seqs, logits, pool_ids)
+        _apply_openai_penalties(seqs, logits, pool_ids)
     tokens = logits.argmax(-1)
     beyond = torch.zeros_like(is_finite)
     sampled = [row for row, seq in enumerate(seqs) if seq.params.temperature]
-    unfiltered = [row for row in sampled if is_unfiltered(seqs[row])]
-    ranked = [row for row in sampled if not is_unfiltered(seqs[row])]
+    unfiltered = [row for row in sampled if _is_unfiltered(seqs[row])]
+    ranked = [row for row in sampled if not _is_unfiltered(seqs[row])]
     if unfiltered:
-        drawn = draw_unranked([seqs[row] for row in unfiltered], rows_of(logits, unfiltered))
+        drawn = _draw_unranked([seqs[row] for row in unfiltered], _rows_of(logits, unfiltered))
         put(tokens, unfiltered, drawn)
     if ranked:
         some = [seqs[row] for row in ranked]
-        drawn, deep = draw_ranked(some, rows_of(logits, ranked), NUM_CANDIDATES)
+        drawn, deep = draw_ranked(some, _rows_of(logits, ranked), NUM_CANDIDATES)
         put(tokens, ranked, drawn)
         put(beyond, ranked, deep)
     chosen, deeper, right = torch.stack([tokens, beyond.long(), is_finite.long()]).tolist()
@@ -131,25 +131,25 @@ def sample(
     if any(deeper):
         again = [row for row, wanted in enumerate(deeper) if wanted]
         some = [seqs[row] for row in again]
-        exact, _ = draw_ranked(some, rows_of(logits, again), logits.shape[1])
+        exact, _ = draw_ranked(some, _rows_of(logits, again), logits.shape[1])
         for row, token in zip(again, exact.tolist(), strict=True):
             chosen[row] = token
     return chosen
 
 
-def is_unfiltered(seq: Sequence) -> bool:
+def _is_unfiltered(seq: Sequence) -> bool:
     """Whether neither top-k nor top-p is on, so that nothing needs ranking."""
     return not seq.params.top_k and seq.params.top_p >= 1
 
 
-def to_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+def _to_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A tensor of the values on a device, without synchronising with it."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
-def rows_of(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+def _rows_of(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """Some rows in order; no copy if they are all, as they mostly are."""
-    return logits if len(rows) == len(logits) else logits[to_device(rows, logits.device)]
+    return logits if len(rows) == len(logits) else logits[_to_device(rows, logits.device)]
 
 
 def put(target: torch.Tensor, rows: list[int], values: torch.Tensor) -> None:
@@ -157,16 +157,16 @@ def put(target: torch.Tensor, rows: list[int], values: torch.Tensor) -> None:
     if len(rows) == len(target):
         target.copy_(values)
     else:
-        target[to_device(rows, target.device)] = values
+        target[_to_device(rows, target.device)] = values
 
 
-def columns(seqs: list[Sequence], parameters: list[str], like: torch.Tensor) -> Any:
+def _columns(seqs: list[Sequence], parameters: list[str], like: torch.Tensor) -> Any:
     """Parameters of every sequence, float32 [sequences, 1] each, copied to a GPU at once."""
     values = [[float(getattr(seq.params, name)) for name in parameters] for seq in seqs]
-    return to_device(values, like.device, torch.float32).split(1, dim=1)
+    return _to_device(values, like.device, torch.float32).split(1, dim=1)
 
 
-def token_ids_from(
+def _token_ids_from(
     seqs: list[Sequence], first: list[int], logits: torch.Tensor, pool_ids: torch.Tensor
 ) -> torch.Tensor:
     """The token ids of sequences from index `first` on, [sequences, longest].
@@ -175,50 +175,50 @@ def token_ids_from(
     """
     begins = [seq.start + n for seq, n in zip(seqs, first, strict=True)]
     lasts = [seq.start + len(seq.tokens) - 1 for seq in seqs]
-    starts, ends = to_device([begins, lasts], logits.device).unsqueeze(2)
+    starts, ends = _to_device([begins, lasts], logits.device).unsqueeze(2)
     most = max(last - begin for begin, last in zip(begins, lasts, strict=True))
     longest = torch.arange(most + 1, device=logits.device)
     return pool_ids[(starts + longest).minimum(ends)]
 
 
-def apply_repetition_penalty(
+def _apply_repetition_penalty(
     seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor
 ) -> None:
     """transformers' repetition penalty, on the tokens of prompt and answer."""
-    seen = token_ids_from(seqs, [0] * len(seqs), logits, pool_ids)
-    (penalty,) = columns(seqs, ["repetition_penalty"], logits)
+    seen = _token_ids_from(seqs, [0] * len(seqs), logits, pool_ids)
+    (penalty,) = _columns(seqs, ["repetition_penalty"], logits)
     scores = logits.gather(1, seen)
     logits.scatter_(1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
-def apply_openai_penalties(
+def _apply_openai_penalties(
     seqs: list[Sequence], logits: torch.Tensor, pool_ids: torch.Tensor
 ) -> None:
     """OpenAI's presence and frequency penalties on the answers' tokens, as in its API guide."""
-    said = token_ids_from(seqs, [seq.num_prompt for seq in seqs], logits, pool_ids)
-    count = to_device([[seq.num_completion] for seq in seqs], logits.device)
+    said = _token_ids_from(seqs, [seq.num_prompt for seq in seqs], logits, pool_ids)
+    count = _to_device([[seq.num_completion] for seq in seqs], logits.device)
     counted = torch.arange(said.shape[1], device=logits.device) < count
     times = torch.zeros_like(logits).scatter_add_(1, said, counted.to(logits))
-    frequency, presence = columns(seqs, ["frequency_penalty", "presence_penalty"], logits)
+    frequency, presence = _columns(seqs, ["frequency_penalty", "presence_penalty"], logits)
     logits -= frequency * times
     logits -= presence * (times > 0)
 
 
-def draw_unranked(seqs: list[Sequence], logits: torch.Tensor) -> torch.Tensor:
+def _draw_unranked(seqs: list[Sequence], logits: torch.Tensor) -> torch.Tensor:
     """Sample tokens [sequences] where neither top-k nor top-p is on."""
-    temperature, min_p = columns(seqs, ["temperature", "min_p"], logits)
-    scores = (logits - logits.amax(-1, True)) / temperature.clamp(min=COLDEST)
+    temperature, min_p = _columns(seqs, ["temperature", "min_p"], logits)
+    scores = (logits - logits.amax(-1, True)) / temperature.clamp(min=_MIN_TEMPERATURE)
     mass = scores.exp()
     mass *= mass >= min_p
-    return inverse_transform(mass, draws_of(seqs, logits.device))[:, 0]
+    return _inverse_transform(mass, _draws_of(seqs, logits.device))[:, 0]
 
 
-def draws_of(seqs: list[Sequence], device: torch.device) -> torch.Tensor:
+def _draws_of(seqs: list[Sequence], device: torch.device) -> torch.Tensor:
     """Each sequence's random number from [0, 1) for its next token, [sequences, 1]."""
-    return to_device([[seq.draw] for seq in seqs], device, torch.float64)
+    return _to_device([[seq.draw] for seq in seqs], device, torch.float64)
 
 
-def inverse_transform(mass: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+def _inverse_transform(mass: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Inverse transform sampling: where draws [sequences, 1] from [0, 1) fall in the mass.
 
     The mass, [sequences, tokens], need not sum to 1.
@@ -236,9 +236,9 @@ def draw_ranked(
     Sorting the whole vocabulary would take longer than all the rest. Returns the tokens
     [sequences], and which sequences' top-p reaches deeper and need to be drawn among all tokens.
     """
-    parameters = columns(seqs, ["temperature", "top_k", "top_p", "min_p"], logits)
+    parameters = _columns(seqs, ["temperature", "top_k", "top_p", "min_p"], logits)
     temperature, top_k, top_p, min_p = parameters
-    temperature, top_k = temperature.clamp(min=COLDEST), top_k.long()
+    temperature, top_k = temperature.clamp(min=_MIN_TEMPERATURE), top_k.long()
     width = logits.shape[1]
     depth = min(width, max(depth, *(seq.params.top_k for seq in seqs)))
     ranked, ids = logits.topk(depth)
@@ -255,5 +255,5 @@ def draw_ranked(
     before = mass.cumsum(-1, dtype=torch.float64) - mass
     keep = ((before < top_p) | (top_p >= 1)) & (mass >= min_p * mass[:, :1])
     keep[:, 0] = True
-    tokens = ids.gather(1, inverse_transform(mass * keep, draws_of(seqs, logits.device)))[:, 0]
+    tokens = ids.gather(1, _inverse_transform(mass * keep, _draws_of(seqs, logits.device)))[:, 0]
     return tokens, keep[:, -1] & (top_k[:, 0] == 0) & (depth < width)

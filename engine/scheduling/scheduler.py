@@ -13,19 +13,19 @@ from engine.sequence import Sequence
 # Most smaller requests that may overtake one that waits for room.
 MAX_OVERTAKING = 16
 # Most tokens in a step of a prompt whose logits are all wanted: each is as wide as the vocabulary.
-MAX_SCORED = 128
+_MAX_SCORED = 128
 
 
 S = TypeVar("S", bound=Sequence)
 R = TypeVar("R", bound=Hashable)
 
 
-def chunk_of(seq: Sequence) -> int:
+def _chunk_of(seq: Sequence) -> int:
     """Most tokens of a sequence's prompt that a step may compute."""
-    return min(seq.pending, MAX_SCORED) if seq.all_logits else seq.pending
+    return min(seq.pending, _MAX_SCORED) if seq.all_logits else seq.pending
 
 
-def sizes_of(work: list[tuple[S, int]]) -> tuple[int, int]:
+def _sizes_of(work: list[tuple[S, int]]) -> tuple[int, int]:
     """How many sequences of a step decode, and how many tokens of prompts it has."""
     return sum(count == 1 for _, count in work), sum(count for _, count in work if count > 1)
 
@@ -77,11 +77,11 @@ class Scheduler(Generic[S]):
             if first_blocked and first_blocked.times_overtaken >= MAX_OVERTAKING:
                 return
             # Where one found no room, nobody who wants as much needs to look.
-            if seq.wanted_room >= blocked_size or self._lets_another_go_first(seq):
+            if seq.rows_needed >= blocked_size or self._lets_another_go_first(seq):
                 continue
             if not self.cache.place(seq):
                 first_blocked = first_blocked or seq
-                blocked_size = seq.wanted_room
+                blocked_size = seq.rows_needed
                 continue
             if first_blocked:
                 first_blocked.times_overtaken += 1
@@ -89,7 +89,7 @@ class Scheduler(Generic[S]):
             self.running.append(seq)
             seq.admitted = seq.admitted or time.monotonic()
 
-    def make_room(self) -> None:
+    def grow_or_preempt(self) -> None:
         """Widen the spans that are full; who finds no room waits again, with its tokens."""
         for seq in list(self.running):
             if len(seq.tokens) > seq.room and not seq.done and not self.cache.grow(seq):
@@ -102,7 +102,7 @@ class Scheduler(Generic[S]):
         What a request has of the step's prompt tokens goes to its prompts in order.
         """
         running = [seq for seq in self.running if not seq.done]
-        chunks = {seq: chunk_of(seq) for seq in running if seq.pending > 1}
+        chunks = {seq: _chunk_of(seq) for seq in running if seq.pending > 1}
         wanted: Counter[Hashable] = Counter()
         for seq, most in chunks.items():
             wanted[seq.request] += most
@@ -120,19 +120,19 @@ class Scheduler(Generic[S]):
 
     def expected(self, work: list[tuple[S, int]]) -> float:
         """Seconds that the work is likely to take, by what steps have taken; 0 if not known."""
-        return self.budget.expected(*sizes_of(work))
+        return self.budget.expected(*_sizes_of(work))
 
     def note(self, work: list[tuple[S, int]], seconds: float) -> None:
         """Note how long the work took, by which the next steps are planned."""
-        self.budget.note(*sizes_of(work), seconds)
+        self.budget.note(*_sizes_of(work), seconds)
 
     def advance(self, work: list[tuple[S, int]]) -> None:
         """Note that the work has been computed."""
         for seq, count in work:
-            seq.num_cached += count
+            seq.num_computed_tokens += count
             self.cache.advance(seq)
 
-    def retire(self) -> None:
+    def remove_finished(self) -> None:
         """Remove the sequences that are done, and free their rows."""
         # Read `done` once: the event loop may set it at any moment.
         gone = {seq for seq in (*self.running, *self.waiting) if seq.done}

@@ -35,7 +35,7 @@ class ToolFormat:
     @property
     def trigger(self) -> str:
         """With what a call begins wherever it stands; empty if it can only begin an answer."""
-        found = TAG.match(self.head)
+        found = _TAG.match(self.head)
         return found[0] if found else ""
 
     def spell(self, calls: Iterable[dict[str, Any]]) -> str:
@@ -57,9 +57,9 @@ class ToolFormat:
 
 
 # What begins a call in the midst of a text: nothing that a text has by chance.
-TAG = re.compile(r"<[^<>\s]+(?:>|$)|\[[^\[\]\s{}\"]+\]")
+_TAG = re.compile(r"<[^<>\s]+(?:>|$)|\[[^\[\]\s{}\"]+\]")
 # Beside these, a call may begin as JSON does, where it begins the answer.
-HEAD = re.compile(rf'{TAG.pattern}|\[?\{{"')
+HEAD = re.compile(rf'{_TAG.pattern}|\[?\{{"')
 
 # Qwen's and Hermes' way, on which many other models were trained too, or fine-tuned.
 COMMON = ToolFormat(

@@ -16,9 +16,9 @@ from engine.tools.format import ToolFormat
 
 # Longer schemas, all the tools' together, take too long to compile.
 MAX_SCHEMAS_CHARS = 2**16
-TEXT = r"/(.|\n)*/"
+_TEXT = r"/(.|\n)*/"
 # What Python takes for white space, which may stand before a thought.
-SPACE = r"[\s\x1c-\x1f]*"
+_SPACE = r"[\s\x1c-\x1f]*"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ToolGrammar:
         texts = (form.head, form.middle, form.tail, form.between or "", *form.arguments.texts)
         parts = [part for text in texts for part in self.pattern.split(text)]
         # The special tokens that an answer may have.
-        self.marks = sorted({special[part] for part in parts if part in special})
+        self.special_ids = sorted({special[part] for part in parts if part in special})
 
     def write(self, tools: list[Any], choice: ToolChoice, thoughts: Thoughts | None = None) -> str:
         """The grammar of an answer; each tool, its parameters a JSON schema, has a line by itself.
@@ -67,14 +67,14 @@ class ToolGrammar:
         several = choice.parallel and form.between
         more = f"({self._words(form.between)} call)*" if several and form.between else ""
         names = [f"call_{n}" for n in range(len(tools))]
-        schemas = [without_others(relaxed(tool["function"]["parameters"])) for tool in tools]
+        schemas = [_without_others(relaxed(tool["function"]["parameters"])) for tool in tools]
         arguments, rules = form.arguments.grammar(schemas, self._words)
         lines = ["%llguidance {}"]
         lines += map(self._call, names, tools, arguments)
         lines += [
             f"call: {' | '.join(names)}",
             f"calls: call {more} {self._words(form.tail)}",
-            f"TEXT: {TEXT}",
+            f"TEXT: {_TEXT}",
             rules,
             *self._start(choice, thoughts),
         ]
@@ -116,11 +116,11 @@ class ToolGrammar:
         if thoughts.begun:
             return ["start: thought free", *lines]
         # Its beginning decides what is a thought, lest a call begin in one.
-        unthought = self._may_call("unthought", SPACE + as_regex(thoughts.opening))
+        unthought = self._may_call("unthought", _SPACE + _as_regex(thoughts.opening))
         return ["start: thought free | unthought", *unthought, *lines]
 
     def _thought(self, thoughts: Thoughts) -> str:
-        opening = "" if thoughts.begun else f"/{SPACE}{as_regex(thoughts.opening)}/"
+        opening = "" if thoughts.begun else f"/{_SPACE}{_as_regex(thoughts.opening)}/"
         return f"thought[lazy]: {opening} TEXT {json.dumps(thoughts.closing)}"
 
     def _may_call(self, rule: str, *excluded: str) -> list[str]:
@@ -133,7 +133,7 @@ class ToolGrammar:
         text = rule.upper()
         if not trigger:
             # Where only its beginning can tell a call from a text, a text begins otherwise.
-            begins = "".join(f" & ~/{word}(.|\\n)*/" for word in (*excluded, as_regex(head[0])))
+            begins = "".join(f" & ~/{word}(.|\\n)*/" for word in (*excluded, _as_regex(head[0])))
             return [f"{rule}: {text} | {self._words(head)} calls", f"{text}: TEXT{begins}"]
         begins = "".join(f" & ~/{word}(.|\\n)*/" for word in excluded)
         # A text ends at once with a trigger that is text too; special tokens are none.
@@ -156,20 +156,20 @@ class ToolGrammar:
 
 
 # With one of these, an object may have properties beside those under "properties".
-OTHERS = {
+_OTHERS = {
     "$dynamicRef", "$ref", "additionalProperties", "allOf", "anyOf", "dependencies",
     "dependentSchemas", "if", "minProperties", "oneOf", "patternProperties", "propertyNames",
     "unevaluatedProperties",
 }  # fmt: skip
 
 
-def without_others(parameters: dict[str, Any]) -> dict[str, Any]:
+def _without_others(parameters: dict[str, Any]) -> dict[str, Any]:
     """The JSON schema of arguments, with no others than those that it names, if it names any.
 
     JSON schema allows others where nothing is said of them, but a function takes none.
     """
     named = parameters.get("properties")
-    if not isinstance(named, dict) or OTHERS & parameters.keys():
+    if not isinstance(named, dict) or _OTHERS & parameters.keys():
         return parameters
     required = parameters.get("required", [])
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
@@ -198,6 +198,6 @@ def explained(error: InvalidInput, tools: list[Any]) -> InvalidInput:
     return InvalidInput(f"the parameters of {name}: {found[3]}", "tools")
 
 
-def as_regex(text: str) -> str:
+def _as_regex(text: str) -> str:
     """A pattern between slashes that matches a text."""
     return re.escape(text).replace("/", r"\/")

@@ -8,7 +8,7 @@ from engine.tools.arguments import Words, spell_json
 
 # As models are trained to write them. Keywords that cannot be checked as JSON is written, such as
 # uniqueItems, are let pass; else a schema with one would be refused.
-WRITING = {
+_WRITING = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
@@ -18,10 +18,10 @@ WRITING = {
 
 def json_rule(schema: dict[str, Any]) -> str:
     """The JSON of a schema, as an expression of llguidance's Lark."""
-    return f"%json {json.dumps(schema | {'x-guidance': WRITING})}"
+    return f"%json {json.dumps(schema | {'x-guidance': _WRITING})}"
 
 
-class JSONArguments:
+class _JSONArguments:
     """An object of JSON."""
 
     texts: tuple[str, ...] = ()
@@ -32,11 +32,11 @@ class JSONArguments:
     def grammar(self, schemas: Sequence[dict[str, Any]], words: Words) -> tuple[list[str], str]:
         return [json_rule(schema) for schema in schemas], ""
 
-    def parser(self, schema: dict[str, Any], shown: Callable[[str], str]) -> "JSONParser":
-        return JSONParser()
+    def parser(self, schema: dict[str, Any], shown: Callable[[str], str]) -> "_JSONParser":
+        return _JSONParser()
 
 
-class JSONParser:
+class _JSONParser:
     """Finds where an object ends."""
 
     def __init__(self) -> None:
@@ -56,4 +56,4 @@ class JSONParser:
         return len(held), held, False
 
 
-JSON_ARGUMENTS = JSONArguments()
+JSON_ARGUMENTS = _JSONArguments()

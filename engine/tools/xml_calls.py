@@ -13,12 +13,12 @@ from engine.tools.arguments import Words, spell_json
 from engine.tools.json_calls import json_rule
 
 # Where a schema looks up what it names by "$ref".
-DEFINITIONS = ("$defs", "definitions")
+_DEFINITIONS = ("$defs", "definitions")
 # What the name of an argument that no schema names may be.
-NAME_RULE = r"ANY_NAME: /[^\s<>\"'=\/]+/"
+_NAME_RULE = r"ANY_NAME: /[^\s<>\"'=\/]+/"
 # The longest texts whose characters a grammar counts.
-COUNTED = 256
-TYPES: dict[type, str] = {
+_COUNTED = 256
+_TYPES: dict[type, str] = {
     bool: "boolean", int: "integer", float: "number", dict: "object", list: "array",
     type(None): "null",
 }  # fmt: skip
@@ -38,7 +38,7 @@ class TaggedArguments:
 
     def spell(self, arguments: dict[str, Any]) -> str:
         return "".join(
-            f"{self.head}{name}{self.middle}{spell_value(value)}{self.tail}"
+            f"{self.head}{name}{self.middle}{_spell_value(value)}{self.tail}"
             for name, value in arguments.items()
         )
 
@@ -48,9 +48,9 @@ class TaggedArguments:
         Of a text, its choices are held to, and its length where that is short.
         """
         expressions = [self._expression(schema, words) for schema in schemas]
-        values = (value for schema in schemas for value in properties_of(schema).values())
-        texts = sorted({"text", *map(text_rule, values)})
-        return expressions, "\n".join([*(self._text(rule, words) for rule in texts), NAME_RULE])
+        values = (value for schema in schemas for value in _properties_of(schema).values())
+        texts = sorted({"text", *map(_text_rule, values)})
+        return expressions, "\n".join([*(self._text(rule, words) for rule in texts), _NAME_RULE])
 
     def _text(self, rule: str, words: Words) -> str:
         """A text of a length, and the tail: a text ends where a tail begins, so none has one."""
@@ -63,51 +63,51 @@ class TaggedArguments:
     def _expression(self, schema: dict[str, Any], words: Words) -> str:
         required = set(schema.get("required", ()))
         parts = []
-        for name, one in properties_of(schema).items():
+        for name, one in _properties_of(schema).items():
             written = f"{words(self.head + name + self.middle)} {self._value(one, words)}"
             parts.append(written if name in required else f"({written})?")
-        if not properties_of(schema) and schema.get("additionalProperties") is not False:
+        if not _properties_of(schema) and schema.get("additionalProperties") is not False:
             parts.append(f"({words(self.head)} ANY_NAME {words(self.middle)} text)*")
         return " ".join(parts) or '""'
 
     def _value(self, schema: dict[str, Any], words: Words) -> str:
         """A value of a schema, and the tail."""
-        kinds = kinds_of(schema)
+        kinds = _kinds_of(schema)
         if kinds is not None and "string" not in kinds:
             return f"{json_rule(schema)} {words(self.tail)}"
         choices = schema.get("enum", [schema["const"]] if "const" in schema else None)
         if not isinstance(choices, list) or not choices:
-            return text_rule(schema) if kinds == {"string"} else "text"
-        texts = " | ".join(words(spell_value(choice)) or '""' for choice in choices)
+            return _text_rule(schema) if kinds == {"string"} else "text"
+        texts = " | ".join(words(_spell_value(choice)) or '""' for choice in choices)
         return f"({texts}) {words(self.tail)}"
 
-    def parser(self, schema: dict[str, Any], shown: Callable[[str], str]) -> "TaggedParser":
+    def parser(self, schema: dict[str, Any], shown: Callable[[str], str]) -> "_TaggedParser":
         tags = (shown(self.head), shown(self.middle), shown(self.tail))
-        return TaggedParser(tags, properties_of(schema))
+        return _TaggedParser(tags, _properties_of(schema))
 
 
-def text_rule(schema: dict[str, Any]) -> str:
+def _text_rule(schema: dict[str, Any]) -> str:
     """The rule for a text of the length that a schema has, if that is short enough to count."""
     least, most = schema.get("minLength", 0), schema.get("maxLength")
-    if not (isinstance(least, int) and isinstance(most, int) and 0 <= least <= most <= COUNTED):
+    if not (isinstance(least, int) and isinstance(most, int) and 0 <= least <= most <= _COUNTED):
         return "text"
     return f"text_{least}_{most}"
 
 
-def spell_value(value: Any) -> str:
+def _spell_value(value: Any) -> str:
     return value if isinstance(value, str) else spell_json(value)
 
 
-def properties_of(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _properties_of(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The schema of each argument that has a name, with the definitions that it may look up."""
     named = schema.get("properties")
-    beside = {name: schema[name] for name in DEFINITIONS if name in schema}
+    beside = {name: schema[name] for name in _DEFINITIONS if name in schema}
     if not isinstance(named, dict):
         return {}
     return {k: {**beside, **v} if isinstance(v, dict) else beside for k, v in named.items()}
 
 
-def kinds_of(schema: Any, depth: int = 0) -> set[str] | None:
+def _kinds_of(schema: Any, depth: int = 0) -> set[str] | None:
     """The types of JSON that a value may have, by what its schema says; None if it says nothing."""
     if not isinstance(schema, dict) or depth > 8:
         return None
@@ -118,29 +118,29 @@ def kinds_of(schema: Any, depth: int = 0) -> set[str] | None:
         return set(kind)
     for choices in (schema.get("enum"), [schema["const"]] if "const" in schema else None):
         if isinstance(choices, list) and choices:
-            return {TYPES.get(type(choice), "string") for choice in choices}
+            return {_TYPES.get(type(choice), "string") for choice in choices}
     for word in ("anyOf", "oneOf"):
         if isinstance(schema.get(word), list):
-            return union_of(schema[word], schema, depth)
+            return _union_of(schema[word], schema, depth)
     if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) == 1:
-        return union_of(schema["allOf"], schema, depth)
+        return _union_of(schema["allOf"], schema, depth)
     if isinstance(schema.get("$ref"), str):
-        return union_of([looked_up(schema["$ref"], schema)], schema, depth)
+        return _union_of([_looked_up(schema["$ref"], schema)], schema, depth)
     return None
 
 
-def union_of(schemas: list[Any], outer: dict[str, Any], depth: int) -> set[str] | None:
-    beside = {name: outer[name] for name in DEFINITIONS if name in outer}
+def _union_of(schemas: list[Any], outer: dict[str, Any], depth: int) -> set[str] | None:
+    beside = {name: outer[name] for name in _DEFINITIONS if name in outer}
     found: set[str] = set()
     for one in schemas:
-        kinds = kinds_of({**beside, **one} if isinstance(one, dict) else None, depth + 1)
+        kinds = _kinds_of({**beside, **one} if isinstance(one, dict) else None, depth + 1)
         if kinds is None:
             return None
         found |= kinds
     return found
 
 
-def looked_up(reference: str, schema: dict[str, Any]) -> Any:
+def _looked_up(reference: str, schema: dict[str, Any]) -> Any:
     """What a reference such as "#/$defs/Colour" names; None if it is nowhere."""
     found: Any = schema if reference.startswith("#/") else None
     for key in reference.removeprefix("#/").split("/"):
@@ -149,14 +149,14 @@ def looked_up(reference: str, schema: dict[str, Any]) -> Any:
     return found
 
 
-class TaggedParser:
+class _TaggedParser:
     """Makes an object of JSON of arguments, piece by piece; a name's first value counts."""
 
     def __init__(self, tags: tuple[str, str, str], schemas: dict[str, dict[str, Any]]):
         self._head, self._middle, self._tail = tags
         self._schemas = schemas
         self._names: set[str] = set()
-        self._value: Value | None = None
+        self._value: _Value | None = None
 
     def take(self, held: str) -> tuple[int, str, bool]:
         at, said = 0, ""
@@ -181,9 +181,9 @@ class TaggedParser:
                 at += end + len(self._middle)
 
     def _begin(self, name: str) -> str:
-        kinds = kinds_of(self._schemas.get(name))
+        kinds = _kinds_of(self._schemas.get(name))
         is_new = name not in self._names
-        self._value = Value(kinds, is_told=is_new)
+        self._value = _Value(kinds, is_told=is_new)
         begun = ", " if self._names else "{"
         self._names.add(name)
         return f"{begun}{spell_json(name)}: " if is_new else ""
@@ -198,7 +198,7 @@ class TaggedParser:
         return len(text) - begun, False
 
 
-class Value:
+class _Value:
     """One argument's value on its way to JSON.
 
     A text is told as it comes, and so is JSON. What may be either is told at its end: as what it
@@ -228,7 +228,7 @@ class Value:
             value = json.loads(self._held)
         except ValueError:
             return spell_json(self._held)
-        kind = TYPES.get(type(value))
-        kinds = self._kinds or {*TYPES.values()}  # a text's quotes are its own
+        kind = _TYPES.get(type(value))
+        kinds = self._kinds or {*_TYPES.values()}  # a text's quotes are its own
         fits = kind in kinds or (kind == "integer" and "number" in kinds)
         return self._held if fits else spell_json(self._held)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.sequence import Sequence, Span
+from engine.sequence import KVSpan, Sequence
 from tests.conftest import PATIENCE, ROOT, ScriptedRunner, chat_model, ready, serve
 from tests.tool_caller import tool_tokenizer
 
@@ -33,7 +33,7 @@ class Editor(ScriptedRunner):
         super().__init__(tool_tokenizer(), rows=NUM_SLOTS)
         self.file = str(file)
 
-    def forward(self, work: list[tuple[Span, int]]) -> torch.Tensor:
+    def forward(self, work: list[tuple[KVSpan, int]]) -> torch.Tensor:
         logits = super().forward(work)
         for row, (seq, _) in zip(logits, work, strict=True):
             if isinstance(seq, Sequence):

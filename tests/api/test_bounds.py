@@ -306,7 +306,7 @@ def test_body_in_too_many_chunks_is_refused_with_the_reason(server):
 
 def test_chunks_of_a_byte_leave_time_to_others(server, monkeypatch):
     """Others are answered between them, however many there are, and whatever has the key."""
-    monkeypatch.setattr(connection_limits, "REST", 10**6)
+    monkeypatch.setattr(connection_limits, "PAUSE_FACTOR", 10**6)
     with peer(server) as slow:
         slow.sendall(in_chunks(padded(3000)) + b"0\r\n\r\n")
         for _ in range(3):
@@ -317,7 +317,7 @@ def test_chunks_of_a_byte_leave_time_to_others(server, monkeypatch):
 
 
 def test_turns_of_chunks_are_one_at_a_time():
-    assert connection_limits.REST == 3
+    assert connection_limits.PAUSE_FACTOR == 3
     turns = connection_limits.Turns()
     assert [turns.next(10.0, 1.0) for _ in range(3)] == [13.0, 17.0, 21.0]
     assert turns.next(100.0, 2.0) == 106.0
@@ -326,7 +326,7 @@ def test_turns_of_chunks_are_one_at_a_time():
 @pytest.mark.parametrize("key", ["wrong", "sesame"])
 def test_chunks_that_wait_are_not_read(runner, tokenizer, monkeypatch, key):
     """What has come is kept, and no more is taken, whether anybody wants the body or not."""
-    monkeypatch.setattr(connection_limits, "REST", 10**6)
+    monkeypatch.setattr(connection_limits, "PAUSE_FACTOR", 10**6)
     load = lambda settings: chat_model(runner, tokenizer)  # noqa: E731
     begin = in_chunks(b" ").replace(b"Host", b"Authorization: Bearer %s\r\nHost" % key.encode())
     with serve(load, api_key="sesame") as url, peer(ready(url), 0.5) as asking:

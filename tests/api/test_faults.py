@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import api
 from engine import child_process
 from engine.blame import damaged
-from engine.checkpoint.checkpoint import explained
+from engine.checkpoint.checkpoint import as_start_error
 from engine.errors import StartError, StepFailed
 from engine.loading import load as load_now
 from engine.model import ChatModel
@@ -30,7 +30,7 @@ from engine.prompt.families import Message
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.sampling_params import SamplingParams
 from engine.scheduling.engine import Engine
-from engine.scheduling.output import Answer, AnswerText
+from engine.scheduling.output import OutputProcessor, StreamedSequence
 from engine.sequence import Delta
 from tests.conftest import (
     ROOT,
@@ -197,7 +197,11 @@ def test_file_without_read_permission_is_named(sound, tmp_path, monkeypatch):
 )
 def test_lack_of_memory_is_not_told_as_a_broken_file(tmp_path, error):
     words = "too little memory"
-    with pytest.raises(StartError, match=words) as told, explained(tmp_path), damaged(tmp_path):
+    with (
+        pytest.raises(StartError, match=words) as told,
+        as_start_error(tmp_path),
+        damaged(tmp_path),
+    ):
         raise error
     assert "damaged" not in str(told.value)
 
@@ -423,17 +427,17 @@ def test_tokenizer_fault_fails_one_request(server, monkeypatch):
 
 
 def test_detokenizer_fault_fails_one_request(server, monkeypatch):
-    begin = AnswerText.__init__
+    begin = OutputProcessor.__init__
 
     def fail(token: int) -> str:
         raise RuntimeError("a secret")
 
-    def broken(self, answer: Answer, *given: object) -> None:
+    def broken(self, answer: StreamedSequence, *given: object) -> None:
         begin(self, answer, *given)
         if answer.num_prompt > 30:
             self.detokenizer.push = fail
 
-    monkeypatch.setattr(AnswerText, "__init__", broken)
+    monkeypatch.setattr(OutputProcessor, "__init__", broken)
     one_fails(server, "long" * 10)
 
 

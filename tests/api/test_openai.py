@@ -460,8 +460,8 @@ def test_a_schema_cannot_ask_for_space_without_end(tokenizer):
     guide = GuideCompiler(ChatTokenizer(tokenizer).plain, (), {256}).compile(asking)
     brace, quote, newline = tokenizer.encode('{"\n', add_special_tokens=False)
     guide.matcher.consume_token(brace)
-    assert guide.allowed()[quote]
-    assert not guide.allowed()[newline]
+    assert guide.token_mask()[quote]
+    assert not guide.token_mask()[newline]
 
 
 def test_a_json_object_and_free_text_side_by_side(thinker):

@@ -572,7 +572,7 @@ def test_no_schema_makes_an_answer_say_a_special_token(name):
             said: list[int] = []
             try:
                 guide = guides.compile({"type": "string"} | schema)
-                while (token := int(np.flatnonzero(guide.allowed())[0])) not in ends:
+                while (token := int(np.flatnonzero(guide.token_mask())[0])) not in ends:
                     said.append(token)
                     guide.matcher.consume_token(token)
             except InvalidInput:

@@ -13,7 +13,7 @@ from benchmark import free_port
 
 import api
 from engine import ChatModel, EngineStopped
-from engine.guided.bounded_compiler import TrialCompiler
+from engine.guided.bounded_compiler import BoundedCompiler
 from engine.prompt.tokenizer import ChatTokenizer
 from serving import body_limits
 from serving.workers import NUM_THREADS, Workers
@@ -197,9 +197,9 @@ def test_a_client_that_leaves_before_its_turn_is_not_tokenized(server, gate):
 
 
 def test_nobody_waits_for_a_schema_but_those_with_one(server, monkeypatch):
-    gate, check = Gate(), TrialCompiler._check
+    gate, check = Gate(), BoundedCompiler._check
     monkeypatch.setattr(
-        TrialCompiler, "_check", lambda *given: gate.work("schema") and check(*given)
+        BoundedCompiler, "_check", lambda *given: gate.work("schema") and check(*given)
     )
     schema = {"type": "json_schema", "json_schema": {"schema": {"multipleOf": 3_000_017}}}
     hard = {"messages": [{"role": "user", "content": "x"}], "response_format": schema}

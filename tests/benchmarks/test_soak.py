@@ -17,8 +17,8 @@ import api
 from engine.errors import QueueFull
 from engine.scheduling.engine import Engine
 from engine.scheduling.kv_cache import SpanCache
-from engine.scheduling.output import AnswerText, Event, deliver
-from engine.sequence import Delta, Sequence, Span
+from engine.scheduling.output import Event, OutputProcessor, deliver
+from engine.sequence import Delta, KVSpan, Sequence
 from tests.conftest import ROOT, ScriptedRunner, chat_model, ready, serve, wait_for
 
 
@@ -39,8 +39,8 @@ class Parrot(ScriptedRunner):
     def forward(self, work):
         logits = super().forward(work)
         for row, (seq, new) in zip(logits, work, strict=True):
-            first = seq.start + seq.num_cached
-            fresh = seq.tokens[seq.num_cached : seq.num_cached + new]
+            first = seq.start + seq.num_computed_tokens
+            fresh = seq.tokens[seq.num_computed_tokens : seq.num_computed_tokens + new]
             self.cells[first : first + new] = torch.tensor(fresh)
             # All but the last message's end and the assistant's beginning.
             said = len(seq.tokens) - seq.num_prompt
@@ -148,8 +148,8 @@ def test_nobody_hears_anothers_secret(report, tokenizer):
 
 
 def test_a_span_that_is_reused_unread_is_noticed(report, tokenizer, monkeypatch):
-    def unread(span: Span, other: Span, known: int) -> int:
-        return min(span.num_cached, len(other.tokens) - 1)
+    def unread(span: KVSpan, other: KVSpan, known: int) -> int:
+        return min(span.num_computed_tokens, len(other.tokens) - 1)
 
     # As if all prompts were alike, whatever their tokens are.
     monkeypatch.setattr(
@@ -263,15 +263,15 @@ def test_a_siege_costs_no_honest_answer(report, runner, tokenizer):
 
 @pytest.mark.slow
 def test_an_answer_that_is_altered_in_a_siege_is_noticed(report, runner, tokenizer, monkeypatch):
-    right, count = AnswerText.take, 0
+    right, count = OutputProcessor.take, 0
 
-    def astray(text: AnswerText, event: Event) -> Delta | None:
+    def astray(text: OutputProcessor, event: Event) -> Delta | None:
         nonlocal count
         delta = right(text, event)
         count += 1
         return replace(delta, text="?") if delta and count % 50 == 0 else delta
 
-    monkeypatch.setattr(AnswerText, "take", astray)
+    monkeypatch.setattr(OutputProcessor, "take", astray)
     besieged(report, runner, tokenizer)
     assert any("altered" in words for words in report.broken)
 

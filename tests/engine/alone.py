@@ -9,7 +9,7 @@ import torch
 from engine.checkpoint.checkpoint import load_model
 from engine.checkpoint.model_config import context_length
 from engine.kernels.cpu import why_missing
-from engine.layers.weight_format import Form, convert
+from engine.layers.weight_format import WeightFormat, convert
 from engine.loading import probes, reference_logits
 from engine.runner.create import create_runner
 from tests.conftest import ROOT, greedy
@@ -28,7 +28,7 @@ FAMILIES = ["deepseek_v2", "index", "internlm2", "internlm2_ntk", "llama", "xver
 class Alone:
     """A family's tiny model: what `generate` says of a prompt by itself, and a runner."""
 
-    def __init__(self, name: str, form: Form, quantize: str):
+    def __init__(self, name: str, form: WeightFormat, quantize: str):
         dtype = "float32" if form == "as it is" else "bfloat16"
         model, _ = load_model(FIXTURES / name, dtype=dtype, quantize=quantize)
         convert(model, form)
@@ -56,5 +56,5 @@ class Alone:
 
 
 @cache
-def alone(name: str, form: Form = "as it is", quantize: str = "none") -> Alone:
+def alone(name: str, form: WeightFormat = "as it is", quantize: str = "none") -> Alone:
     return Alone(name, form, quantize)

@@ -18,7 +18,7 @@ import model_download
 from engine import ChatModel
 from engine.checkpoint.checkpoint import check_gpus
 from engine.errors import StartError
-from engine.layers.autotune import settle_form
+from engine.layers.autotune import choose_weight_format
 from engine.loading import load
 from model_download import DownloadError, find_model
 from tests.conftest import PATIENCE, byte_tokenizer, tiny_llama, wait_for
@@ -187,9 +187,9 @@ def test_what_computes_while_loading_ends_with_its_thread(checkpoint, monkeypatc
 
     def settle(*args):
         computing.append(threading.current_thread())
-        return settle_form(*args)
+        return choose_weight_format(*args)
 
-    monkeypatch.setattr("engine.loading.settle_form", settle)
+    monkeypatch.setattr("engine.loading.choose_weight_format", settle)
     load(checkpoint, cache_memory="8MiB").close()
     assert computing[0] is not threading.current_thread()
     wait_for(lambda: not computing[0].is_alive())

@@ -14,18 +14,18 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from engine.attention.forward_batch import Step
+from engine.attention.forward_batch import ForwardBatch
 from engine.attention.groups import Scoring
 from engine.checkpoint.checkpoint import load_model
 from engine.checkpoint.model_config import context_length
-from engine.layers.autotune import settle_form
+from engine.layers.autotune import choose_weight_format
 from engine.layers.quantized import QuantizedLinear, pack
 from engine.loading import start_runner
 from engine.runner.create import create_runner
 from engine.runner.runner import Runner
 from engine.scheduling.engine import Engine
 from engine.scheduling.sampler import sample_tokens
-from engine.sequence import Span
+from engine.sequence import KVSpan
 from tests.conftest import GREEDY, greedy
 from tests.engine.alone import FAMILIES, FIXTURES
 from tests.engine.runner.test_devices import some_sequences
@@ -49,16 +49,16 @@ def stand_ins(monkeypatch):
         as_on_a_card(monkeypatch)
 
 
-def spans(lengths: list[tuple[int, int]], gap: int = 3) -> list[tuple[Span, int]]:
+def spans(lengths: list[tuple[int, int]], gap: int = 3) -> list[tuple[KVSpan, int]]:
     """Work of (cached, new) tokens each, whose spans lie in another order than they come."""
     work, start = [], 0
     for cached, new in lengths:
-        work.append((Span([7] * (cached + new), start, cached + new, cached), new))
+        work.append((KVSpan([7] * (cached + new), start, cached + new, cached), new))
         start += cached + new + gap
     return work[1::2] + work[::2]
 
 
-def attended(step: Step, query, keys, values, device, scoring: Scoring) -> torch.Tensor:
+def attended(step: ForwardBatch, query, keys, values, device, scoring: Scoring) -> torch.Tensor:
     """Attention as a layer has it: query [tokens, heads, width], and the pool's rows."""
     groups = step.on(device).groups
     return torch.cat(
@@ -91,8 +91,8 @@ def test_attention_in_place_is_attention_over_copied_rows(heads, kv_heads, width
     keys, values = some(rows, kv_heads, width), some(rows, kv_heads, width)
     by_span = {span.start: some(new, heads, width) for span, new in work}
     outs = []
-    for way in ("in place", "copied", "sliced"):
-        step = Step(work, way)
+    for backend in ("in place", "copied", "sliced"):
+        step = ForwardBatch(work, backend)
         # Each way packs the spans in an order of its own.
         order = sorted(work, key=lambda item: step._group_key(*item))
         query = torch.cat([by_span[span.start] for span, _ in order])
@@ -147,7 +147,7 @@ def test_each_family_starts_in_half_precision(name, dtype):
     assert runner.difference < 0.05
     if name != "deepseek_v2" or ON_CARD:
         wanted = "latents" if name == "deepseek_v2" else "in place"
-        assert runner.way == wanted, runner.fallback_reason
+        assert runner.backend == wanted, runner.fallback_reason
         assert {r.size for r in runner.graphs} == {1, 2, 4, 8}
     if ON_CARD and name != "deepseek_v2":
         kinds = {type(layer).__name__ for layer in runner.model.model.layers}
@@ -160,7 +160,7 @@ def test_each_family_starts_in_8_bits(name):
     model, _ = load_model(
         FIXTURES / name, dtype="bfloat16", device_map=str(DEVICE), quantize="8bit"
     )
-    assert settle_form(model).startswith("in 8 bits")
+    assert choose_weight_format(model).startswith("in 8 bits")
     assert start_runner(model, "64MiB", max_batch=8).difference < 0.05
 
 
@@ -281,7 +281,7 @@ def test_cuda_graphs_compute_what_other_steps_do():
         for span, _ in work:
             count = len(span.tokens)
             span.tokens = torch.randint(5, 290, (count,), generator=generator).tolist()
-            runner.forward([(Span(span.tokens, span.start), span.num_cached)])
+            runner.forward([(KVSpan(span.tokens, span.start), span.num_computed_tokens)])
         replayed = runner.forward(work).clone()
         runner.graphs = []
         plain = runner.forward(work)

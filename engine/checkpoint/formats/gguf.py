@@ -18,7 +18,7 @@ from engine.checkpoint.stored import Stored
 from engine.errors import StartError
 
 # By what each frequency of the rotary embedding is divided, as Llama 3.1's are.
-FREQUENCIES = "rope_freqs.weight"
+_FREQUENCIES = "rope_freqs.weight"
 
 
 class GGUFFile:
@@ -56,7 +56,7 @@ class GGUFFile:
 
     def frequency_factors(self) -> torch.Tensor | None:
         """By what each frequency is divided; None if by nothing."""
-        factors = self.tensors.get(FREQUENCIES)
+        factors = self.tensors.get(_FREQUENCIES)
         return None if factors is None else weights_of(factors)
 
     def weights(self) -> dict[str, Stored]:
@@ -72,7 +72,7 @@ class GGUFFile:
             elif layer := re.fullmatch(r"blk\.(\d+)\.attn_k_b\.weight", name):
                 place = f"model.layers.{layer[1]}.self_attn.kv_b_proj.weight"
                 found[place] = self._up_projection(name, name.replace("_k_b", "_v_b"))
-            elif name != FREQUENCIES and not name.endswith(".attn_v_b.weight"):
+            elif name != _FREQUENCIES and not name.endswith(".attn_v_b.weight"):
                 found[self.renamed(name)] = self._stored(tensor)
         return found
 

@@ -18,25 +18,25 @@ class Architecture:
 
     def renamed(self, name: str) -> str:
         """A tensor's name in transformers' checkpoints; "" of one that is not known."""
-        for pattern, ours in (*self.renames, *RENAMES):
+        for pattern, ours in (*self.renames, *_RENAMES):
             name = re.sub(pattern, ours, name)
         return "" if re.search(r"^blk\.|\.(ffn|attn)_", name) else name
 
 
-EXPERTS = {
+_EXPERTS = {
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
 }
-QWEN_2_MOE = Architecture(
+_QWEN_2_MOE = Architecture(
     "qwen2_moe",
     renames=(
         (r"\.ffn_gate_inp_shexp\.", ".mlp.shared_expert_gate."),
         (r"\.ffn_(gate|up|down)_shexp\.", r".mlp.shared_expert.\1_proj."),
     ),
-    keys=EXPERTS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+    keys=_EXPERTS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
 )
-DEEPSEEK_2 = Architecture(
+_DEEPSEEK_2 = Architecture(
     "deepseek_v2",
     renames=(
         (r"\.attn_kv_a_mqa\.", ".self_attn.kv_a_proj_with_mqa."),
@@ -65,11 +65,11 @@ ARCHITECTURES = {
     "xverse": Architecture("llama", interleaved=True),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
-    "qwen2moe": QWEN_2_MOE,
-    "qwen3moe": Architecture("qwen3_moe", keys=EXPERTS),
-    "deepseek2": DEEPSEEK_2,
+    "qwen2moe": _QWEN_2_MOE,
+    "qwen3moe": Architecture("qwen3_moe", keys=_EXPERTS),
+    "deepseek2": _DEEPSEEK_2,
 }
-RENAMES = (
+_RENAMES = (
     (r"^token_embd\.", "model.embed_tokens."),
     (r"^output_norm\.", "model.norm."),
     (r"^output\.", "lm_head."),

@@ -16,7 +16,7 @@ import numpy as np
 from engine.errors import StartError
 
 # By their numbers in a file; those of strings and arrays are 8 and 9.
-SCALARS = {
+_SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 STRING, ARRAY = 8, 9
@@ -121,9 +121,9 @@ class _Cursor:
         return [*numbers]
 
     def _code(self, kind: int) -> str:
-        if kind not in SCALARS:
+        if kind not in _SCALARS:
             raise IndexError(f"a value of the type {kind}")
-        return SCALARS[kind]
+        return _SCALARS[kind]
 
     def file(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         magic, version = self.data[:4], struct.unpack_from("<I", self.data, 4)[0]

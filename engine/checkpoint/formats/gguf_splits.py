@@ -5,15 +5,15 @@ those of the models' own tokenizer.json. A name that is not here is refused: ano
 other ids.
 """
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA_3 = (
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QWEN_2 = LLAMA_3.replace("{1,3}", "")
-CHINESE = r"[\x{4E00}-\x{9FA5}\x{800}-\x{4E00}\x{AC00}-\x{D7FF}]+"
+_QWEN_2 = _LLAMA_3.replace("{1,3}", "")
+_CHINESE = r"[\x{4E00}-\x{9FA5}\x{800}-\x{4E00}\x{AC00}-\x{D7FF}]+"
 # Written as numbers: some of these letters are others once a text has been normalised.
-DEEPSEEK_LETTERS = (
+_DEEPSEEK_LETTERS = (
     r"\s?[A-Za-z\x{B5}\x{C0}-\x{D6}\x{D8}-\x{F6}\x{F8}-\x{1BA}\x{1BC}-\x{1BF}\x{1C4}-"
     r"\x{293}\x{295}-\x{2AF}\x{370}-\x{373}\x{376}\x{377}\x{37B}-\x{37D}\x{37F}\x{386}"
     r"\x{388}-\x{38A}\x{38C}\x{38E}-\x{3A1}\x{3A3}-\x{3F5}\x{3F7}-\x{481}\x{48A}-\x{52F}"
@@ -30,26 +30,26 @@ DEEPSEEK_LETTERS = (
     r"-\x{FF3A}\x{FF41}-\x{FF5A}\x{10400}-\x{1044F}\x{104B0}-\x{104D3}\x{104D8}-\x{104FB}"
     r"\x{10C80}-\x{10CB2}\x{10CC0}-\x{10CF2}\x{118A0}-\x{118DF}\x{1E900}-\x{1E943}]+"
 )
-DEEPSEEK_LLM = (
+_DEEPSEEK_LLM = (
     r"[\r\n]",
-    DEEPSEEK_LETTERS,
+    _DEEPSEEK_LETTERS,
     r"\s?[!-/:-~\x{FF01}-\x{FF0F}\x{FF1A}-\x{FF5E}\x{2018}-\x{201F}\x{3000}-\x{3002}]+",
     r"\s+$",
-    CHINESE,
+    _CHINESE,
     r"\p{N}",
 )
-DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CHINESE, r"\p{N}")
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE, r"\p{N}")
 SPLITS = {
-    **dict.fromkeys(("gpt-2", "olmo", "mpt", "phi-2", "jais"), (GPT2,)),
+    **dict.fromkeys(("gpt-2", "olmo", "mpt", "phi-2", "jais"), (_GPT2,)),
     **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "glm4", "chatglm-bpe", "smaug-bpe"), (LLAMA_3,)
+        ("llama-bpe", "llama3", "llama-v3", "glm4", "chatglm-bpe", "smaug-bpe"), (_LLAMA_3,)
     ),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), (QWEN_2,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), (_QWEN_2,)),
     **dict.fromkeys(
-        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), (r"\p{N}", GPT2)
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), (r"\p{N}", _GPT2)
     ),
-    "deepseek-llm": DEEPSEEK_LLM,
-    "deepseek-coder": DEEPSEEK_CODER,
+    "deepseek-llm": _DEEPSEEK_LLM,
+    "deepseek-coder": _DEEPSEEK_CODER,
 }
 # A word that is a token is one, whatever merges would make of it.
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")

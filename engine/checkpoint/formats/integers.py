@@ -9,7 +9,7 @@ from engine.checkpoint.stored import Stored
 from engine.errors import StartError
 
 # AWQ packs eight columns in a word in this order.
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def gptq(parts: dict[str, Stored], settings: dict[str, Any]) -> Levels:
@@ -46,7 +46,7 @@ def awq(parts: dict[str, Stored], settings: dict[str, Any]) -> Levels:
     scales = parts["scales"][...]
     columns = scales.shape[1]
     values, zeros = (
-        bit_fields(parts[name][...], 4, columns).unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1)
+        bit_fields(parts[name][...], 4, columns).unflatten(1, (-1, 8))[..., _AWQ_ORDER].flatten(1)
         for name in ("qweight", "qzeros")
     )
     return Levels(values.T, scales.T, zeros.T)

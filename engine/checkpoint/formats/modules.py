@@ -11,9 +11,9 @@ from engine.checkpoint.formats.levels import Levels
 from engine.checkpoint.stored import Stored, Weights
 from engine.errors import StartError
 
-Read = Callable[[dict[str, Stored], dict[str, Any]], Any]
+_Read = Callable[[dict[str, Stored], dict[str, Any]], Any]
 # How a matrix is read, and the tensors of its module that belong to it.
-KINDS: dict[str, tuple[Read, tuple[str, ...]]] = {
+KINDS: dict[str, tuple[_Read, tuple[str, ...]]] = {
     "gptq": (integers.gptq, ("qweight", "qzeros", "scales", "g_idx")),
     "awq": (integers.awq, ("qweight", "qzeros", "scales")),
     "pack-quantized": (
@@ -37,11 +37,11 @@ KINDS: dict[str, tuple[Read, tuple[str, ...]]] = {
     ),
     "bnb 8 bits": (bnb.eight_bits, ("weight", "SCB", "weight_format")),
 }  # fmt: skip
-WHOLE_NUMBERS = ("gptq", "awq", "pack-quantized")
+_WHOLE_NUMBERS = ("gptq", "awq", "pack-quantized")
 # What lies beside the weights for what is not done in fewer bits: activations and the cache.
-UNUSED = re.compile(r".+\.(k_scale|v_scale|q_scale|input_zero_point|output_scale|act_scale)")
+_UNUSED = re.compile(r".+\.(k_scale|v_scale|q_scale|input_zero_point|output_scale|act_scale)")
 _PARTS = sorted({name for _, names in KINDS.values() for name in names}, key=len, reverse=True)
-OF_MODULE = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, _PARTS))})")
+_OF_MODULE = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, _PARTS))})")
 
 # The tensors of a module that may belong to its matrix, by their last name.
 Parts = dict[str, Stored]
@@ -52,9 +52,9 @@ def by_module(weights: Weights) -> tuple[dict[str, Parts], dict[str, Stored]]:
     modules: dict[str, Parts] = {}
     plain: dict[str, Stored] = {}
     for name, tensor in weights.items():
-        if match := OF_MODULE.fullmatch(name):
+        if match := _OF_MODULE.fullmatch(name):
             modules.setdefault(match[1], {})[match[2]] = tensor
-        elif not UNUSED.fullmatch(name):
+        elif not _UNUSED.fullmatch(name):
             plain[name] = tensor
     return modules, plain
 
@@ -93,7 +93,7 @@ def unpacked(weights: Weights, settings: dict[str, Any]) -> dict[str, Stored]:
     return floats.gpt_oss_experts(plain)
 
 
-def _weight(read: Read, parts: Parts, settings: dict[str, Any]) -> Stored:
+def _weight(read: _Read, parts: Parts, settings: dict[str, Any]) -> Stored:
     def weight() -> torch.Tensor:
         matrix = read(parts, settings)
         exact: torch.Tensor = matrix.weight() if isinstance(matrix, Levels) else matrix

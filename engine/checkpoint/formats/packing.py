@@ -16,7 +16,7 @@ from engine.checkpoint.formats.modules import KINDS, Parts, by_module, kind_of, 
 from engine.checkpoint.stored import Stored, Weights
 
 # NF4's weights that share a scale, as our kernels have them.
-NF4_BLOCK = 64
+_NF4_BLOCK = 64
 # The tensors of a matrix, by the names of engine.layers.blocks.
 Packed = dict[str, Stored]
 
@@ -27,7 +27,7 @@ def packed_parts(weights: Weights, settings: dict[str, Any]) -> dict[str, Packed
     found = {}
     for module, parts in by_module(weights)[0].items():
         kind = kind_of(parts, method) or ""
-        pack = PACKERS.get(kind)
+        pack = _PACKERS.get(kind)
         if packed := pack(kind, parts, settings) if pack else None:
             found[module] = packed
     return found
@@ -152,14 +152,14 @@ def _bnb_8_bits(kind: str, parts: Parts, settings: dict[str, Any]) -> Packed | N
 def _nf4(kind: str, parts: Parts, settings: dict[str, Any]) -> Packed | None:
     """NF4 in blocks of 64, bitsandbytes' usual ones."""
     state = bnb.quant_state(parts)
-    if not state or state["quant_type"] != "nf4" or int(state["blocksize"]) != NF4_BLOCK:
+    if not state or state["quant_type"] != "nf4" or int(state["blocksize"]) != _NF4_BLOCK:
         return None
     rows, columns = state["shape"]
-    if columns % NF4_BLOCK:
+    if columns % _NF4_BLOCK:
         return None
     shapes: dict[str, tuple[Any, torch.dtype]] = {
         "weight": ((rows, columns // 2), torch.uint8),
-        "weight_scale": ((rows, columns // NF4_BLOCK), torch.float32),
+        "weight_scale": ((rows, columns // _NF4_BLOCK), torch.float32),
     }
     return computed(
         shapes,
@@ -170,7 +170,7 @@ def _nf4(kind: str, parts: Parts, settings: dict[str, Any]) -> Packed | None:
     )
 
 
-PACKERS = {
+_PACKERS = {
     "gptq": _whole_numbers, "awq": _whole_numbers, "pack-quantized": _whole_numbers,
     "scaled": _bytes, "bnb 8 bits": _bnb_8_bits, "bnb 4 bits": _nf4,
 }  # fmt: skip

@@ -7,9 +7,9 @@ from typing import Any
 from engine.blame import REMEDY, read_object
 from engine.errors import StartError
 
-KNOWN = ("awq", "gptq", "compressed-tensors", "fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes")
+_KNOWN = ("awq", "gptq", "compressed-tensors", "fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes")
 # What the tools for GPTQ and AWQ wrote beside config.json before they wrote into it.
-OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+_OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def settings_of(config: Any, folder: Path) -> dict[str, Any] | None:
@@ -20,7 +20,7 @@ def settings_of(config: Any, folder: Path) -> dict[str, Any] | None:
     for name in ("quantization_config", "compression_config"):
         if settings := getattr(config, name, None):
             return _with_method(settings, name)
-    for file, method in OWN_FILES.items():
+    for file, method in _OWN_FILES.items():
         if (folder / file).is_file():
             return {"quant_method": method, **read_object(folder / file)}
     return None
@@ -52,6 +52,6 @@ def why_unreadable(settings: dict[str, Any]) -> str | None:
         sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
         if sparsity != "dense" or "24" in layout or "sparse" in layout:
             return f"compressed-tensors in the layout {layout or sparsity}"
-    if method in KNOWN:
+    if method in _KNOWN:
         return None
     return method.upper() if len(method) <= 4 else method

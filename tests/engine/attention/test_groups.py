@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.attention.forward_batch import LayerRows, Step
+from engine.attention.forward_batch import ForwardBatch, LayerKVCache
 from engine.attention.groups import PADDING, Scoring, SlicedAttention
-from engine.sequence import Span
+from engine.sequence import KVSpan
 
 HEADS, SHARING, WIDTH = 2, 3, 8
 
@@ -22,17 +22,17 @@ spans = st.lists(
 )
 
 
-def work_of(drawn: list[tuple[int, int, float]]) -> list[tuple[Span, int]]:
+def work_of(drawn: list[tuple[int, int, float]]) -> list[tuple[KVSpan, int]]:
     work, start = [], 0
     for gap, room, used in drawn:
         cached = int(used * (room - 1))
-        work.append((Span([1] * (cached + 1), start + gap, room, cached), 1))
+        work.append((KVSpan([1] * (cached + 1), start + gap, room, cached), 1))
         start += gap + room
     return work
 
 
-def regular(*counts: int, room: int) -> list[tuple[Span, int]]:
-    return [(Span([1] * n, place * room, room, n - 1), 1) for place, n in enumerate(counts)]
+def regular(*counts: int, room: int) -> list[tuple[KVSpan, int]]:
+    return [(KVSpan([1] * n, place * room, room, n - 1), 1) for place, n in enumerate(counts)]
 
 
 @given(spans, st.none() | st.integers(1, 45))
@@ -43,7 +43,7 @@ def test_spans_read_together_are_read_as_if_alone(drawn, window):
     # As the pool lies on a CPU, in the midst of other memory.
     keys, values = torch.randn(2, HEADS, rows, WIDTH).transpose(1, 2)
     query = torch.randn(len(work), HEADS * SHARING, WIDTH)
-    groups = Step(work, "sliced").groups
+    groups = ForwardBatch(work, "sliced").groups
     together = torch.cat(
         [
             group.attend(query[group.tokens], keys, values, Scoring(window=window))
@@ -51,7 +51,9 @@ def test_spans_read_together_are_read_as_if_alone(drawn, window):
         ]
     )
     for place, (span, _) in enumerate(work):
-        own = range(span.start, span.start + span.num_cached + 1)[-window if window else None :]
+        own = range(span.start, span.start + span.num_computed_tokens + 1)[
+            -window if window else None :
+        ]
         key, value = (x[list(own)].transpose(0, 1)[None] for x in (keys, values))
         one = query[place].unflatten(0, (HEADS, SHARING))[None]
         alone = F.scaled_dot_product_attention(one, key, value).flatten(1, 2)
@@ -59,7 +61,7 @@ def test_spans_read_together_are_read_as_if_alone(drawn, window):
 
 
 def test_spans_of_one_room_are_one_call():
-    (group,) = Step(regular(5, 3, 9, 7, room=10), "sliced").groups
+    (group,) = ForwardBatch(regular(5, 3, 9, 7, room=10), "sliced").groups
     assert group.tokens == slice(0, 4)
 
 
@@ -78,13 +80,13 @@ def test_nothing_is_read_behind_the_room_of_the_last_span():
 
 
 def test_what_is_not_finite_in_the_cache_stays_with_its_own():
-    layer = LayerRows(20)
+    layer = LayerKVCache(20)
     bad = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0]).view(4, 1, 1)
     keys, values = layer.write(torch.arange(10, 14), bad, bad)
     assert keys.isfinite().all()
     assert values.isfinite().all()
     work = regular(3, 9, room=10)
-    (group,) = Step(work, "sliced").groups
+    (group,) = ForwardBatch(work, "sliced").groups
     out = group.attend(torch.ones(2, 1, 1), keys, values, Scoring())
     assert out.isfinite().all()
     assert out[0] == 0  # its own rows, none of which is written

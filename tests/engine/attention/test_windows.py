@@ -95,8 +95,8 @@ def check(runner: Runner, wanted: list[list[int]], chunk: int) -> None:
 def test_batch_with_windows_says_what_generate_says(monkeypatch, kind, window):
     monkeypatch.setattr("engine.scheduling.output.Detokenizer", Told)
     runner = create_runner(model_of(kind, window), "4MiB")
-    for way, chunk in (("sliced", 7), ("copied", 64)):
-        runner.way = way
+    for backend, chunk in (("sliced", 7), ("copied", 64)):
+        runner.backend = backend
         check(runner, alone(kind, window), chunk)
 
 
@@ -107,7 +107,7 @@ def test_batch_with_windows_in_place_says_what_generate_says(monkeypatch, kind, 
     as_on_a_card(monkeypatch)
     monkeypatch.setattr("engine.scheduling.output.Detokenizer", Told)
     runner = create_runner(model_of(kind, window), "4MiB")
-    assert runner.way == "in place"
+    assert runner.backend == "in place"
     runner.capture_graphs(4, 200)
     assert [graph.size for graph in runner.graphs] == [1, 2, 4]
     check(runner, alone(kind, window), 24)

@@ -13,7 +13,7 @@ from engine.checkpoint.named_adapter import NamedAdapters, read_named_adapter, u
 from engine.errors import StartError
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.runner.create import create_runner
-from engine.sequence import Span
+from engine.sequence import KVSpan
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.engine.checkpoint.test_adapters import DOWN_1, Q_0, draw, save_adapter, update
 
@@ -135,7 +135,7 @@ def test_adapter_gives_what_peft_computes(name):
     updates = updates_of(read_named_adapter(DATA / name), model)
     runner = create_runner(model, "64MiB", 500, adapters=[updates])
     ids = expected["input_ids"][0].tolist()
-    spans = Span(ids, 0, all_logits=True, adapter=1), Span(ids, 100, all_logits=True)
+    spans = KVSpan(ids, 0, all_logits=True, adapter=1), KVSpan(ids, 100, all_logits=True)
     found = runner.forward([(span, len(ids)) for span in spans])[: len(ids)]
     wanted = torch.tensor(expected["logits"][0])
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()

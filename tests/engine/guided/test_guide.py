@@ -21,7 +21,7 @@ def test_required_text_with_spaces_can_be_written(name):
     guide = compiler.compile({"const": "a b  你好 c"})
     said = []
     while len(said) < 40:
-        allowed = [int(i) for i in guide.allowed().nonzero()[0]]
+        allowed = [int(i) for i in guide.token_mask().nonzero()[0]]
         if compiler.ends[0] in allowed:
             break
         said.append(allowed[-1])

@@ -19,7 +19,7 @@ from engine.layers.quantized import BLOCK, unpack
 from engine.layers.quantized import pack as quantize
 from engine.layers.weight_format import convert
 from engine.loading import start_runner
-from engine.sequence import Span
+from engine.sequence import KVSpan
 from tests.conftest import tiny_llama
 from tests.engine.alone import needs_bitsandbytes, needs_kernels
 from tests.engine.layers.test_merged import check_norm, model_of
@@ -246,11 +246,11 @@ def test_a_token_has_the_same_bits_whatever_else_is_in_the_step(model, threads):
 
     def logits(text: list[int], start: int, *chunks: int) -> list[torch.Tensor]:
         threads(1 + len(chunks) % 3)
-        span = Span(text, start, all_logits=True)
+        span = KVSpan(text, start, all_logits=True)
         found = []
         for new in chunks:
             found.extend(runner.forward([(span, new)]))
-            span.num_cached += new
+            span.num_computed_tokens += new
         return found
 
     alone = [logits(text, 0, len(text)) for text in texts]
@@ -258,18 +258,18 @@ def test_a_token_has_the_same_bits_whatever_else_is_in_the_step(model, threads):
         for chunks in ([1] * len(text), [2, len(text) - 2], [len(text) // 2, -(-len(text) // 2)]):
             found = logits(text, 5, *chunks)
             assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    spans = [Span(text, 100 * n) for n, text in enumerate(texts)]
+    spans = [KVSpan(text, 100 * n) for n, text in enumerate(texts)]
     for news in ((40, 1, 69, 1), (1, 39, 1, 1), (48, 1, 0, 1), (1, 0, 0, 0)):
         work = [(span, new) for span, new in zip(spans, news, strict=True) if new]
         for (span, new), row in zip(work, runner.forward(work), strict=True):
-            span.num_cached += new
-            assert torch.equal(row, alone[spans.index(span)][span.num_cached - 1])
+            span.num_computed_tokens += new
+            assert torch.equal(row, alone[spans.index(span)][span.num_computed_tokens - 1])
 
 
 @needs_kernels
 def test_what_is_no_number_does_not_reach_a_neighbour():
     runner = runner_of(WHOLE[0].values[0])
-    broken, sound = Span([7] * 20, 0), Span([9] * 20, 20)
+    broken, sound = KVSpan([7] * 20, 0), KVSpan([9] * 20, 20)
     (wanted,) = runner.forward([(sound, 20)])
     weight = runner.model.get_input_embeddings().weight
     with torch.no_grad():

@@ -21,7 +21,7 @@ from engine.layers.quantized import QuantizedLinear
 from engine.loading import probes, reference_logits
 from engine.runner.create import prepare_model
 from engine.runner.runner import Runner
-from engine.sequence import Span
+from engine.sequence import KVSpan
 from tests.conftest import tiny_llama
 from tests.engine.alone import FIXTURES
 from tests.engine.layers.test_merged import attention_of, model_of
@@ -39,14 +39,14 @@ def fused(model):
 
     prepare_model(model)
     runner = Runner(model, 64)
-    fuse_on_gpu(model, lambda: runner.forward([(Span([*range(7)]), 7)]))
+    fuse_on_gpu(model, lambda: runner.forward([(KVSpan([*range(7)]), 7)]))
     return runner
 
 
 def error_of(runner, wanted):
     """How far a prompt's logits are from those before, relatively."""
     ids = probes(runner.model)[0]
-    found = runner.forward([(Span(ids, 20, all_logits=True), len(ids))])
+    found = runner.forward([(KVSpan(ids, 20, all_logits=True), len(ids))])
     return float((found - wanted).norm() / wanted.norm())
 
 
@@ -189,13 +189,13 @@ def test_latents_are_read_in_place_as_from_copies():
     model = deepseek().float()
     prepare_model(model)
     outs = []
-    for way in ("copied", "latents"):
+    for backend in ("copied", "latents"):
         runner = Runner(model, 200)
-        runner.way = way
-        spans = [Span([*range(20, 20 + n)], start) for n, start in ((5, 3), (40, 60), (17, 140))]
+        runner.backend = backend
+        spans = [KVSpan([*range(20, 20 + n)], start) for n, start in ((5, 3), (40, 60), (17, 140))]
         runner.forward([(span, len(span.tokens)) for span in spans])
         for span in spans:
-            span.num_cached = len(span.tokens)
+            span.num_computed_tokens = len(span.tokens)
             span.tokens.append(9)
         outs.append(runner.forward([(span, 1) for span in spans]))
     torch.testing.assert_close(outs[1], outs[0], atol=1e-4, rtol=1e-4)
@@ -206,14 +206,14 @@ def test_decode_graphs_replay_with_other_latents(monkeypatch):
     model = deepseek().float()
     prepare_model(model)
     runner = Runner(model, 200)
-    runner.way = "latents"
+    runner.backend = "latents"
     runner.capture_graphs(4, 100)
     assert {graph.size for graph in runner.graphs} == {1, 2, 4}
     captured = runner.graphs
-    spans = [Span([*range(20, 20 + n)], start) for n, start in ((5, 3), (40, 60), (17, 140))]
+    spans = [KVSpan([*range(20, 20 + n)], start) for n, start in ((5, 3), (40, 60), (17, 140))]
     runner.forward([(span, len(span.tokens)) for span in spans])
     for span in spans:
-        span.num_cached = len(span.tokens)
+        span.num_computed_tokens = len(span.tokens)
         span.tokens.append(9)
     work = [(span, 1) for span in spans]
     replayed = runner.forward(work).clone()

@@ -12,7 +12,7 @@ from engine.checkpoint.checkpoint import load_model
 from engine.layers import autotune as form_trial
 from engine.layers import fbgemm as linear
 from engine.layers import weight_format as form
-from engine.layers.autotune import fastest_form, kinds_of, measure_forms, settle_form
+from engine.layers.autotune import choose_weight_format, fastest_format, kinds_of, measure_forms
 from engine.layers.cpu_linear import CpuLinear
 from engine.layers.fbgemm import (
     BY_FBGEMM,
@@ -180,20 +180,20 @@ def test_weights_that_do_not_fit_fp16_stay_exact():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_dtype_that_was_asked_for_is_kept(dtype):
     model = tiny_llama().to(getattr(torch, dtype))
-    assert settle_form(model, dtype) == f"{dtype}, {held_size(model)}"
+    assert choose_weight_format(model, dtype) == f"{dtype}, {held_size(model)}"
     assert model.dtype == getattr(torch, dtype)
 
 
 def test_weights_of_single_precision_are_kept():
     model = tiny_llama()
-    assert settle_form(model) == f"float32, {held_size(model)}"
+    assert choose_weight_format(model) == f"float32, {held_size(model)}"
     assert not any(isinstance(module, HalfLinear) for module in model.modules())
 
 
 def test_a_torch_without_the_products_chooses_among_the_others(monkeypatch, without_kernels):
     monkeypatch.setattr(form_trial, "is_available", lambda: False)
     model = tiny_llama().bfloat16()
-    assert "fp16" not in settle_form(model)
+    assert "fp16" not in choose_weight_format(model)
     assert not any(isinstance(module, HalfLinear) for module in model.modules())
 
 
@@ -216,7 +216,7 @@ def test_products_that_this_cpu_lacks_are_not_available(monkeypatch):
 )
 def test_the_fastest_form_is_chosen_if_it_clearly_is(as_it_is, fp16, chosen):
     taken = {"as it is": as_it_is, "fp16 weights": fp16, "float32": [30.0, 90.0]}
-    assert fastest_form(taken) == chosen
+    assert fastest_format(taken) == chosen
 
 
 def test_each_kind_of_layer_is_measured():
@@ -234,7 +234,7 @@ def test_each_kind_of_layer_is_measured():
 def test_model_that_keeps_its_layers_otherwise_stays_as_it_is():
     model = tiny_llama().bfloat16()
     model.model.layers = torch.nn.Sequential(*model.model.layers)
-    assert settle_form(model).startswith("bfloat16, ")
+    assert choose_weight_format(model).startswith("bfloat16, ")
 
 
 def test_the_start_log_says_what_was_chosen_and_why(monkeypatch, without_kernels):
@@ -243,7 +243,7 @@ def test_the_start_log_says_what_was_chosen_and_why(monkeypatch, without_kernels
         "measure_forms",
         lambda model: {"as it is": [19.0, 222.0], "fp16 weights": [14.0, 41.0]},
     )
-    said = settle_form(model := tiny_llama().bfloat16())
+    said = choose_weight_format(model := tiny_llama().bfloat16())
     assert said == (
         f"fp16 weights, {held_size(model)} (a step of 1 and 16 tokens here:"
         " bfloat16 19 and 222 ms, fp16 weights 14 and 41 ms;"
@@ -256,7 +256,7 @@ def test_our_kernels_are_chosen_where_they_are_fastest(monkeypatch):
     measured = {"as it is": [19.0, 222.0], "our kernels": [6.0, 31.0], "float32": [30.0, 90.0]}
     monkeypatch.setattr(form_trial, "measure_forms", lambda model: measured)
     model = tiny_llama().bfloat16()
-    assert settle_form(model) == (
+    assert choose_weight_format(model) == (
         f"bfloat16 by our kernels, {held_size(model)} (a step of 1 and 16 tokens here:"
         " bfloat16 19 and 222 ms, our kernels 6 and 31 ms, float32 30 and 90 ms)"
     )

@@ -9,11 +9,11 @@ from engine.attention.state_pool import StatePool, state_groups
 from engine.layers.gated_delta import PackedDelta, can_be_packed
 from engine.layers.recurrent import InGroups, StateCache
 from engine.relative_error import relative_error
-from engine.sequence import Span
+from engine.sequence import KVSpan
 from tests.engine.alone import needs_kernels
 
 pytestmark = needs_kernels
-IDLE = Span([0], 1000, 1)
+IDLE = KVSpan([0], 1000, 1)
 WIDTH = 64
 
 
@@ -49,13 +49,16 @@ class Texts:
     def __init__(self, module, *lengths: int):
         self.module, self.pool = module, StatePool(40)
         self.given = [noise(n) for n in lengths]
-        self.spans = [Span([0] * n) for n in lengths]
+        self.spans = [KVSpan([0] * n) for n in lengths]
         self.out: list[list[torch.Tensor]] = [[] for _ in lengths]
 
     @torch.inference_mode()
     def step(self, *news: int, pads: int = 0) -> None:
         work = [(span, n) for span, n in zip(self.spans, news, strict=True) if n]
-        each = [x[s.num_cached :][:n] for x, s, n in zip(self.given, self.spans, news, strict=True)]
+        each = [
+            x[s.num_computed_tokens :][:n]
+            for x, s, n in zip(self.given, self.spans, news, strict=True)
+        ]
         packed = torch.cat([*each, torch.zeros(pads, WIDTH)])
         work += [(IDLE, 1)] * pads
         cache = StateCache(self.pool, state_groups(self.pool, work, IDLE), len(packed))
@@ -63,7 +66,7 @@ class Texts:
         for n, (span, new) in enumerate(zip(self.spans, news, strict=True)):
             self.out[n].append(out[:new])
             out = out[new:]
-            span.num_cached += new
+            span.num_computed_tokens += new
             self.pool.tidy(span)
 
     def whole(self) -> list[torch.Tensor]:

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from engine.layers.lora import Part, Table, Update
 from engine.layers.named_adapters import Updates
-from engine.layers.weight_format import Form, convert
+from engine.layers.weight_format import WeightFormat, convert
 from engine.runner.create import create_runner
 from engine.runner.runner import Runner
-from engine.sequence import Span
+from engine.sequence import KVSpan
 from tests.conftest import tiny_llama
 from tests.engine.alone import needs_kernels
 from tests.engine.stand_ins import as_on_a_card
@@ -59,16 +59,16 @@ def merged_logits(prompt: list[int], adapter: int) -> torch.Tensor:
     return model(input_ids=torch.tensor([prompt])).logits[0, -1]
 
 
-def runner_of(form: Form, adapters: list[Updates] = ADAPTERS) -> Runner:
+def runner_of(form: WeightFormat, adapters: list[Updates] = ADAPTERS) -> Runner:
     model = llama() if form != "as it is" else llama(torch.float32)
     convert(model, form)
     return create_runner(model, "64MiB", 2000, adapters=adapters)
 
 
-def spans_of(which: list[tuple[int, int]]) -> list[Span]:
+def spans_of(which: list[tuple[int, int]]) -> list[KVSpan]:
     """A span for each pair of a prompt and an adapter, by their numbers."""
     return [
-        Span(PROMPTS[prompt], 100 * place, 100, adapter=adapter)
+        KVSpan(PROMPTS[prompt], 100 * place, 100, adapter=adapter)
         for place, (prompt, adapter) in enumerate(which)
     ]
 
@@ -78,13 +78,13 @@ def logits_alone(runner: Runner, prompt: int, adapter: int) -> torch.Tensor:
     return runner.forward([(span, len(span.tokens))])[0]
 
 
-def run_together(runner: Runner, spans: list[Span], chunk: int) -> list[torch.Tensor]:
+def run_together(runner: Runner, spans: list[KVSpan], chunk: int) -> list[torch.Tensor]:
     """The last token's logits of each, all computed in the same steps of so many tokens each."""
-    found: dict[Span, torch.Tensor] = {}
+    found: dict[KVSpan, torch.Tensor] = {}
     while todo := [span for span in spans if span.pending]:
         work = [(span, min(chunk, span.pending)) for span in todo]
         for (span, new), logits in zip(work, runner.forward(work), strict=True):
-            span.num_cached += new
+            span.num_computed_tokens += new
             found[span] = logits.clone()  # a graph overwrites them
     return [found[span] for span in spans]
 
@@ -152,7 +152,7 @@ def test_adapter_on_a_card_equals_the_merged_model(monkeypatch):
     """Single tokens are steps of a CUDA graph, which is told each token's adapter."""
     as_on_a_card(monkeypatch)
     runner = create_runner(llama(torch.float32), "64MiB", 2000, adapters=ADAPTERS)
-    runner.way = "in place"
+    runner.backend = "in place"
     runner.capture_graphs(16, 200)
     assert {graph.adapted for graph in runner.graphs} == {False, True}
     for chunk in (16, 1):
@@ -166,9 +166,9 @@ def test_adapter_on_a_card_equals_the_merged_model(monkeypatch):
 def test_base_steps_have_graphs_without_adapters(monkeypatch):
     as_on_a_card(monkeypatch)
     runner = create_runner(llama(torch.float32), "64MiB", 2000, adapters=ADAPTERS)
-    runner.way = "in place"
+    runner.backend = "in place"
     runner.capture_graphs(4, 200)
-    plain, adapted = Span([1, 2], 0, 9, 1), Span([1, 2], 10, 9, 1, adapter=2)
+    plain, adapted = KVSpan([1, 2], 0, 9, 1), KVSpan([1, 2], 10, 9, 1, adapter=2)
     assert not runner._fitting_graph([(plain, 1)]).adapted
     assert runner._fitting_graph([(plain, 1), (adapted, 1)]).adapted
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from engine.layers import fused_layer
-from engine.layers.fused_attention import FusedAttention, Turns
+from engine.layers.fused_attention import FusedAttention, RotaryCache
 from engine.layers.fused_layer import FusedLayer
 from engine.layers.merged import FusedMLP, RMSNorm
 from engine.layers.weight_format import convert
@@ -113,11 +113,11 @@ def test_attention_as_it_is_stays():
 
 
 def test_attention_that_computes_something_else_stays(monkeypatch):
-    class TooFar(Turns):
+    class TooFar(RotaryCache):
         def of(self, cos, sin):
             return super().of(cos, sin).square()
 
-    monkeypatch.setattr(fused_layer, "Turns", TooFar)
+    monkeypatch.setattr(fused_layer, "RotaryCache", TooFar)
     model = tiny_llama().bfloat16()
     convert(model, "fp16 weights")
     start_runner(model, "64MiB")

@@ -17,7 +17,7 @@ from engine.checkpoint.quantizer import QuantizationSettings
 from engine.errors import StartError
 from engine.kernels.cpu import why_missing
 from engine.layers import autotune as form_trial
-from engine.layers.autotune import settle_form
+from engine.layers.autotune import choose_weight_format
 from engine.layers.cpu_linear import CpuLinear
 from engine.layers.fbgemm import Int8Linear, ListedExperts, has_int8_products
 from engine.layers.quantized import (
@@ -97,7 +97,7 @@ def test_products_by_our_kernels_are_those_of_the_unpacked_weights(folders, name
     packed = loaded(folders[name], quantize)
     plain = loaded(folders[name], "none")
     take_unpacked(plain, packed)
-    assert "(products by our kernels" in settle_form(packed, "float32")
+    assert "(products by our kernels" in choose_weight_format(packed, "float32")
     kinds = {type(module) for module in packed.modules()}
     assert CpuLinear in kinds
     assert (ListedExperts in kinds) == (name == "deepseek_v2")
@@ -112,7 +112,7 @@ def test_products_by_fbgemm_are_those_of_the_unpacked_weights(folders, name, wit
     packed = loaded(folders[name], "8bit")
     plain = loaded(folders[name], "none")
     take_unpacked(plain, packed)
-    assert f"(products by FBGEMM; without our kernels: {without_kernels}" in settle_form(
+    assert f"(products by FBGEMM; without our kernels: {without_kernels}" in choose_weight_format(
         packed, "float32"
     )
     kinds = {type(module) for module in packed.modules()}
@@ -149,7 +149,7 @@ def test_broken_activations_stay_broken():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_starts_in_8_bits(folders, dtype):
     model = loaded(folders["deepseek_v2"], "8bit", dtype)
-    said = settle_form(model)
+    said = choose_weight_format(model)
     assert re.fullmatch(r"in 8 bits, \d+ KiB \(products by our kernels\)", said) or why_missing()
     assert start_runner(model, "1MiB").difference < 0.1
 
@@ -157,7 +157,7 @@ def test_half_precision_starts_in_8_bits(folders, dtype):
 def test_without_kernels_and_fbgemm_weights_are_unpacked(folders, monkeypatch, without_kernels):
     monkeypatch.setattr(form_trial, "has_int8_products", lambda: False)
     model = loaded(folders["llama"], "8bit", "bfloat16")
-    assert "unpacked before each product" in settle_form(model)
+    assert "unpacked before each product" in choose_weight_format(model)
     assert bits_of(model) == 8
     assert start_runner(model, "1MiB").difference < 0.1
 
@@ -315,7 +315,7 @@ def test_unknown_width_is_refused(folders):
 
 @needs_bitsandbytes
 def test_start_log_says_what_is_not_packed(folders):
-    whole = settle_form(loaded(folders["deepseek_v2"], "4bit", "bfloat16"))
+    whole = choose_weight_format(loaded(folders["deepseek_v2"], "4bit", "bfloat16"))
     assert "stay as they are" not in whole
-    narrow = settle_form(loaded(FIXTURES / "deepseek_v2", "4bit", "bfloat16"))
+    narrow = choose_weight_format(loaded(FIXTURES / "deepseek_v2", "4bit", "bfloat16"))
     assert "layers stay as they are, whose rows are not whole blocks of 64 weights" in narrow

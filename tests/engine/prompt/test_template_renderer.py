@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from engine import ContextTooLong, InvalidInput, StartError, TemplateTooCostly
-from engine.checkpoint.checkpoint import chat_tokenizer, explained
+from engine.checkpoint.checkpoint import as_start_error, chat_tokenizer
 from engine.child_process import ChildProcess
 from engine.prompt import template_renderer
 from engine.prompt.template_renderer import render_template, renderer
@@ -104,7 +104,7 @@ def is_running(pid: int) -> bool:
 
 def test_template_that_does_not_end_is_named_at_the_start(short_time):
     wanted = "chat template takes .* --chat-template FILE"
-    with pytest.raises(StartError, match=wanted), explained("models/x"):
+    with pytest.raises(StartError, match=wanted), as_start_error("models/x"):
         chat_tokenizer(None, byte_tokenizer(), LOOPS)
 
 

@@ -16,7 +16,7 @@ from engine.runner.create import create_runner
 from engine.runner.runner import Runner
 from engine.sampling_params import SamplingParams
 from engine.scheduling.sampler import apply_guide, sample_tokens
-from engine.sequence import Sequence, Span
+from engine.sequence import KVSpan, Sequence
 from tests.engine.alone import FAMILIES, FIXTURES
 from tests.engine.stand_ins import as_on_a_card, flash_attention
 
@@ -124,21 +124,21 @@ def slow(name: str):
 RENAMED = sorted({*FAMILIES} - {"llama", "deepseek_v2"})
 
 
-def some_work() -> list[tuple[Span, int]]:
+def some_work() -> list[tuple[KVSpan, int]]:
     """Single tokens of different lengths between a chunk and a whole prompt."""
     given = [(19, 1), (20, 20), (0, 7), (2, 1), (29, 1)]
     return [
-        (Span(list(range(5, 5 + old + new)), 50 * n, 50, old), new)
+        (KVSpan(list(range(5, 5 + old + new)), 50 * n, 50, old), new)
         for n, (old, new) in enumerate(given)
     ]
 
 
-def computed(runner: Runner, work: list[tuple[Span, int]]) -> torch.Tensor:
+def computed(runner: Runner, work: list[tuple[KVSpan, int]]) -> torch.Tensor:
     """What it computes of the work, once it has computed what comes before."""
     before = [
-        (Span(span.tokens[: span.num_cached], span.start), span.num_cached)
+        (KVSpan(span.tokens[: span.num_computed_tokens], span.start), span.num_computed_tokens)
         for span, _ in work
-        if span.num_cached
+        if span.num_computed_tokens
     ]
     runner.forward(before)
     return off_card(runner.forward(work).clone())
@@ -147,7 +147,7 @@ def computed(runner: Runner, work: list[tuple[Span, int]]) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["llama", "deepseek_v2", *map(slow, RENAMED)])
 def test_step_stays_on_the_card_and_waits_for_nothing(card, name):
     plain = create_runner(loaded(name), "1MiB")
-    plain.way = "copied"
+    plain.backend = "copied"
     expected = computed(plain, some_work())
     runner = start_runner(moved(loaded(name)), "1MiB", max_batch=8)
     assert runner.device == CARD
@@ -155,9 +155,9 @@ def test_step_stays_on_the_card_and_waits_for_nothing(card, name):
     captured, runner.graphs = runner.graphs, []
     assert {step.size for step in captured} == {1, 2, 4, 8}
     card.waits.clear()
-    for runner.way in ("in place", "copied", "sliced"):
+    for runner.backend in ("in place", "copied", "sliced"):
         torch.testing.assert_close(computed(runner, some_work()), expected)
-    runner.way = "in place"
+    runner.backend = "in place"
     singles = [(span, new) for span, new in some_work() if new == 1]
     expected = computed(runner, singles)
     runner.graphs = captured
@@ -170,7 +170,7 @@ def test_step_stays_on_the_card_and_waits_for_nothing(card, name):
 def test_step_in_8_bits_stays_on_the_card_and_waits_for_nothing(card, name):
     """A mixture's experts are unpacked without asking which were chosen."""
     plain = create_runner(loaded(name, "8bit"), "1MiB")
-    plain.way = "copied"
+    plain.backend = "copied"
     expected = computed(plain, some_work())
     runner = start_runner(moved(loaded(name, "8bit")), "1MiB", max_batch=2)
     runner.graphs = []

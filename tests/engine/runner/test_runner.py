@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from engine.attention.forward_batch import LayerRows, Step
+from engine.attention.forward_batch import ForwardBatch, LayerKVCache
 from engine.attention.groups import Scoring
 from engine.checkpoint.model_config import context_length
 from engine.errors import StartError
 from engine.runner.cache_budget import CHILDREN, cache_budget
 from engine.runner.create import create_runner, why_not_in_place
 from engine.runner.runner import padded_size
-from engine.sequence import Span
+from engine.sequence import KVSpan
 from tests.conftest import tiny_llama
 
 
@@ -51,7 +51,7 @@ def test_step_tensors_are_freed_without_garbage_collection():
     """Not at a collection, which may be hundreds of steps away."""
     gc.disable()
     try:
-        step = Step([(Span([1, 2], room=2), 2)])
+        step = ForwardBatch([(KVSpan([1, 2], room=2), 2)])
         there = weakref.ref(step.on(torch.device("meta")).write)
         assert there() is not None
         del step
@@ -83,7 +83,7 @@ def test_flash_attention_is_used_where_it_can_be(
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    layer = LayerRows(2)
+    layer = LayerKVCache(2)
     layer.keys, layer.values = (
         torch.zeros(3, *shape, dtype=dtype).as_subclass(Lying) for shape in (key, value)
     )
@@ -98,8 +98,8 @@ def test_flash_attention_is_used_where_it_can_be(
 @pytest.mark.parametrize("news", [(1, 1), (5, 3)])
 def test_flash_attention_takes_our_arguments(news):
     """Torch's own, which here is told shapes alone: its arguments, and the shape of its answer."""
-    work = [(Span([7] * (9 + new), n * 20, 20, 9), new) for n, new in enumerate(news)]
-    (group,) = Step(work, "in place").on(torch.device("meta")).groups
+    work = [(KVSpan([7] * (9 + new), n * 20, 20, 9), new) for n, new in enumerate(news)]
+    (group,) = ForwardBatch(work, "in place").on(torch.device("meta")).groups
     query = torch.empty(sum(news), 4, 64, dtype=torch.bfloat16, device="meta")
     keys = torch.empty(50, 2, 64, dtype=torch.bfloat16, device="meta")
     assert group.attend(query, keys, keys, Scoring(0.5)).shape == query.shape
@@ -109,20 +109,20 @@ def test_half_precision_steps_are_padded_to_few_sizes(monkeypatch):
     """Of each size something stays in memory; and what fills a step up changes nothing in it."""
     model = tiny_llama().bfloat16()
     runner = create_runner(model, "4MiB")
-    sizes, right = set(), Step
+    sizes, right = set(), ForwardBatch
 
-    def step(work, way):
+    def step(work, backend):
         sizes.add(sum(new for _, new in work))
-        return right(work, way)
+        return right(work, backend)
 
-    monkeypatch.setattr("engine.runner.runner.Step", step)
-    neighbour = Span(list(range(40)), 700, 40)
+    monkeypatch.setattr("engine.runner.runner.ForwardBatch", step)
+    neighbour = KVSpan(list(range(40)), 700, 40)
     runner.forward([(neighbour, 40)])
     kept = [x[700:740].clone() for layer in runner.pool.layers for x in (layer.keys, layer.values)]
     # The first and the last of those that are filled up to the same size.
     edges = [n for n in range(1, 200) if len({padded_size(m) for m in (n - 1, n, n + 1)}) > 1]
     for total in [*edges, 300, 500, 512, 576]:
-        work = [(Span([7] * total, 0, total), total)]
+        work = [(KVSpan([7] * total, 0, total), total)]
         filled = runner.forward(work)
         assert filled.shape == (1, 260)
         runner.pads = False
@@ -150,5 +150,5 @@ def test_memory_beside_a_new_shape_is_given_back(monkeypatch):
     calls = []
     monkeypatch.setattr("engine.runner.runner.return_freed_memory", lambda: calls.append(1))
     for count, given_back in ((3, 1), (3, 1), (5, 2), (3, 2)):
-        runner.forward([(Span([*range(count)], 0, runner.rows), count)])
+        runner.forward([(KVSpan([*range(count)], 0, runner.rows), count)])
         assert len(calls) == given_back

@@ -73,7 +73,7 @@ def test_wrong_flash_attention_is_not_used(monkeypatch, caplog):
     """As one would that aligns a chunk's first token with the span's first row."""
     as_on_a_card(monkeypatch, lambda *given, **named: [1.01 * flash_attention(*given, **named)[0]])
     runner = start(tiny_llama())
-    assert runner.way == "sliced"
+    assert runner.backend == "sliced"
     assert not runner.graphs
     assert runner.difference < 1e-5
     assert "does not batch" in caplog.text
@@ -86,7 +86,7 @@ def test_model_that_cannot_be_captured_runs_without_graphs(monkeypatch, caplog):
 
     as_on_a_card(monkeypatch, capturing=refuse)
     runner = start(tiny_llama())
-    assert runner.way == "in place"
+    assert runner.backend == "in place"
     assert not runner.graphs
     assert "not permitted when stream is capturing" in caplog.text
     assert attention_summary(runner).endswith("CUDA graphs for no sequences")

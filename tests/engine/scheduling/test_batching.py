@@ -15,7 +15,7 @@ from engine.sampling_params import SamplingParams
 from engine.scheduling.detokenizer import Detokenizer
 from engine.scheduling.engine import Engine
 from engine.scheduling.sampler import draw_ranked
-from engine.sequence import Sequence, Span
+from engine.sequence import KVSpan, Sequence
 from tests.conftest import reply, tiny_llama, wait_for, whole_of
 from tests.engine.alone import FAMILIES, alone, needs_kernels
 from tests.engine.stand_ins import as_on_a_card
@@ -56,7 +56,7 @@ batches = given(
     rows=st.integers(160, 600),
     batch=st.integers(1, 6),
     reuse=st.booleans(),
-    way=st.sampled_from(["sliced", "copied", "in place"]),
+    backend=st.sampled_from(["sliced", "copied", "in place"]),
 )
 unhealthy = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 fixtures_once = {"suppress_health_check": unhealthy}
@@ -98,17 +98,17 @@ def test_a_batch_says_what_each_says_alone_in_8_bits(monkeypatch, name, **batch)
 
 
 def check_batch(
-    monkeypatch, name, asks, chunk, rows, batch, reuse, way, form="as it is", quantize="none"
+    monkeypatch, name, asks, chunk, rows, batch, reuse, backend, form="as it is", quantize="none"
 ) -> None:
     family = alone(name, form, quantize)
-    assert family.on_cards.way == "in place"
+    assert family.on_cards.backend == "in place"
     as_on_a_card(monkeypatch)
     monkeypatch.setattr("engine.scheduling.output.Detokenizer", Told)
-    monkeypatch.setattr("engine.sequence.GROWTH", 5)
+    monkeypatch.setattr("engine.sequence.DECODE_RESERVE", 5)
     monkeypatch.setattr("engine.scheduling.prefix_index.BLOCK", 2)
-    runner = family.on_cards if way == "in place" else family.runner
-    runner.way = way
-    if way == "in place" and not runner.graphs:
+    runner = family.on_cards if backend == "in place" else family.runner
+    runner.backend = backend
+    if backend == "in place" and not runner.graphs:
         runner.capture_graphs(6, 200)
         assert [r.size for r in runner.graphs] == [1, 2, 4, 6]
     runner.pool.rows, whole = rows, runner.pool.rows
@@ -139,9 +139,9 @@ def check_batch(
 def test_reading_a_neighbours_rows_changes_the_logits():
     """The property above would fail if a sequence read its neighbour's rows."""
     family = alone("llama")
-    one, other = Span(family.prompts[4], start=0), Span(family.prompts[5], start=100)
+    one, other = KVSpan(family.prompts[4], start=0), KVSpan(family.prompts[5], start=100)
     right = family.runner.forward([(one, 17), (other, 31)])
-    one.num_cached = other.num_cached = 10
+    one.num_computed_tokens = other.num_computed_tokens = 10
     one.start = 100
     assert not torch.allclose(family.runner.forward([(one, 7)])[0], right[0], atol=1e-2)
 

@@ -84,7 +84,7 @@ def test_next_place_goes_to_who_has_fewest():
     add(scheduler, "c", [10])
     for ended, follows in ((0, "b"), (0, "c"), (0, "a")):
         scheduler.running[ended].done = True
-        scheduler.retire()
+        scheduler.remove_finished()
         scheduler.admit()
         assert scheduler.running[-1].request == follows
     assert [seq.request for seq in scheduler.running] == ["a", "b", "c", "a"]

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from engine.attention.state_pool import StatePool, state_groups
 from engine.scheduling.kv_cache import SpanCache
-from engine.sequence import Span
+from engine.sequence import KVSpan
 from tests.conftest import sequence
 
-IDLE = Span([0], 1000, 1)
+IDLE = KVSpan([0], 1000, 1)
 
 
 def cache_of(slots: int, rows: int = 1000) -> SpanCache:
@@ -20,7 +20,7 @@ def compute(cache: SpanCache, seq, count: int) -> None:
     """What a step does to a sequence's states, without a model."""
     cache.free_slots([(seq, count)])
     state_groups(cache.states.pool, [(seq, count)], IDLE)
-    seq.num_cached += count
+    seq.num_computed_tokens += count
     cache.advance(seq)
 
 
@@ -56,8 +56,8 @@ def test_state_is_there_exactly_if_tokens_are():
     assert not seq.states
     for count in (7, 20, 13):
         compute(cache, seq, count)
-        assert seq.num_cached in seq.states
-        assert seq.states.keys() <= {32, seq.num_cached}
+        assert seq.num_computed_tokens in seq.states
+        assert seq.states.keys() <= {32, seq.num_computed_tokens}
 
 
 def test_failed_step_leaves_rubbish_that_is_freed():
@@ -80,7 +80,7 @@ def test_step_writes_no_slot_that_is_held():
     assert second.num_reused == 32
     held = {slot for span in cache.kept for slot in span.states.values()}
     [group] = state_groups(cache.states.pool, [(second, 1)], IDLE)
-    assert group.source.tolist() == [second.states[second.num_cached]]
+    assert group.source.tolist() == [second.states[second.num_computed_tokens]]
     assert not held & {*group.target.tolist()}
     assert not {*group.source.tolist()} & {*group.target.tolist()}
 
@@ -195,7 +195,7 @@ def test_no_slot_is_lost(chance, slots):
             state_groups(cache.states.pool, work, IDLE)
         for seq, count in work:
             if chance.random() < 0.8:  # the others' step failed
-                seq.num_cached += count
+                seq.num_computed_tokens += count
                 cache.advance(seq)
                 seq.tokens += [chance.randrange(3)] if not seq.pending else []
         for seq in [s for s in running if chance.random() < 0.2]:
@@ -204,7 +204,7 @@ def test_no_slot_is_lost(chance, slots):
             cache.release(seq)
         assert counts(cache, *running) == cache.states.pool.users
         for span in running:
-            assert not span.num_cached or span.num_cached in span.states
+            assert not span.num_computed_tokens or span.num_computed_tokens in span.states
     for seq in running:
         cache.release(seq)
     assert counts(cache) == cache.states.pool.users

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.sampling_params import SamplingParams
 from engine.scheduling.kv_cache import Allocator, SpanCache
-from engine.sequence import Span
+from engine.sequence import KVSpan
 from tests.conftest import ScriptedRunner, reply, sequence, wait_for, whole_of
 
 
@@ -36,18 +36,18 @@ def test_allocator_loses_no_rows():
     assert allocator.gaps == [(0, 1000)]
 
 
-def cache_with(rows: int, *kept: Span) -> SpanCache:
+def cache_with(rows: int, *kept: KVSpan) -> SpanCache:
     """A cache whose free rows are none, and that keeps these prefixes."""
     cache = SpanCache(rows, copy_rows=lambda source, start, count: True)
     cache.allocator.gaps = []
     for span in kept:
         cache.kept[span] = None
-        cache.computed.add(span, span.num_cached)
+        cache.computed.add(span, span.num_computed_tokens)
     return cache
 
 
 def test_prefixes_are_evicted_only_where_their_rows_join():
-    kept = [Span([1] * 400, 0, 400, 400), Span([2] * 398, 602, 398, 398)]
+    kept = [KVSpan([1] * 400, 0, 400, 400), KVSpan([2] * 398, 602, 398, 398)]
     cache = cache_with(1000, *kept)
     assert not cache.place(sequence([3] * 10, max_new_tokens=690))
     assert list(cache.kept) == kept
@@ -59,9 +59,9 @@ def test_prefixes_are_evicted_only_where_their_rows_join():
 def test_prefixes_that_give_no_room_are_not_evicted():
     """Only those whose rows are taken go, not all that were used longer ago."""
     kept = [
-        Span([1] * 100, 0, 100, 100),
-        Span([2] * 300, 200, 300, 300),
-        Span([3] * 90, 600, 90, 90),
+        KVSpan([1] * 100, 0, 100, 100),
+        KVSpan([2] * 300, 200, 300, 300),
+        KVSpan([3] * 90, 600, 90, 90),
     ]
     cache = cache_with(1000, *kept)
     assert cache.place(sequence([4] * 10, max_new_tokens=240))
@@ -74,26 +74,26 @@ def test_longest_prefix_is_found_among_many():
     spans = []
     for n in range(50):
         tokens = [*system[: 16 + 2 * n], *(chance.randrange(9, 99) for _ in range(40))]
-        spans.append(Span(tokens, 200 * n, 200, len(tokens)))
+        spans.append(KVSpan(tokens, 200 * n, 200, len(tokens)))
     cache = cache_with(20_000, *spans)
     cache.allocator.gaps = [(10_000, 10_000)]
     seq = sequence([*system, 100], max_new_tokens=10)
     assert cache.place(seq)
-    assert seq.num_cached == 100
+    assert seq.num_computed_tokens == 100
     other = sequence([*system[:50], 100, 101], max_new_tokens=10)
     assert cache.place(other)
-    assert other.num_cached == 50
+    assert other.num_computed_tokens == 50
 
 
 def test_colliding_hashes_reuse_nothing(monkeypatch):
     """Rows are another's unless the tokens themselves are the same."""
     monkeypatch.setattr("engine.scheduling.prefix_index.hash", lambda tokens: 1, raising=False)
-    cache = cache_with(1000, Span([1] * 64, 0, 64, 64))
+    cache = cache_with(1000, KVSpan([1] * 64, 0, 64, 64))
     cache.allocator.gaps = [(100, 900)]
     seq = sequence([2] * 64, max_new_tokens=10)
     assert cache.place(seq)
-    assert seq.num_cached == 0
-    seq.num_cached = 64
+    assert seq.num_computed_tokens == 0
+    seq.num_computed_tokens = 64
     cache.advance(seq)
     cache.release(seq)
     assert len(cache.kept) == 2
@@ -102,22 +102,22 @@ def test_colliding_hashes_reuse_nothing(monkeypatch):
 def test_rows_of_another_adapter_are_not_shared(monkeypatch):
     """Neither where hashes tell them apart, nor where these collide."""
     tokens = [1] * 64
-    cache = cache_with(1000, Span(tokens, 0, 64, 64, adapter=1))
+    cache = cache_with(1000, KVSpan(tokens, 0, 64, 64, adapter=1))
     cache.allocator.gaps = [(100, 900)]
     for adapter, shared in ((0, 0), (2, 0), (1, 63)):
         seq = sequence(tokens, max_new_tokens=10)
         seq.adapter = adapter
         assert cache.place(seq)
-        assert seq.num_cached == shared
-        seq.num_cached = 64
+        assert seq.num_computed_tokens == shared
+        seq.num_computed_tokens = 64
         cache.release(seq)
     assert {span.adapter for span in cache.kept} == {0, 1, 2}
     monkeypatch.setattr("engine.scheduling.prefix_index.hash", lambda tokens: 1, raising=False)
-    cache = cache_with(1000, Span(tokens, 0, 64, 64, adapter=1))
+    cache = cache_with(1000, KVSpan(tokens, 0, 64, 64, adapter=1))
     cache.allocator.gaps = [(100, 900)]
     other = sequence(tokens, max_new_tokens=10)
     assert cache.place(other)
-    assert other.num_cached == 0
+    assert other.num_computed_tokens == 0
 
 
 @settings(max_examples=200, deadline=None)
@@ -126,7 +126,7 @@ def test_rows_of_another_adapter_are_not_shared(monkeypatch):
 )
 def test_prefix_found_is_the_longest_of_at_least_a_block(prompts):
     *cached, prompt = prompts
-    spans = [Span(tokens, 100 * n, 100, len(tokens)) for n, tokens in enumerate(cached)]
+    spans = [KVSpan(tokens, 100 * n, 100, len(tokens)) for n, tokens in enumerate(cached)]
     cache = cache_with(5000, *spans)
     cache.allocator.gaps = [(2000, 3000)]
 
@@ -137,11 +137,11 @@ def test_prefix_found_is_the_longest_of_at_least_a_block(prompts):
     seq = sequence(prompt, max_new_tokens=10)
     assert cache.place(seq)
     longest = max(map(common, cached), default=0)
-    assert seq.num_cached == (longest if longest >= 16 else 0)
+    assert seq.num_computed_tokens == (longest if longest >= 16 else 0)
 
 
 def test_span_grows_in_place_where_the_rows_behind_are_free(make, tokenizer, monkeypatch):
-    monkeypatch.setattr("engine.sequence.GROWTH", 10)
+    monkeypatch.setattr("engine.sequence.DECODE_RESERVE", 10)
     runner = ScriptedRunner(tokenizer, "x" * 30)
     model = make(runner)
     assert asyncio.run(reply(model, [1], SamplingParams(40), open_ended=True))[0] == "x" * 30
@@ -152,7 +152,7 @@ def test_rows_that_cannot_be_copied_are_recomputed(make, tokenizer, monkeypatch)
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr("engine.sequence.GROWTH", 10)
+    monkeypatch.setattr("engine.sequence.DECODE_RESERVE", 10)
     runner = ScriptedRunner(tokenizer, "x" * 30)
     monkeypatch.setattr(runner, "copy", full)
     model = make(runner)

@@ -13,7 +13,7 @@ from engine.errors import ContextTooLong, QueueFull, TimedOut
 from engine.sampling_params import SamplingParams
 from engine.scheduling.engine import Engine
 from engine.scheduling.kv_cache import SpanCache
-from engine.scheduling.output import Answer, Event
+from engine.scheduling.output import Event, StreamedSequence
 from engine.scheduling.scheduler import Scheduler
 from tests.conftest import GREEDY, ScriptedRunner, reply, sequence, wait_for, whole_of
 
@@ -24,13 +24,17 @@ class EngineByHand(Engine):
     def __init__(self, runner: ScriptedRunner, tokenizer: Tokenizer, **options: object):
         with patch.object(threading.Thread, "start"):
             super().__init__(runner, tokenizer, {256}, **options)
-        self.sent: list[tuple[Answer, object]] = []
+        self.sent: list[tuple[StreamedSequence, object]] = []
 
     def _send(self, items) -> None:
         self.sent += items
 
-    def ask(self, prompt: list[int], params: SamplingParams = GREEDY, **options: float) -> Answer:
-        answer = Answer(prompt, params=params, end_ids=frozenset({256}), outbox=None, **options)
+    def ask(
+        self, prompt: list[int], params: SamplingParams = GREEDY, **options: float
+    ) -> StreamedSequence:
+        answer = StreamedSequence(
+            prompt, params=params, end_ids=frozenset({256}), outbox=None, **options
+        )
         self._inbox.put(answer)
         return answer
 
@@ -41,12 +45,12 @@ class EngineByHand(Engine):
 
 def test_no_rows_are_lost_whatever_becomes_of_requests(tokenizer, monkeypatch):
     """Add, step, cancel, finish, move and fail at random, 10,000 operations in all."""
-    monkeypatch.setattr("engine.sequence.GROWTH", 3)
+    monkeypatch.setattr("engine.sequence.DECODE_RESERVE", 3)
     chance = random.Random(1)
     runner = ScriptedRunner(tokenizer, "x" * 30, rows=300)
     engine = EngineByHand(runner, tokenizer.backend_tokenizer, max_batch=6, prefill_chunk=16)
     scheduler = engine.scheduler
-    live: list[Answer] = []
+    live: list[StreamedSequence] = []
     for _ in range(10_000):
         chosen = chance.random()
         if chosen < 0.3 and engine.num_waiting < 10:
@@ -86,10 +90,10 @@ def test_client_that_leaves_during_retire_loses_no_rows(tokenizer):
     with patch.object(
         engine.cache, "release", lambda seq: setattr(seqs[2], "done", True) or release(seq)
     ):
-        engine.scheduler.retire()
+        engine.scheduler.remove_finished()
     assert engine.scheduler.running == seqs[1:]
     seqs[1].done = True
-    engine.scheduler.retire()
+    engine.scheduler.remove_finished()
     assert engine.cache.allocator.gaps == [(0, 100)]
 
 
@@ -135,7 +139,7 @@ def test_rows_that_a_readmitted_answer_finds_are_no_reuse(tokenizer):
     engine.scheduler.running.remove(answer)
     engine.scheduler.waiting.append(answer)
     engine.scheduler.admit()
-    assert (answer.num_cached, answer.num_reused) == (40, 0)
+    assert (answer.num_computed_tokens, answer.num_reused) == (40, 0)
 
 
 def test_prompt_waits_for_a_shared_prefix_in_prefill(make, tokenizer):
@@ -335,7 +339,7 @@ def test_small_requests_overtake_a_large_one_only_so_often(make, tokenizer, monk
 
 
 def test_open_ended_answer_without_room_waits_and_goes_on(make, tokenizer, monkeypatch):
-    monkeypatch.setattr("engine.sequence.GROWTH", 10)
+    monkeypatch.setattr("engine.sequence.DECODE_RESERVE", 10)
     runner = ScriptedRunner(tokenizer, "x" * 60, rows=120)
     model = make(runner)
 

@@ -76,8 +76,8 @@ def test_nan_in_a_state_reaches_nobody(engine):
 
     def spoiling(work):
         for span, _ in work:
-            if span.tokens[:40] == prompts[0] and span.num_cached and not spoilt:
-                spoilt.append(span.states[span.num_cached])
+            if span.tokens[:40] == prompts[0] and span.num_computed_tokens and not spoilt:
+                spoilt.append(span.states[span.num_computed_tokens])
                 for tensor in pool.tensors.values():
                     tensor[spoilt[0]] = torch.nan
         return forward(work)

@@ -72,7 +72,7 @@ def guide(
 ) -> Guide:
     grammar = ToolGrammar(form, TEXT.special)
     choice = choice or ToolChoice()
-    return COMPILER.compile_grammar(grammar.write(tools, choice, thoughts), grammar.marks)
+    return COMPILER.compile_grammar(grammar.write(tools, choice, thoughts), grammar.special_ids)
 
 
 def ids_of(text: str) -> list[int]:
@@ -84,7 +84,7 @@ def allows(guide: Guide, text: str, special: bool = True) -> bool:
     """Whether a text may be an answer's beginning."""
     guide = guide.copy()
     for token in ids_of(text) if special else TEXT.plain.encode(text).ids:
-        if not guide.allowed()[token]:
+        if not guide.token_mask()[token]:
             return False
         guide.matcher.consume_token(token)
     return True
@@ -93,9 +93,9 @@ def allows(guide: Guide, text: str, special: bool = True) -> bool:
 def may_end(guide: Guide, text: str) -> bool:
     guide = guide.copy()
     for token in ids_of(text):
-        assert guide.allowed()[token], text
+        assert guide.token_mask()[token], text
         guide.matcher.consume_token(token)
-    return bool(guide.allowed()[256])
+    return bool(guide.token_mask()[256])
 
 
 def walk(guide: Guide, begin: str, chance: random.Random, tail: str = "") -> list[int]:
@@ -105,11 +105,11 @@ def walk(guide: Guide, begin: str, chance: random.Random, tail: str = "") -> lis
     """
     guide, said = guide.copy(), []
     for token in ids_of(begin):
-        assert guide.allowed()[token], begin
+        assert guide.token_mask()[token], begin
         guide.matcher.consume_token(token)
         said.append(token)
     while len(said) < 1000:
-        allowed = guide.allowed()
+        allowed = guide.token_mask()
         if allowed[256] and chance.random() < 0.5:
             return said
         token = chance.choice([int(i) for i in allowed.nonzero()[0] if i != 256] or [256])
@@ -127,8 +127,8 @@ def parse(
 ) -> tuple[str, list[list[str]], bool]:
     """What is said and called, by the path that the server's answers take."""
     parser = ToolCallParser(form, TEXT.shown, tools)
-    marks = ToolGrammar(form, TEXT.special).marks
-    detokenizer = Detokenizer(TEXT.plain, shown_ids=marks)
+    special_ids = ToolGrammar(form, TEXT.special).special_ids
+    detokenizer = Detokenizer(TEXT.plain, shown_special_ids=special_ids)
     content, calls = "", []
     for text in [*map(detokenizer.push, ids), detokenizer.flush()]:
         said, parts = parser.push(text)
@@ -265,7 +265,7 @@ def test_text_may_spell_the_special_tokens_of_a_call():
 def test_call_that_is_required_comes_at_once(name):
     held = guide(FORMATS[name], choice=ToolChoice(required=True))
     assert not allows(held, "x")
-    assert not held.allowed()[256]
+    assert not held.token_mask()[256]
     assert allows(held, FORMATS[name].head)
 
 
@@ -303,9 +303,9 @@ def test_function_may_be_called_as_a_special_token_is():
     compiler = GuideCompiler(text.plain, text.special.values(), {256})
     grammar = ToolGrammar(COMMON, text.special)
     written = grammar.write([function("reserved_0", NOTHING)], ToolChoice())
-    held = compiler.compile_grammar(written, grammar.marks)
+    held = compiler.compile_grammar(written, grammar.special_ids)
     for token in text.plain.encode(COMMON.head + "reserved_0" + COMMON.middle + "{}").ids:
-        assert held.allowed()[token]
+        assert held.token_mask()[token]
         held.matcher.consume_token(token)
 
 
