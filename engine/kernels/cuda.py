@@ -151,7 +151,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-# Keys that a program of latent_kernel reads at a time.
+# Keys that a program of _latent_kernel reads at a time.
 BLOCK_KEYS = 32
 
 

@@ -20,8 +20,8 @@ class Detokenizer:
 
     `context_ids` are the last ids of a text that the answer continues. Many tokenizers leave out
     the space at the beginning of a text, and an answer that continues one does not begin it.
-    `shown_special_ids` are the special tokens that are text here too, in which no stop string is looked
-    for; without any, special tokens are left out. Nor is one looked for in `thoughts`.
+    `shown_special_ids` are the special tokens that are text here too, in which no stop string is
+    looked for; without any, special tokens are left out. Nor is one looked for in `thoughts`.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Detokenizer:
         shown_special_ids: Collection[int] = (),
         thoughts: Thoughts | None = None,
     ):
-        self.tokenizer, self.stop, self.shown_special_ids = tokenizer, stop, shown_special_ids
+        self.tokenizer, self.stop, self.shown_special_ids = (tokenizer, stop, shown_special_ids)
         # Until what is said begins; without a stop string that does not matter.
         self._thoughts = thoughts if stop else None
         self._is_inside = bool(thoughts and thoughts.begun)

@@ -41,6 +41,9 @@ log = logging.getLogger("chat")
 # The last tokens of a text to continue, by which its continuation is decoded.
 _CONTEXT = 8
 
+_Work = list[tuple[StreamedSequence, int]]
+_Tokens = list[tuple[StreamedSequence, Token | EngineError | None]]
+
 
 class Engine:
     """Generates for every request; `stream` is how to ask."""
@@ -63,9 +66,7 @@ class Engine:
         self.cache = SpanCache(runner.rows, self._copy_rows, reuse, runner.states)
         if runner.states:
             max_batch = min(max_batch, runner.states.most_sequences)
-        self.scheduler: Scheduler[StreamedSequence] = Scheduler(
-            self.cache, max_batch, prefill_chunk, costs
-        )
+        self.scheduler = Scheduler[StreamedSequence](self.cache, max_batch, prefill_chunk, costs)
         self.failure: BaseException | None = None
         self.expected_step = 0.0  # seconds that the current step is likely to take
         self.last_step = time.monotonic()  # when the last step ended, or work came after idleness
@@ -239,9 +240,7 @@ class Engine:
             items.append((answer, Event(answer, outcome, answer.finish_reason)))
         return items
 
-    def _compute(
-        self, work: list[tuple[StreamedSequence, int]]
-    ) -> list[tuple[StreamedSequence, Token | EngineError | None]]:
+    def _compute(self, work: _Work) -> _Tokens:
         """The next token of each sequence whose prompt is through; None where none is wanted.
 
         If a step fails, its halves are retried, so that only the sequences at fault fail.
@@ -263,9 +262,7 @@ class Engine:
         half = len(work) // 2
         return self._compute(work[:half]) + self._compute(work[half:])
 
-    def _sample(
-        self, work: list[tuple[StreamedSequence, int]], logits: torch.Tensor
-    ) -> list[tuple[StreamedSequence, Token | EngineError | None]]:
+    def _sample(self, work: _Work, logits: torch.Tensor) -> _Tokens:
         """The next tokens, by the logits of each sequence's last token, or of all its tokens."""
         through: list[StreamedSequence] = []
         rows: list[int] = []

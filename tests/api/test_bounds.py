@@ -8,9 +8,10 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial, reduce
 from itertools import pairwise
+from unittest.mock import patch
 
 import httpx
 import pytest
@@ -304,10 +305,17 @@ def test_body_in_too_many_chunks_is_refused_with_the_reason(server):
         assert b"send larger chunks" in told(asking)
 
 
-def test_chunks_of_a_byte_leave_time_to_others(server, monkeypatch):
+@contextmanager
+def long_turns():
+    """Until its end, a body of small chunks waits for seconds after some of them."""
+    turn = lambda turns, now, took: now + 3  # noqa: E731
+    with patch.object(connection_limits.Turns, "next", turn):
+        yield
+
+
+def test_chunks_of_a_byte_leave_time_to_others(server):
     """Others are answered between them, however many there are, and whatever has the key."""
-    monkeypatch.setattr(connection_limits, "PAUSE_FACTOR", 10**6)
-    with peer(server) as slow:
+    with peer(server) as slow, long_turns():
         slow.sendall(in_chunks(padded(3000)) + b"0\r\n\r\n")
         for _ in range(3):
             assert httpx.get(f"{server}/health").status_code == 200
@@ -324,12 +332,11 @@ def test_turns_of_chunks_are_one_at_a_time():
 
 
 @pytest.mark.parametrize("key", ["wrong", "sesame"])
-def test_chunks_that_wait_are_not_read(runner, tokenizer, monkeypatch, key):
+def test_chunks_that_wait_are_not_read(runner, tokenizer, key):
     """What has come is kept, and no more is taken, whether anybody wants the body or not."""
-    monkeypatch.setattr(connection_limits, "PAUSE_FACTOR", 10**6)
     load = lambda settings: chat_model(runner, tokenizer)  # noqa: E731
     begin = in_chunks(b" ").replace(b"Host", b"Authorization: Bearer %s\r\nHost" % key.encode())
-    with serve(load, api_key="sesame") as url, peer(ready(url), 0.5) as asking:
+    with serve(load, api_key="sesame") as url, peer(ready(url), 0.5) as asking, long_turns():
         asking.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
         with pytest.raises(TimeoutError):
             asking.sendall(begin + b"1\r\nx\r\n" * 2**21)

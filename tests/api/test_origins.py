@@ -15,8 +15,8 @@ from starlette.datastructures import Headers
 import api
 from serving.origins import foreign_origin, unknown_host
 from tests.api.test_security import asked, raw, status
+from tests.chat_page.browsing import CHROMIUM, FLAGS, answers, ask, in_browser
 from tests.conftest import chat_model, ready, serve
-from tests.test_chat_page import CHROMIUM, FLAGS, answers, ask, in_browser
 
 HERE = {"host": "127.0.0.1:6006"}
 PROXY = {"host": "127.0.0.1:6006", "sec-fetch-site": "same-origin"}

@@ -321,7 +321,7 @@ def test_compiler_that_hangs_is_given_up(monkeypatch, tmp_path):
     compiler.write_text("#!/bin/sh\nexec sleep 60\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(cpu_kernels, "PATIENCE", 0.2)
+    monkeypatch.setattr(cpu_kernels, "COMPILE_TIMEOUT_S", 0.2)
     assert "timed out" in missing_because()
 
 

@@ -39,7 +39,7 @@ def look(cores):
 
 
 def test_threads_become_fewer_beside_busy_programs(monkeypatch):
-    monkeypatch.setattr(threads, "MOST", 2)
+    monkeypatch.setattr(threads, "MAX_THREADS", 2)
     busy = [sys.executable, "-c", "while True: pass"]
     with ThreadPoolExecutor(1) as thread:  # of whose threads nothing is left behind
         number = torch.get_num_threads()
@@ -59,7 +59,7 @@ def test_threads_become_fewer_beside_busy_programs(monkeypatch):
 def test_numbers_of_cores_may_be_others_than_those_that_are_listed(monkeypatch, numbers):
     """As in a container, which lists its own cores from 0 on, or with cores switched off."""
     monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda self: numbers)
-    monkeypatch.setattr(threads, "MOST", 2)
+    monkeypatch.setattr(threads, "MAX_THREADS", 2)
     number = torch.get_num_threads()
     try:
         assert look(FreeCores()) in (1, 2)

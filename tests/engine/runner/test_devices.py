@@ -201,7 +201,7 @@ def test_sampling_waits_for_the_card_once(card):
 
 def test_guide_masks_logits_on_the_card(card):
     class Guide:
-        def allowed(self):
+        def token_mask(self):
             return numpy.arange(300) % 7 == 3
 
     logits = on_card(torch.zeros(1, 310))

@@ -161,7 +161,7 @@ def test_penalties_side_by_side_are_those_alone(penalty):
 
 def test_guide_that_fails_costs_its_own_sequence_only():
     class Broken:
-        def allowed(self):
+        def token_mask(self):
             raise InvalidInput("the grammar is lost")
 
     seqs = [sequence([1], temperature=0.0) for _ in range(3)]

@@ -17,6 +17,7 @@ from chat_page.dashboard import MAX_SAMPLES, Watch
 from engine import ChatModel
 from serving.live import LiveRequests, percentiles
 from serving.parts import Choice
+from tests.chat_page.browsing import CONTRAST, in_browser
 from tests.conftest import (
     PATIENCE,
     ScriptedRunner,
@@ -27,11 +28,17 @@ from tests.conftest import (
     wait_for,
 )
 from tests.server_process import server_process
-from tests.test_chat_page import CONTRAST, axe, browser, in_browser  # noqa: F401
+
+
+# Each test counts what it asked for itself, so it has a server for itself.
+@pytest.fixture
+def runner(tokenizer) -> ScriptedRunner:
+    return ScriptedRunner(tokenizer)
 
 
 @pytest.fixture
-def url(runner, tokenizer) -> Iterator[str]:
+def url(runner, tokenizer, monkeypatch) -> Iterator[str]:
+    monkeypatch.setattr(dashboard, "PERIOD", 0.1)
     with serve(lambda _: chat_model(runner, tokenizer, 2048), chat_page=True) as address:
         yield ready(address)
 
@@ -67,9 +74,9 @@ def test_samples_equal_usage(url):
 def test_running_request_is_told(url, runner):
     runner.say = "one two three"
     runner.hold()
+    runner.permits.release(4)  # as the headers come with the first text
     try:
         with httpx.stream("POST", url, json={"prompt": "secret", "stream": True}) as stream:
-            runner.permits.release(4)
             lines = stream.iter_lines()
             next(lines)
             wait_for(lambda: events(url, 2)[1]["samples"][0]["completion_tokens"] >= 1)
@@ -201,9 +208,10 @@ def test_without_the_page_there_is_none(runner, tokenizer):
 
 
 @in_browser
-def test_figures_in_the_browser(browser: Browser, url, runner):  # noqa: F811
+def test_figures_in_the_browser(browser: Browser, url, runner):
     ask(url)
     runner.hold()
+    runner.permits.release(2)
     with browser.new_context(locale="en-US") as context:
         page = context.new_page()
         failures: list[object] = []
@@ -213,7 +221,6 @@ def test_figures_in_the_browser(browser: Browser, url, runner):  # noqa: F811
         expect(page.locator("#state")).to_have_text("ready")
         expect(page.locator("#none")).to_be_visible()
         with httpx.stream("POST", url, json={"prompt": "hi", "stream": True}) as stream:
-            runner.permits.release(2)
             lines = stream.iter_lines()
             next(lines)
             expect(page.locator("#requests tr")).to_have_count(1)
@@ -229,7 +236,7 @@ def test_figures_in_the_browser(browser: Browser, url, runner):  # noqa: F811
 
 
 @in_browser
-def test_key_is_asked_for(browser: Browser, runner, tokenizer):  # noqa: F811
+def test_key_is_asked_for(browser: Browser, runner, tokenizer):
     with (
         serve(lambda _: chat_model(runner, tokenizer), api_key="sesame", chat_page=True) as address,
         browser.new_context(locale="en-US") as context,
@@ -244,7 +251,7 @@ def test_key_is_asked_for(browser: Browser, runner, tokenizer):  # noqa: F811
 
 @in_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_dashboard_is_for_everybody(browser: Browser, url, axe, scheme):  # noqa: F811
+def test_dashboard_is_for_everybody(browser: Browser, url, axe, scheme):
     """On a phone too, with enough contrast, and by axe's rules."""
     with browser.new_context(
         color_scheme=scheme, viewport={"width": 390, "height": 780}
