@@ -31,6 +31,7 @@ from engine.errors import EngineError, ProcessUnavailable, StartError
 from engine.kernels.cpu import why_missing
 from engine.offload import offload_folder, remove
 from engine.prompt.families import format_of
+from engine.prompt.template_renderer import renderer
 from engine.prompt.tokenizer import ChatTokenizer
 
 log = logging.getLogger("chat")
@@ -179,9 +180,12 @@ def load_model(
     try:
         with ExitStack() as plain_folders:
             source = Source(Path(folder), None if base is None else Path(base), plain)
+            tokenizer = source.tokenizer()
+            if tokenizer and tokenizer.chat_template:
+                renderer().start_behind()  # which takes as long as a small model's weights do
             model = _read_model(source, dtype, device_map, quantize, offloaded)
             model.offloaded = offloaded
-            return model.eval(), source.tokenizer()
+            return model.eval(), tokenizer
     except BaseException:
         remove(offloaded)
         raise

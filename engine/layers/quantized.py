@@ -210,11 +210,18 @@ def bits_of(model: Any) -> Bits | None:
 
 
 def num_parameters(model: Any) -> int:
-    """A model's weights, of which two may share a byte; scales are none."""
+    """A model's weights, of which two may share a byte; scales are none.
+
+    A matrix that is both an embedding and a head counts once, also where it is packed twice.
+    """
+    both = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = [layer.weight for layer in both if hasattr(layer, "weight_scale")]
+    twice = len(tied) == 2 and tied[0].dtype == tied[1].dtype and torch.equal(*tied)
     return sum(
         parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
         for name, parameter in model.named_parameters()
         if not name.endswith(("weight_scale", "proj_scale"))
+        and not (twice and parameter is tied[0])
     )
 
 

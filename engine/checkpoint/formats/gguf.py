@@ -13,7 +13,7 @@ from engine.checkpoint.formats.gguf_config import Metadata, read_config
 from engine.checkpoint.formats.gguf_names import ARCHITECTURES
 from engine.checkpoint.formats.gguf_reader import Tensor, read_gguf
 from engine.checkpoint.formats.gguf_tokenizer import read_tokenizer
-from engine.checkpoint.formats.packing import Packed, computed
+from engine.checkpoint.formats.packing import Packed, computed, pairs_of
 from engine.checkpoint.stored import Stored
 from engine.errors import StartError
 
@@ -102,7 +102,7 @@ class GGUFFile:
         def compute() -> dict[str, torch.Tensor]:
             values, scale, offset = affine(tensor)
             if bits == 4:
-                values = values[:, ::2] << 4 | values[:, 1::2]
+                values = pairs_of(values)
             parts = {"weight": values, "weight_scale": scale, "weight_offset": offset}
             return {name: order(part) for name, part in parts.items() if part is not None}
 

@@ -4,6 +4,7 @@ Nothing is read until a part is asked for; then all parts of a matrix are comput
 those of another are.
 """
 
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -31,6 +32,15 @@ def packed_parts(weights: Weights, settings: dict[str, Any]) -> dict[str, Packed
         if packed := pack(kind, parts, settings) if pack else None:
             found[module] = packed
     return found
+
+
+def pairs_of(values: torch.Tensor) -> torch.Tensor:
+    """Numbers of 4 bits, uint8 [rows, columns], two in a byte, the first in its upper half."""
+    if sys.byteorder == "big":
+        return values[:, ::2] << 4 | values[:, 1::2]
+    # The first of two is a word's lower byte: as words they are moved a hundred at a time.
+    words = values.contiguous().view(torch.int16)
+    return (words << 4 | words >> 8).to(torch.uint8)
 
 
 def computed(shapes: dict[str, tuple[Any, torch.dtype]], compute: Callable[[], Any]) -> Packed:
