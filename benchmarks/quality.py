@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from engine.checkpoint.checkpoint import load_model  # noqa: E402
 from engine.layers.autotune import choose_weight_format  # noqa: E402
-from engine.loading import reference_logits  # noqa: E402
+from engine.runner.self_check import reference_logits  # noqa: E402
 
 
 class Quality(NamedTuple):

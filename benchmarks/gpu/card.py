@@ -43,8 +43,9 @@ from engine.attention.in_place import flash_attention  # noqa: E402
 from engine.attention.interface import keep_latent  # noqa: E402
 from engine.checkpoint.quantizer import quantize_layers  # noqa: E402
 from engine.layers.autotune import choose_weight_format  # noqa: E402
-from engine.loading import attention_summary, start_runner  # noqa: E402
 from engine.runner.runner import Runner  # noqa: E402
+from engine.runner.self_check import start_runner  # noqa: E402
+from engine.runner.summary import attention_summary  # noqa: E402
 from engine.sampling_params import SamplingParams  # noqa: E402
 from engine.scheduling.sampler import sample_tokens  # noqa: E402
 from engine.sequence import KVSpan, ScheduledBatch, Sequence  # noqa: E402

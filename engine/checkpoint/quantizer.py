@@ -15,6 +15,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from engine.errors import StartError
+from engine.layers.experts import computes_alike, has_fused_experts
 from engine.layers.freed_memory import return_freed_memory
 from engine.layers.quantized import (
     Bits,
@@ -25,7 +26,6 @@ from engine.layers.quantized import (
     pack_stack,
     shapes_of,
 )
-from engine.layers.weight_format import computes_alike, has_fused_experts
 
 _METHOD = "chat-api"
 _EXPERTS = ("gate_up_proj", "down_proj")

@@ -11,11 +11,12 @@ from engine.attention.forward_batch import ForwardBatch
 from engine.attention.groups import Scoring
 from engine.attention.interface import attend_pool
 from engine.kernels.cuda import add_and_norm, expert_product, rotate_and_store, silu_and_mul
+from engine.layers.experts import has_fused_experts
 from engine.layers.fused_attention import OneProductAttention, is_plain_attention
-from engine.layers.fused_layer import FusedLayer, is_alike, is_plain, replace, scoring_of
+from engine.layers.fused_layer import FusedLayer, scoring_of
 from engine.layers.merged import PRODUCTS, looks_gated, norm_parameters
 from engine.layers.quantized import QuantizedExperts, QuantizedLinear, is_int8
-from engine.layers.weight_format import has_fused_experts
+from engine.layers.replacing import is_alike, is_plain, replace
 
 
 def _merge_linears(layers: list[Any]) -> Any:

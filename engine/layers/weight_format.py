@@ -15,6 +15,7 @@ import torch
 from engine.attention.interface import can_absorb
 from engine.layers.blocks import BlockEmbedding, BlockLinear
 from engine.layers.cpu_linear import CpuLinear
+from engine.layers.experts import computes_alike, has_fused_experts
 from engine.layers.fbgemm import (
     BY_FBGEMM,
     BY_KERNELS,
@@ -27,19 +28,9 @@ from engine.layers.freed_memory import return_freed_memory
 from engine.layers.lora import Adapted
 from engine.layers.merged import MergedPart, fuse_parts, parents_of_siblings, share_products
 from engine.layers.quantized import QuantizedExperts, QuantizedLinear, bits_of
-from engine.relative_error import relative_error
 
 WeightFormat = Literal["as it is", "our kernels", "fp16 weights", "float32"]
 PACKED: dict[WeightFormat, Products] = {"our kernels": BY_KERNELS, "fp16 weights": BY_FBGEMM}
-
-
-def has_fused_experts(module: Any) -> bool:
-    """Whether a module is a mixture's experts, as transformers stacks them: [experts, out, in]."""
-    matrices = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
-    stacked = all(isinstance(x, torch.nn.Parameter) and x.dim() == 3 for x in matrices)
-    plain = not getattr(module, "is_transposed", False) and not getattr(module, "has_bias", False)
-    plain = plain and all(name == "act_fn" for name, _ in module.named_children())
-    return stacked and plain and hasattr(module, "act_fn") and len(list(module.parameters())) == 2
 
 
 def replaceable(model: Any) -> dict[str, Any]:
@@ -62,19 +53,6 @@ def matrices_of(module: Any) -> list[torch.Tensor]:
     if isinstance(module, torch.nn.Linear):
         return [module.weight]
     return [*module.gate_up_proj, *module.down_proj]
-
-
-def computes_alike(half: Any, experts: Any) -> bool:
-    """Whether a mixture's experts do no more than ours in their place: some clamp, or shift."""
-    weight = experts.gate_up_proj
-    choices = torch.tensor([[0, 1], [len(weight) - 1, 0]])
-    weights = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
-    for scale in (1.0, 100.0):
-        x = scale * torch.linspace(-1, 1, 2 * weight.shape[2]).reshape(2, -1)
-        wanted = experts(x.to(weight.dtype), choices, weights.to(weight.dtype))
-        if not relative_error(half(x, choices, weights), wanted) < 0.05:
-            return False
-    return True
 
 
 @torch.inference_mode()

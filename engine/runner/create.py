@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 
-from engine.attention.forward_batch import LayerKVCache
 from engine.attention.in_place import flash_attention
 from engine.attention.interface import use_packed_attention
+from engine.attention.kv_pool import LayerKVCache
 from engine.blame import first_line
 from engine.checkpoint.attention_probe import probe_layers
 from engine.checkpoint.model_config import context_length
 from engine.errors import StartError
 from engine.kernels.cpu import why_missing
 from engine.layers.cpu_layer import CpuLayer, can_be_one_call
-from engine.layers.fused_layer import fuse_layers, replace
+from engine.layers.fused_layer import fuse_layers
 from engine.layers.gated_delta import PackedDelta, can_be_packed
 from engine.layers.named_adapters import Updates, attach
 from engine.layers.recurrent import use_state_groups
+from engine.layers.replacing import replace
 from engine.runner.cache_budget import affordable_rows, affordable_slots
 from engine.runner.runner import Runner, input_device
 from engine.sequence import KVSpan
@@ -142,7 +143,7 @@ def make_faster(trial: Runner) -> None:
             from engine.layers.cuda_layer import fuse_on_gpu
 
             fuse_on_gpu(trial.model, run)
-        except Exception as error:  # whatever a compiler for this GPU may raise
+        except Exception as error:  # noqa: BLE001 - whatever a compiler for this GPU may raise
             reason = first_line(error)
             log.warning("layers take more kernels than they need: %s", reason)
         torch.cuda.empty_cache()

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from engine.attention.forward_batch import AttentionBackend, ForwardBatch, KVCache
+from engine.attention.forward_batch import AttentionBackend, ForwardBatch
+from engine.attention.kv_pool import KVCache
 from engine.attention.state_pool import StatePool, state_groups
 from engine.blame import first_line
 from engine.checkpoint.model_config import cache_argument
@@ -152,7 +153,7 @@ class Runner:
         for size, longest, adapted in reversed([*product(sizes, lengths, kinds)]):
             try:
                 self.graphs.insert(0, self._decode_graph(size, longest, adapted, memory))
-            except Exception as error:  # not every model's code can be captured
+            except Exception as error:  # noqa: BLE001 - not every model's code can be captured
                 failed[size, longest] = error
         if failed:
             told = ", ".join(f"{size} up to {longest} tokens" for size, longest in sorted(failed))

@@ -215,7 +215,7 @@ MISTAKES = {
     "engine.prompt.tokenizer.token_ids": IndexError("list index out of range"),
     "engine.runner.create.affordable_rows": AttributeError("no attribute 'cache_bugdet'"),
     "engine.runner.create.make_faster": TypeError("'NoneType' object is not subscriptable"),
-    "engine.loading.self_check": ZeroDivisionError("division by zero"),
+    "engine.runner.self_check.self_check": ZeroDivisionError("division by zero"),
     "engine.loading.checkpoint_defaults": OSError(22, "Invalid argument"),
 }
 

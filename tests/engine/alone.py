@@ -10,8 +10,8 @@ from engine.checkpoint.checkpoint import load_model
 from engine.checkpoint.model_config import context_length
 from engine.kernels.cpu import why_missing
 from engine.layers.weight_format import WeightFormat, convert
-from engine.loading import probes, reference_logits
 from engine.runner.create import create_runner
+from engine.runner.self_check import probes, reference_logits
 from tests.conftest import ROOT, greedy
 from tests.engine.stand_ins import as_on_a_card
 

@@ -7,8 +7,8 @@ import model_types
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.loading import start_runner
 from engine.runner.runner import Runner
+from engine.runner.self_check import start_runner
 from engine.sampling_params import SamplingParams
 from engine.scheduling.engine import Engine
 from tests.conftest import greedy

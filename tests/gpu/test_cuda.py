@@ -20,9 +20,9 @@ from engine.checkpoint.checkpoint import load_model
 from engine.checkpoint.model_config import context_length
 from engine.layers.autotune import choose_weight_format
 from engine.layers.quantized import QuantizedLinear, pack
-from engine.loading import start_runner
 from engine.runner.create import create_runner
 from engine.runner.runner import Runner
+from engine.runner.self_check import start_runner
 from engine.scheduling.engine import Engine
 from engine.scheduling.sampler import sample_tokens
 from engine.sequence import KVSpan

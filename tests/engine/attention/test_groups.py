@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.attention.forward_batch import ForwardBatch, LayerKVCache
+from engine.attention.forward_batch import ForwardBatch
 from engine.attention.groups import PADDING, Scoring, SlicedAttention
+from engine.attention.kv_pool import LayerKVCache
 from engine.sequence import KVSpan
 
 HEADS, SHARING, WIDTH = 2, 3, 8

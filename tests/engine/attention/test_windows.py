@@ -17,9 +17,10 @@ from transformers import (
     Starcoder2Config,
 )
 
-from engine.loading import attention_summary, start_runner
 from engine.runner.create import create_runner
 from engine.runner.runner import Runner
+from engine.runner.self_check import start_runner
+from engine.runner.summary import attention_summary
 from engine.scheduling.engine import Engine
 from tests.conftest import greedy
 from tests.engine.scheduling.test_batching import Told, tokens

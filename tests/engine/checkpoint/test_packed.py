@@ -16,7 +16,8 @@ from engine.checkpoint.checkpoint import load_model as load_by_name
 from engine.layers.blocks import BlockEmbedding, BlockLinear
 from engine.layers.cpu_layer import CpuLayer
 from engine.layers.weight_format import convert, held_bytes
-from engine.loading import load, start_runner
+from engine.loading import load
+from engine.runner.self_check import start_runner
 from tests.conftest import TINY, byte_tokenizer, tiny_llama
 from tests.engine.alone import needs_kernels
 from tests.engine.checkpoint.test_adapters import save_adapter, update

@@ -18,7 +18,7 @@ from engine.layers.merged import RMSNorm
 from engine.layers.quantized import BLOCK, unpack
 from engine.layers.quantized import pack as quantize
 from engine.layers.weight_format import convert
-from engine.loading import start_runner
+from engine.runner.self_check import start_runner
 from engine.sequence import KVSpan
 from tests.conftest import tiny_llama
 from tests.engine.alone import needs_bitsandbytes, needs_kernels

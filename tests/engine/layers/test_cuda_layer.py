@@ -18,9 +18,9 @@ from transformers import (
 from engine.checkpoint.checkpoint import load_model
 from engine.checkpoint.quantizer import quantize_layers
 from engine.layers.quantized import QuantizedLinear
-from engine.loading import probes, reference_logits
 from engine.runner.create import prepare_model
 from engine.runner.runner import Runner
+from engine.runner.self_check import probes, reference_logits
 from engine.sequence import KVSpan
 from tests.conftest import tiny_llama
 from tests.engine.alone import FIXTURES

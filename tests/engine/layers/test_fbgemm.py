@@ -14,6 +14,7 @@ from engine.layers import fbgemm as linear
 from engine.layers import weight_format as form
 from engine.layers.autotune import choose_weight_format, fastest_format, kinds_of, measure_forms
 from engine.layers.cpu_linear import CpuLinear
+from engine.layers.experts import computes_alike, has_fused_experts
 from engine.layers.fbgemm import (
     BY_FBGEMM,
     BY_KERNELS,
@@ -23,14 +24,8 @@ from engine.layers.fbgemm import (
     is_available,
 )
 from engine.layers.merged import FusedMLP, RMSNorm, plain_norm
-from engine.layers.weight_format import (
-    computes_alike,
-    convert,
-    has_fused_experts,
-    held_bytes,
-    held_size,
-)
-from engine.loading import probes, reference_logits
+from engine.layers.weight_format import convert, held_bytes, held_size
+from engine.runner.self_check import probes, reference_logits
 from tests.conftest import tiny_llama
 from tests.engine.alone import FAMILIES, FIXTURES, needs_kernels
 

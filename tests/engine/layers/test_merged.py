@@ -22,7 +22,7 @@ from engine.layers.fused_attention import FusedAttention, RotaryCache
 from engine.layers.fused_layer import FusedLayer
 from engine.layers.merged import FusedMLP, RMSNorm
 from engine.layers.weight_format import convert
-from engine.loading import start_runner
+from engine.runner.self_check import start_runner
 from tests.conftest import tiny_llama
 
 SIZES = {

@@ -29,8 +29,8 @@ from engine.layers.quantized import (
     pack,
     unpack,
 )
-from engine.loading import reference_logits, start_runner
 from engine.runner.cache_budget import cache_budget
+from engine.runner.self_check import reference_logits, start_runner
 from tests.engine.alone import FIXTURES, needs_bitsandbytes, needs_kernels
 
 BOTH = ["8bit", pytest.param("4bit", marks=needs_bitsandbytes)]

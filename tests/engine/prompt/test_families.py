@@ -21,11 +21,12 @@ from engine.checkpoint.checkpoint import best_placement, device_summary, load_mo
 from engine.checkpoint.llama_like import NormalizeRows, UngroupQKV
 from engine.checkpoint.model_config import context_length
 from engine.errors import ContextTooLong, StartError
-from engine.loading import load, start_runner
+from engine.loading import load
 from engine.prompt.families import FAMILIES, family_of, format_of, renders_like
 from engine.prompt.generation_defaults import checkpoint_defaults, states_length
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.prompt.tokenizer_files import load_tokenizer
+from engine.runner.self_check import start_runner
 from engine.sampling_params import SamplingParams
 from tests.conftest import ROOT, TEMPLATE, byte_tokenizer, greedy, ready, serve
 from tests.server_process import server_process

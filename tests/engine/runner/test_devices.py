@@ -11,9 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from engine.checkpoint.checkpoint import load_model
-from engine.loading import start_runner
 from engine.runner.create import create_runner
 from engine.runner.runner import Runner
+from engine.runner.self_check import start_runner
 from engine.sampling_params import SamplingParams
 from engine.scheduling.sampler import apply_guide, sample_tokens
 from engine.sequence import KVSpan, Sequence

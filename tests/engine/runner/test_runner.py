@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from engine.attention.forward_batch import ForwardBatch, LayerKVCache
+from engine.attention.forward_batch import ForwardBatch
 from engine.attention.groups import Scoring
+from engine.attention.kv_pool import LayerKVCache
 from engine.checkpoint.model_config import context_length
 from engine.errors import StartError
 from engine.runner.cache_budget import CHILDREN, cache_budget

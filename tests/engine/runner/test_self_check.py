@@ -6,8 +6,9 @@ from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralFo
 
 from engine.attention.groups import ChunkAttention
 from engine.errors import StartError
-from engine.loading import attention_summary, probes, reference_logits, self_check, start_runner
 from engine.runner.runner import Runner
+from engine.runner.self_check import probes, reference_logits, self_check, start_runner
+from engine.runner.summary import attention_summary
 from tests.conftest import tiny_llama
 from tests.engine.stand_ins import as_on_a_card, flash_attention
 
