@@ -92,7 +92,8 @@ class Settings(BaseSettings):
     )
     quantize: Literal["none", "8bit", "4bit"] = Field(
         "none",
-        description="keep the weights in fewer bits: 8bit, or 4bit, which needs bitsandbytes",
+        description="keep the weights in fewer bits: 8bit, or 4bit, which needs bitsandbytes on"
+        " a card",
     )
     device_map: str = Field(
         "auto",

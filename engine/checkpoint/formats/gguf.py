@@ -13,9 +13,10 @@ from engine.checkpoint.formats.gguf_config import Metadata, read_config
 from engine.checkpoint.formats.gguf_names import ARCHITECTURES
 from engine.checkpoint.formats.gguf_reader import Tensor, read_gguf
 from engine.checkpoint.formats.gguf_tokenizer import read_tokenizer
-from engine.checkpoint.formats.packing import Packed, computed, pairs_of
+from engine.checkpoint.formats.packing import Packed, computed
 from engine.checkpoint.stored import Stored
 from engine.errors import StartError
+from engine.layers.block_packing import pairs_of
 
 # By what each frequency of the rotary embedding is divided, as Llama 3.1's are.
 _FREQUENCIES = "rope_freqs.weight"

@@ -4,7 +4,6 @@ Nothing is read until a part is asked for; then all parts of a matrix are comput
 those of another are.
 """
 
-import sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -15,6 +14,7 @@ from engine.checkpoint.formats import bnb
 from engine.checkpoint.formats.levels import Levels
 from engine.checkpoint.formats.modules import KINDS, Parts, by_module, kind_of, shape_of
 from engine.checkpoint.stored import Stored, Weights
+from engine.layers.block_packing import pairs_of
 
 # NF4's weights that share a scale, as our kernels have them.
 _NF4_BLOCK = 64
@@ -32,15 +32,6 @@ def packed_parts(weights: Weights, settings: dict[str, Any]) -> dict[str, Packed
         if packed := pack(kind, parts, settings) if pack else None:
             found[module] = packed
     return found
-
-
-def pairs_of(values: torch.Tensor) -> torch.Tensor:
-    """Numbers of 4 bits, uint8 [rows, columns], two in a byte, the first in its upper half."""
-    if sys.byteorder == "big":
-        return values[:, ::2] << 4 | values[:, 1::2]
-    # The first of two is a word's lower byte: as words they are moved a hundred at a time.
-    words = values.contiguous().view(torch.int16)
-    return (words << 4 | words >> 8).to(torch.uint8)
 
 
 def computed(shapes: dict[str, tuple[Any, torch.dtype]], compute: Callable[[], Any]) -> Packed:
@@ -124,7 +115,7 @@ def _parts_of(levels: Levels, order: torch.Tensor | None, bits: int) -> dict[str
     if bits > 4:
         values, zero = (values.int() - 128).to(torch.int8), zero - 128
     else:
-        values = values[:, ::2] << 4 | values[:, 1::2]
+        values = pairs_of(values.to(torch.uint8))
     parts = {"weight": values, "weight_scale": scale, "weight_offset": -(zero * scale)}
     return parts if order is None else parts | {"weight_order": order}
 
