@@ -142,7 +142,7 @@ class Pack(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict: Any, **_: Any) -> dict[str, torch.Tensor]:
-        packed = {}
+        packed: dict[str, torch.Tensor] = {}
         for name, found in input_dict.items():
             weight = found[0] if isinstance(found, list) else found
             parts = pack_blocks(weight) if self.blocks else pack_stack(weight, self.bits)
