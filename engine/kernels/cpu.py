@@ -81,6 +81,20 @@ class Layer(ctypes.Structure):
     ]
 
 
+class Model(ctypes.Structure):
+    _fields_ = [
+        ("layers", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_layers", "width")),
+        ("norm", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("head", Linear),
+    ]
+
+
+class Cache(ctypes.Structure):
+    _fields_ = [("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("rows", ctypes.c_int64)]
+
+
 class StepInputs(ctypes.Structure):
     _fields_ = [
         ("tokens", ctypes.c_int64),
@@ -177,9 +191,10 @@ def loaded(path: Path) -> Any:
     found.scratch_floats.argtypes = [pointer]
     found.scratch_floats.restype = number
     found.decoder_layer.argtypes = [*[pointer] * 4, number, pointer, pointer]
+    found.decoder_step.argtypes = [*[pointer] * 5, number, pointer, pointer]
     found.gated_delta.argtypes = [pointer] * 9
     computing = found.linear, found.rms_norm, found.adapt, found.decoder_layer, found.gated_delta
-    for function in computing:
+    for function in (*computing, found.decoder_step):
         function.restype = None
     return found
 
