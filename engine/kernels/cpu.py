@@ -148,7 +148,7 @@ def library() -> Any:
     sources = source_files()
     made_of = repr((sources, told, run([*compile_, "--version"]))).encode()
     name = f"cpu_kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
-    folder = _writable(cache_folder())
+    folder = writable(cache_folder())
     kept = Path(cache_folder() or "/nowhere", name)
     if why := why_untrusted(kept):
         log.warning("%s is not used, and the kernels are compiled anew: %s", kept.parent, why)
@@ -230,7 +230,7 @@ def cache_folder() -> Path | None:
     return None
 
 
-def _writable(folder: Path | None) -> Path | None:
+def writable(folder: Path | None) -> Path | None:
     """The folder, made if need be; None if nothing can be kept in it."""
     if folder is None:
         return None
