@@ -1046,7 +1046,7 @@ class ChatService:
                 return await self._respond(request, body, reply_of)
         except ClientDisconnect:
             return Response(status_code=499)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - one request fails, not the server
             log_failure(error)
             return self.error_response(request.scope, error)
         finally:
@@ -1210,7 +1210,7 @@ class ChatService:
     def _load(self) -> None:
         try:
             model = load_and_tell(self.load, self.settings)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - told, and the process ends
             said = start_error(error)
             # No request can be running yet, and none can be served.
             flush_log()
@@ -1450,7 +1450,7 @@ def main() -> None:
             sys.stdout.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
             sys.stdout.write(check_model(load_and_tell(load_served, settings)))
             return
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a start's error is told in words
         said = start_error(error)
         flush_log()
         sys.exit(f"api.py: {said}.")

@@ -83,7 +83,7 @@ def _formula(source: str, display: str) -> str:
         try:
             return _FUNCTION_NAME.sub(_SPACED, convert(source, display=display))
         # The converter has no base class for its errors, and fails with others besides.
-        except Exception:
+        except Exception:  # noqa: BLE001 - its errors have no base class
             pass
     return f"<code>{escape(source)}</code>"
 
@@ -123,7 +123,7 @@ class _State(StateInline):
     """Where stars may begin and end emphasis: beside Chinese, which has no spaces, also where
     punctuation stands on their other side, as in **注意：**这里."""
 
-    def scanDelims(self, start: int, canSplitWord: bool) -> Scanned:
+    def scanDelims(self, start: int, canSplitWord: bool) -> Scanned:  # noqa: N802, N803
         found = super().scanDelims(start, canSplitWord)
         before = self.src[start - 1 : start] or " "
         behind = self.src[start + found.length : start + found.length + 1] or " "

@@ -254,6 +254,7 @@ def answer_questions(
 
 
 def say(answer: Any) -> None:
+    """Write an answer, a line of JSON, to who has asked."""
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
 

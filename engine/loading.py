@@ -108,7 +108,7 @@ def _in_thread_of_its_own(function: Callable[P, T]) -> Callable[P, T]:
         def run() -> None:
             try:
                 result.set_result(function(*args, **kwargs))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - raised where the future is awaited
                 result.set_exception(error)
 
         threading.Thread(target=run, name=function.__name__, daemon=True).start()

@@ -65,7 +65,7 @@ def main() -> None:
         try:
             for row in rows(name, given):
                 print(row, flush=True)
-        except (Exception, SystemExit) as error:  # a rival's fault is no reason to end
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a rival's fault is no reason to end
             print(f"| {name} | - | {repr(error)[:100]} | | | | |", flush=True)
 
 

@@ -192,5 +192,5 @@ def check_attention(config: Any) -> None:
         attention_windows(model, context_length(config), "meta")
     except StartError:
         raise
-    except Exception as error:  # the libraries raise almost every kind
+    except Exception as error:  # noqa: BLE001 - the libraries raise almost every kind
         log.debug("%s was not tried without its weights: %s", config.model_type, error)

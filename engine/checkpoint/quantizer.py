@@ -96,7 +96,7 @@ def quantize_layers(model: Any, bits: Bits) -> None:
 def _check_experts(experts: Any) -> None:
     """Raise StartError if a mixture's experts do other than QuantizedExperts does, tried on two."""
     if has_fused_experts(experts):
-        own = deepcopy(experts)
+        own: Any = deepcopy(experts)
         own.num_experts = 2
         with torch.device("cpu"), torch.inference_mode():
             for name in _EXPERTS:

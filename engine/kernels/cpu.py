@@ -55,6 +55,8 @@ class Linear(ctypes.Structure):
 
 
 class Update(ctypes.Structure):
+    """An adapter's addition to one product, as the kernels have it."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("down", "up")),
         *((name, ctypes.c_int64) for name in ("rank", "first", "out")),
@@ -62,6 +64,8 @@ class Update(ctypes.Structure):
 
 
 class Updates(ctypes.Structure):
+    """Those of all adapters to one layer's product, as the kernels have it."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("parts", "begins")),
         *((name, ctypes.c_int64) for name in ("in_features", "ranks")),
@@ -69,6 +73,8 @@ class Updates(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
+    """A decoder layer, as the kernels have it."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "head_norm")),
         *((name, Linear) for name in ("qkv", "o", "gate_up", "down")),
@@ -96,6 +102,8 @@ class Cache(ctypes.Structure):
 
 
 class StepInputs(ctypes.Structure):
+    """What a step's layers share, as the kernels have it."""
+
     _fields_ = [
         ("tokens", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("rows", "positions", "cos", "sin", "scratch")),
@@ -105,6 +113,8 @@ class StepInputs(ctypes.Structure):
 
 
 class DeltaLayer(ctypes.Structure):
+    """A layer of the gated delta rule, as the kernels have it."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("taps", "rates", "dt_bias", "norm")),
         *((name, ctypes.c_int64) for name in ("key_heads", "heads", "key_width", "value_width")),
@@ -113,6 +123,8 @@ class DeltaLayer(ctypes.Structure):
 
 
 class DeltaStep(ctypes.Structure):
+    """What a step gives such a layer, as the kernels have it."""
+
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("tokens", "chains")),
         *(

@@ -237,7 +237,7 @@ def _settle_kernel(bits: int, model: Any) -> str:
         from engine.layers.int8 import use_kernel
 
         use_kernel(model)
-    except Exception as error:  # whatever a compiler for this card may raise
+    except Exception as error:  # noqa: BLE001 - whatever a compiler for this card may raise
         reason = first_line(error)
         return f"unpacked before each product: {reason}"
     return "products of few tokens by a kernel of ours"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from copy import copy
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -15,6 +15,7 @@ from engine.layers.experts import has_fused_experts
 from engine.layers.fused_attention import OneProductAttention, is_plain_attention
 from engine.layers.fused_layer import FusedLayer, scoring_of
 from engine.layers.merged import PRODUCTS, looks_gated, norm_parameters
+from engine.layers.protocols import AttentionModule, ExpertStack, GatedMLP
 from engine.layers.quantized import QuantizedExperts, QuantizedLinear, is_int8
 from engine.layers.replacing import is_alike, is_plain, replace
 
@@ -64,7 +65,7 @@ class _CudaNorm(torch.nn.Module):
 class CudaMLP(torch.nn.Module):
     """A gated MLP of two products and one kernel between them."""
 
-    def __init__(self, module: Any):
+    def __init__(self, module: GatedMLP):
         super().__init__()
         self.product = _merge_linears([module.gate_proj, module.up_proj])
         self.down_proj = module.down_proj
@@ -76,7 +77,7 @@ class CudaMLP(torch.nn.Module):
 class CudaAttention(OneProductAttention):
     """A layer of plain attention, which turns and stores its heads in one kernel."""
 
-    def __init__(self, module: Any, scoring: Scoring):
+    def __init__(self, module: AttentionModule, scoring: Scoring):
         super().__init__(module, scoring, _merge_linears([getattr(module, n) for n in PRODUCTS]))
         norms = [getattr(module, name) for name in ("q_norm", "k_norm") if hasattr(module, name)]
         self.norms = (norms[0].weight, norms[1].weight) if norms else None
@@ -105,7 +106,7 @@ class CudaExperts(torch.nn.Module):
     # With more tokens, a product of all that chose an expert reads its weights less often.
     MAX_TOKENS = 32
 
-    def __init__(self, experts: Any):
+    def __init__(self, experts: ExpertStack):
         super().__init__()
         self.experts = experts
         self.scales = [
@@ -150,7 +151,7 @@ class CudaLayer(FusedLayer):
         return self.mlp.forward(normed).add_(added)
 
 
-def _attention_of(module: Any, given: dict[str, Any]) -> CudaAttention | None:
+def _attention_of(module: AttentionModule, given: dict[str, Any]) -> CudaAttention | None:
     """Such attention in place of a module, if it stores the same keys.
 
     What attention gives is not enough: of a few tokens it may hardly depend on how these turn.
@@ -175,19 +176,19 @@ def _norm_of(module: Any, _: dict[str, Any]) -> _CudaNorm | None:
     return parameters and _CudaNorm(*parameters)
 
 
-def _is_gated(module: Any) -> bool:
+def _is_gated(module: Any) -> TypeGuard[GatedMLP]:
     """Whether a module may be a gated MLP, whose products can be joined."""
     return looks_gated(module) and _can_be_joined([module.gate_proj, module.up_proj])
 
 
-def _is_experts(module: Any) -> bool:
+def _is_experts(module: Any) -> TypeGuard[ExpertStack]:
     """Whether a module may be a mixture's experts, in half precision or in 8 bits."""
     if isinstance(module, QuantizedExperts):
         return is_int8(module)
     return has_fused_experts(module)
 
 
-def _is_attention(module: Any) -> bool:
+def _is_attention(module: Any) -> TypeGuard[AttentionModule]:
     """Whether a module may be plain attention, whose products can be joined."""
     plain = is_plain_attention(module, _CudaNorm)
     return plain and _can_be_joined([getattr(module, name) for name in PRODUCTS])

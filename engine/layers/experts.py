@@ -1,13 +1,14 @@
 """A mixture's experts, as transformers stacks them."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
+from engine.layers.protocols import ExpertStack
 from engine.relative_error import relative_error
 
 
-def has_fused_experts(module: Any) -> bool:
+def has_fused_experts(module: Any) -> TypeGuard[ExpertStack]:
     """Whether a module is a mixture's experts, as transformers stacks them: [experts, out, in]."""
     matrices = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
     stacked = all(isinstance(x, torch.nn.Parameter) and x.dim() == 3 for x in matrices)
@@ -16,7 +17,7 @@ def has_fused_experts(module: Any) -> bool:
     return stacked and plain and hasattr(module, "act_fn") and len(list(module.parameters())) == 2
 
 
-def computes_alike(half: Any, experts: Any) -> bool:
+def computes_alike(half: Any, experts: ExpertStack) -> bool:
     """Whether a mixture's experts do no more than ours in their place: some clamp, or shift."""
     weight = experts.gate_up_proj
     choices = torch.tensor([[0, 1], [len(weight) - 1, 0]])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.layers.cpu_linear import CpuLinear, is_half
+from engine.layers.protocols import ExpertStack
 from engine.layers.quantized import Bits, QuantizedExperts
 
 # FBGEMM stores a row of fp16 weights in blocks of so many; the last is filled up with zeros.
@@ -148,7 +149,7 @@ class Products(NamedTuple):
     fits: Callable[[torch.Tensor], bool]  # whether it can by weights in 16 bits
     bits: tuple[Bits, ...]  # and packed in how many others
 
-    def half_experts(self, experts: Any) -> ListedExperts:
+    def half_experts(self, experts: ExpertStack) -> ListedExperts:
         """A mixture's experts, each with its matrices in 16 bits."""
         matrices = experts.gate_up_proj, experts.down_proj
         linears = ([self.of_half(x, None) for x in stack] for stack in matrices)

@@ -5,7 +5,7 @@ of all heads are also turned together.
 """
 
 from inspect import signature
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -13,6 +13,7 @@ from engine.attention.forward_batch import ForwardBatch
 from engine.attention.groups import Scoring
 from engine.attention.interface import attend_rows
 from engine.layers.merged import PRODUCTS, MergedPart, RMSNorm
+from engine.layers.protocols import AttentionModule
 
 
 class RotaryCache:
@@ -34,7 +35,7 @@ class RotaryCache:
 class OneProductAttention(torch.nn.Module):
     """A layer of attention whose queries, keys and values are one product."""
 
-    def __init__(self, module: Any, scoring: Scoring, product: Any):
+    def __init__(self, module: AttentionModule, scoring: Scoring, product: Any):
         super().__init__()
         self.layer_idx = module.layer_idx
         self.scoring = scoring
@@ -68,7 +69,7 @@ class FusedAttention(OneProductAttention):
     transformers, where it is half a head apart. Keys and queries have the same order.
     """
 
-    def __init__(self, module: Any, scoring: Scoring, turns: RotaryCache):
+    def __init__(self, module: AttentionModule, scoring: Scoring, turns: RotaryCache):
         super().__init__(module, scoring, module.q_proj.shared.product)
         self.turns = turns
         self.norm = _head_norm(module, *self.counts[:2])
@@ -99,7 +100,7 @@ def _head_norm(module: Any, queries: int, keys: int) -> RMSNorm | None:
     return RMSNorm(torch.nn.Parameter(torch.cat(weights)), module.q_norm.eps)
 
 
-def is_plain_attention(module: Any, norm: type) -> bool:
+def is_plain_attention(module: Any, norm: type) -> TypeGuard[AttentionModule]:
     """Whether a module looks like attention and no more; `norm` is the type of norms as ours."""
     parts: list[Any] = [getattr(module, name, None) for name in PRODUCTS]
     if None in parts or not hasattr(module, "head_dim"):
@@ -119,7 +120,7 @@ def is_plain_attention(module: Any, norm: type) -> bool:
     return {(n.eps, *n.weight.shape) for n in norms} == {(norms[0].eps, module.head_dim)}
 
 
-def can_be_fused(module: Any) -> bool:
+def can_be_fused(module: Any) -> TypeGuard[AttentionModule]:
     """Whether a module looks like plain attention, with packed products, and norms as ours."""
     packed = all(isinstance(getattr(module, name, None), MergedPart) for name in PRODUCTS)
     return packed and is_plain_attention(module, RMSNorm)

@@ -3,13 +3,14 @@
 So does calling a module: here, and in what is made of these, only `forward` is called.
 """
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from engine.kernels.cpu import kernels, why_missing
 from engine.layers.blocks import BlockLinear, can_be_joined, joined
 from engine.layers.fbgemm import Products
+from engine.layers.protocols import GatedMLP
 from engine.layers.quantized import QuantizedLinear, bits_of
 
 # Layers of one module that have the same input, by their names in transformers.
@@ -97,7 +98,7 @@ class RMSNorm(torch.nn.Module):
 class FusedMLP(torch.nn.Module):
     """A gated MLP (arXiv 2002.05202) of two products, gate and up being one."""
 
-    def __init__(self, module: Any):
+    def __init__(self, module: GatedMLP):
         super().__init__()
         self.product = module.gate_proj.shared.product
         self.act_fn = module.act_fn
@@ -157,7 +158,7 @@ def plain_norm(module: Any) -> RMSNorm | None:
     return norm if torch.allclose(norm(probe), module(probe), atol=1e-5, rtol=1e-5) else None
 
 
-def looks_gated(module: Any) -> bool:
+def looks_gated(module: Any) -> TypeGuard[GatedMLP]:
     """Whether a module may be a gated MLP and no more."""
     names = {name for name, _ in module.named_children()}
     return names == {"gate_proj", "up_proj", "down_proj", "act_fn"}

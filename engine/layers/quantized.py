@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from engine.errors import StartError
+from engine.layers.protocols import ExpertStack
 
 Bits = Literal[8, 4]
 
@@ -141,7 +142,7 @@ class QuantizedLinear(torch.nn.Module):
 class QuantizedExperts(torch.nn.Module):
     """A mixture's experts, unpacked when they are needed; nothing waits for the card."""
 
-    def __init__(self, experts: Any, bits: Bits):
+    def __init__(self, experts: ExpertStack, bits: Bits):
         super().__init__()
         self.num_experts = len(experts.gate_up_proj)
         self.act_fn = experts.act_fn

@@ -72,7 +72,7 @@ def _prepare(_: Any) -> Callable[[Any], dict[str, Any]]:
             (text,), _ = render_jinja_template([messages], chat_template=template, **variables)
         except MemoryError:
             return {"costly": True}
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whose fault it is, is told
             if _is_of_template(error):
                 return {"refused": str(error)[:_MAX_REASON]}
             return {"failed": traceback.format_exc()}

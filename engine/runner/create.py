@@ -146,7 +146,7 @@ def make_faster(trial: Runner) -> None:
             from engine.layers.cuda_layer import fuse_on_gpu
 
             fuse_on_gpu(trial.model, run)
-        except Exception as error:  # whatever a compiler for this GPU may raise
+        except Exception as error:  # noqa: BLE001 - whatever a compiler for this GPU may raise
             reason = first_line(error)
             log.warning("layers take more kernels than they need: %s", reason)
         torch.cuda.empty_cache()

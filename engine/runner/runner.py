@@ -156,7 +156,7 @@ class Runner:
         for size, longest, adapted in reversed([*product(sizes, lengths, kinds)]):
             try:
                 self.graphs.insert(0, self._decode_graph(size, longest, adapted, memory))
-            except Exception as error:  # not every model's code can be captured
+            except Exception as error:  # noqa: BLE001 - not every model's code can be captured
                 failed[size, longest] = error
         if failed:
             told = ", ".join(f"{size} up to {longest} tokens" for size, longest in sorted(failed))

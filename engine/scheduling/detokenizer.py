@@ -100,7 +100,7 @@ class Detokenizer:
     def _decode(self, token: int) -> str:
         try:
             text = self._stream.step(self.tokenizer, token)
-        except Exception:
+        except Exception:  # noqa: BLE001 - tokenizers raises no narrower one
             # Invalid UTF-8, which a model may sample at a high temperature, is dropped. What was
             # shown last stays in front: without it, the next word would lose its space.
             self._pending = []

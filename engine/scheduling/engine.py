@@ -251,7 +251,7 @@ class Engine:
         try:
             logits = self.runner.forward(work)
             tokens = self._sample(work, logits)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - costs its requests alone
             if len(work) == 1:
                 self.runner.check_device()
                 return [(work[0][0], failed(work[0][0], error))]

@@ -127,5 +127,6 @@ async def heartbeat(outbox: Outbox) -> None:
 
 
 def deliver(items: list[Item]) -> None:
+    """Put items into their outboxes, on the event loop."""
     for answer, item in items:
         answer.outbox.queue.put_nowait(item)
