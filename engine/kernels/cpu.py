@@ -88,6 +88,8 @@ class Layer(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
+    """A model whose layers are all such, with its last norm and its head."""
+
     _fields_ = [
         ("layers", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("num_layers", "width")),
@@ -98,6 +100,8 @@ class Model(ctypes.Structure):
 
 
 class Cache(ctypes.Structure):
+    """A layer's keys and values."""
+
     _fields_ = [("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("rows", ctypes.c_int64)]
 
 
