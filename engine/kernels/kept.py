@@ -42,7 +42,6 @@ def kept(what: str, of: Any, measure: Callable[[], Measured], anew: bool = False
     return found
 
 
-@cache
 def _machine() -> tuple[str, ...]:
     """The processor, what computes on it, and this program."""
     about = Path("/proc/cpuinfo")
@@ -58,6 +57,7 @@ def _machine() -> tuple[str, ...]:
     )
 
 
+@cache
 def _source() -> str:
     """A hash of the modules that matter; also where the server is one file."""
     found = hashlib.sha256()

@@ -8,8 +8,10 @@ from engine.kernels.kept import kept
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "chat-api"
+    place = tmp_path / "chat-api"
+    monkeypatch.setattr("engine.kernels.kept.cache_folder", lambda: place)
+    monkeypatch.setattr("engine.kernels.kept.outcome", lambda: "no kernels")
+    return place
 
 
 class Machine:
@@ -66,7 +68,6 @@ def test_file_that_others_may_write_is_not_read(folder):
 
 
 def test_without_a_place_it_is_measured_each_time(folder):
-    folder.parent.chmod(0o700)
     folder.write_text("no folder")
     machine = Machine()
     kept("steps", (), machine.measure)
