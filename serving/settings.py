@@ -131,8 +131,12 @@ class Settings(BaseSettings):
         "", description="names by which callers without a key reach it, separated by commas, or *"
     )
     chat_page: bool = Field(True, description="serve the chat page at /chat")
-    max_batch: int = Field(64, ge=1, le=1024, description="maximum number of requests computed at once")
-    max_waiting: int = Field(256, ge=1, description="maximum number of queued requests; further ones get 429")
+    max_batch: int = Field(
+        64, ge=1, le=1024, description="maximum number of requests computed at once"
+    )
+    max_waiting: int = Field(
+        256, ge=1, description="maximum number of queued requests; further ones get 429"
+    )
     prefill_chunk: int = Field(
         4096,
         ge=16,
