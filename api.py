@@ -322,6 +322,7 @@ def load_served(settings: Settings) -> ChatModel:
         prefill_chunk=settings.prefill_chunk,
         reuse=settings.reuse,
         timeout=settings.request_timeout,
+        measure_anew=settings.check,
     )
     return with_template_kwargs(model, json.loads(settings.chat_template_kwargs or "{}"))
 
@@ -765,8 +766,8 @@ class OriginMiddleware:
         return None
 
 
-def too_large() -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
+def too_large(what: str = "the body is") -> BodyTooLarge:
+    return BodyTooLarge(f"{what} larger than {MAX_BODY // 2**20} MiB; send less")
 
 
 async def reserve_body(headers: Headers, reservation: BodyReservation) -> None:
@@ -850,12 +851,19 @@ def parse_json(body: bytes) -> Any:
 async def read_body(request: Request, schema: type[BodyT]) -> BodyT:
     """Read, parse and validate a request's body."""
     info = request_info(request.scope)
+    budget, context = info.reservation.budget, BodyContext(info.ignored, info.answers)
     body = await read_bytes(request)
     try:
-        async with info.reservation.budget.exclusive_parse(len(body)):
-            return schema.model_validate(
-                parse_json(body), context=BodyContext(info.ignored, info.answers)
-            )
+        async with budget.exclusive_parse(len(body)):
+            value = parse_json(body)
+            referred = info.answers.num_bytes_referred(value) if info.answers else 0
+            if not referred:
+                return schema.model_validate(value, context=context)
+        # What was kept of earlier answers is read again, and bounded as if it had been sent.
+        if len(body) + referred > MAX_BODY:
+            raise too_large("the body and what it refers to are")
+        async with budget.exclusive_parse(len(body) + referred):
+            return schema.model_validate(value, context=context)
     except ValidationError as error:
         raise validation_error(error) from None
 
@@ -1309,7 +1317,7 @@ def build_app(
             allow_origins=settings.origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID", "Retry-After"],
+            expose_headers=["X-Request-ID", "request-id", "Retry-After", "X-Ignored-Fields"],
         )
     add_error_handlers(app, service)
     if settings.chat_page:

@@ -92,7 +92,8 @@ class Settings(BaseSettings):
     )
     quantize: Literal["none", "8bit", "4bit"] = Field(
         "none",
-        description="keep the weights in fewer bits: 8bit, or 4bit, which needs bitsandbytes",
+        description="keep the weights in fewer bits: 8bit, or 4bit, which needs bitsandbytes on"
+        " a card",
     )
     device_map: str = Field(
         "auto",
@@ -130,12 +131,16 @@ class Settings(BaseSettings):
         "", description="names by which callers without a key reach it, separated by commas, or *"
     )
     chat_page: bool = Field(True, description="serve the chat page at /chat")
-    max_batch: int = Field(64, ge=1, le=1024, description="most requests computed at once")
-    max_waiting: int = Field(256, ge=1, description="most requests queued; further ones get 429")
+    max_batch: int = Field(
+        64, ge=1, le=1024, description="maximum number of requests computed at once"
+    )
+    max_waiting: int = Field(
+        256, ge=1, description="maximum number of queued requests; further ones get 429"
+    )
     prefill_chunk: int = Field(
         4096,
         ge=16,
-        description="most prompt tokens computed in a step; a start takes fewer if efficient",
+        description="maximum prompt tokens in a step; fewer are taken where that is efficient",
     )
     kept_answers: int = Field(
         64,
@@ -144,7 +149,7 @@ class Settings(BaseSettings):
         description="MiB of answers that are kept for later calls of /v1/responses; 0 is none",
     )
     request_timeout: float = Field(
-        600, gt=0, description="most seconds for a request, from its arrival to its end"
+        600, gt=0, description="maximum seconds for a request, from its arrival to its end"
     )
     drain_timeout: float = Field(
         30, ge=0, description="seconds to finish running requests at shutdown"

@@ -15,7 +15,8 @@ from accelerate.utils import convert_to_fp32
 
 from engine.blame import first_line
 from engine.kernels.cpu import why_missing
-from engine.layers.blocks import BlockLinear
+from engine.layers.block_packing import GROUP
+from engine.layers.blocks import BlockExperts, BlockLinear
 from engine.layers.fbgemm import has_int8_products, is_available
 from engine.layers.quantized import BLOCK, Bits, bits_of, fits
 from engine.layers.weight_format import (
@@ -28,6 +29,9 @@ from engine.layers.weight_format import (
     matrices_of,
     replaceable,
 )
+
+# The milliseconds of a step in each form, for each number of _TOKENS.
+Timings = dict[WeightFormat, list[float]]
 
 log = logging.getLogger("chat")
 
@@ -122,7 +126,7 @@ def _layer_in(form: WeightFormat, layer: Any) -> Any:
 
 
 @torch.inference_mode()
-def measure_forms(model: Any) -> dict[WeightFormat, list[float]]:
+def measure_forms(model: Any) -> Timings:
     """The milliseconds of a forward pass in each form, for each number of TOKENS.
 
     Measured on one layer of each kind and the head, and multiplied up. Empty if the model's layers
@@ -132,7 +136,7 @@ def measure_forms(model: Any) -> dict[WeightFormat, list[float]]:
     if not kinds:
         return {}
     forms: list[WeightFormat] = ["as it is", *_packed_formats(), "float32"]
-    taken: dict[WeightFormat, list[float]] = {form: [0.0] * len(_TOKENS) for form in forms}
+    taken: Timings = {form: [0.0] * len(_TOKENS) for form in forms}
     inputs = [_inputs_of(model, kinds, tokens) for tokens in _TOKENS]
     for example, count in kinds.items():
         calls = {form: _layer_in(form, example) for form in forms}
@@ -176,22 +180,25 @@ def fastest_format(taken: dict[WeightFormat, list[float]]) -> WeightFormat:
     return chosen
 
 
-def choose_weight_format(model: Any, dtype: str = "auto") -> str:
+def choose_weight_format(
+    model: Any, dtype: str = "auto", measure: Callable[[Any], Timings] | None = None
+) -> str:
     """Convert a model on the CPU to its fastest form; in words, what its weights are and why.
 
-    A dtype that was asked for is kept, and so is one that is no half precision.
+    A dtype that was asked for is kept, and so is one that is no half precision. `measure` is
+    `measure_forms`, or knows what that found before.
     """
     kept = str(model.dtype).removeprefix("torch.")
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     asked = dtype != "auto" or model.dtype not in (torch.bfloat16, torch.float16)
-    if any(isinstance(module, BlockLinear) for module in model.modules()):
+    if any(type(module) is BlockLinear for module in model.modules()):
         how = _settle_quantized(model, asked)
         return f"as they are in the checkpoint, {held_size(model)} ({how})"
     if bits := bits_of(model):
         unfit = _unfit_summary(model, bits)
         how = _settle_quantized(model, asked) if on_cpu else _settle_kernel(bits, model)
         return f"in {bits} bits, {held_size(model)} ({how}{unfit})"
-    taken = {} if asked or not on_cpu else measure_forms(model)
+    taken = {} if asked or not on_cpu else (measure or measure_forms)(model)
     if not taken:
         return f"{kept}, {held_size(model)}"
     form = fastest_format(taken)
@@ -217,10 +224,12 @@ def _missing_summary() -> str:
 def _unfit_summary(model: Any, bits: Bits) -> str:
     """How many layers are not packed though others like them are; nothing if all could be."""
     layers = replaceable(model).values()
-    unfit = sum(not all(fits(x, bits) for x in matrices_of(layer)) for layer in layers)
+    blocks = any(isinstance(module, BlockLinear | BlockExperts) for module in model.modules())
+    block = GROUP if blocks else BLOCK
+    unfit = sum(not all(fits(x, bits, block) for x in matrices_of(layer)) for layer in layers)
     if not unfit:
         return ""
-    return f"; {unfit} layers stay as they are, whose rows are not whole blocks of {BLOCK} weights"
+    return f"; {unfit} layers stay as they are, whose rows are not whole blocks of {block} weights"
 
 
 def _settle_kernel(bits: int, model: Any) -> str:

@@ -84,7 +84,7 @@ def act(page: Page, title: str, action: str) -> None:
 
 def enter_key(page: Page, key: str) -> None:
     page.get_by_label("API key").fill(key)
-    page.get_by_role("button", name="Use").click()
+    page.get_by_role("button", name="Save").click()
 
 
 RICH = r"""<think>hm</think>## Sorting

@@ -135,7 +135,7 @@ def test_closed_tab_frees_the_engine_and_what_came_is_kept(browser, url, runner)
         page = browser.contexts[0].new_page()
         page.goto(f"{url}/chat/")
         expect(bodies(page)).to_contain_text("word word")
-        expect(answers(page).get_by_text("The connection broke")).to_be_visible()
+        expect(answers(page).get_by_text("Connection lost")).to_be_visible()
 
 
 @in_browser
@@ -153,7 +153,7 @@ def test_answer_that_was_saved_while_it_came_is_marked(browser, url, runner):
             }"""
         )
         page.reload()
-        expect(answers(page).get_by_text("The connection broke")).to_be_visible()
+        expect(answers(page).get_by_text("Connection lost")).to_be_visible()
         runner.say = " again"
         answers(page).get_by_text("Continue").click()
         expect(bodies(page)).to_have_text("hello again")
@@ -200,14 +200,14 @@ def test_cut_answer_says_so_and_can_be_continued(browser, url, runner):
     with opened(browser, url) as page:
         set_field(page, "Max new tokens", "7")
         ask(page, "count")
-        expect(answers(page).get_by_text("The answer reached its greatest length.")).to_be_visible()
+        expect(answers(page).get_by_text("The answer reached the maximum length.")).to_be_visible()
         expect(bodies(page)).to_have_text("one two")
         page.reload()
         runner.say = " three"
         answers(page).get_by_text("Continue").click()
         expect(bodies(page)).to_have_text("one two three")
         expect(bodies(page).locator("p")).to_have_count(1)
-        expect(answers(page).get_by_text("greatest length")).to_have_count(0)
+        expect(answers(page).get_by_text("maximum length")).to_have_count(0)
     assert text_of(runner, 1) == "<|user|>count<|end|><|assistant|>one two"
 
 

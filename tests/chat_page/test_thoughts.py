@@ -36,7 +36,7 @@ def test_thought_that_the_server_parts_is_folded_and_goes_on(browser, runner, to
                 ask(page, "think")
             else:
                 answers(page).get_by_text("Continue").click()
-            expect(answers(page).get_by_text("greatest length")).to_be_visible()
+            expect(answers(page).get_by_text("maximum length")).to_be_visible()
             runner.say = runner.say[cut:]
         expect(page.locator(".thought")).to_have_text("hm")
         expect(bodies(page)).to_have_text("the")

@@ -221,7 +221,7 @@ def test_server_that_goes_and_comes_back_costs_a_retry(browser, url, runner):
         expect_answered(page)
         line.cut()
         ask(page, "second")
-        expect(trouble(page)).to_contain_text("There is no connection to the server.")
+        expect(trouble(page)).to_contain_text("Cannot reach the server.")
         expect(page.locator("#message")).to_be_enabled()
         line.mend()
         expect(trouble(page)).to_contain_text("This question has no answer yet.")
@@ -239,7 +239,7 @@ def test_stream_that_breaks_is_kept_and_marked(browser, url, runner):
         runner.permits.release(3)
         expect(bodies(page)).to_have_text("one")
         line.cut()
-        expect(answers(page).get_by_text("The connection broke")).to_be_visible()
+        expect(answers(page).get_by_text("Connection lost")).to_be_visible()
         expect(bodies(page)).to_have_text("one")
         line.mend()
         runner.free()
@@ -257,7 +257,7 @@ def test_key_is_asked_for_and_kept_for_the_session(browser, runner, tokenizer):
         opened(browser, ready(url)) as page,
     ):
         enter_key(page, "wrong")
-        expect(trouble(page)).to_contain_text("The server does not know this key.")
+        expect(trouble(page)).to_contain_text("Invalid API key.")
         enter_key(page, "钥匙")
         expect(page.locator("#model")).to_have_text("test")
         expect(trouble(page)).to_be_empty()
