@@ -114,15 +114,16 @@ def test_client_that_leaves_loses_no_slot(engine):
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    chance=st.randoms(use_true_random=False),
+    seed=st.integers(0, 2**32),
     slots=st.sampled_from([5, 7, 9, 13, 40]),
     rows=st.sampled_from([180, 260, 600]),
     chunk=st.sampled_from([7, 24, 64]),
     batch=st.sampled_from([1, 3, 6]),
     reuse=st.booleans(),
 )
-def test_random_engines_say_what_generate_does(chance, slots, rows, chunk, batch, reuse):
+def test_random_engines_say_what_generate_does(seed, slots, rows, chunk, batch, reuse):
     """Few slots and rows, steps that fail, several answers, spans that move."""
+    chance = random.Random(seed)  # asked in an order that time decides
     engine = engine_for("lfm2", rows, slots, prefill_chunk=chunk, max_batch=batch, reuse=reuse)
     forward = engine.runner.forward
 
