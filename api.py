@@ -515,6 +515,15 @@ GAUGES = {
 }
 
 
+SAMPLED = (
+    "cache_tokens",
+    "cache_tokens_used",
+    "cache_tokens_kept",
+    "state_slots",
+    "state_slots_used",
+)
+
+
 class Metrics:
     """Counts and logs requests; `count_of` returns what the gauges show."""
 
@@ -978,8 +987,7 @@ class ChatService:
         return {
             "time": round(time.time(), 3),
             **self.health,
-            "cache_tokens": self.count("cache_tokens"),
-            "cache_tokens_used": self.count("cache_tokens_used"),
+            **{name: self.count(name) for name in SAMPLED},
             "memory": psutil.Process().memory_info().rss,
             "device_memory": engine.device_memory(),
             **self.metrics.live.sample(),
