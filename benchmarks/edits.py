@@ -85,10 +85,9 @@ class Dictation:
 
 
 def sources() -> list[str]:
-    """Files of this repository of 50 to 300 lines."""
-    files = sorted((ROOT / "engine").rglob("*.py"))
-    texts = [path.read_text("utf-8") for path in files]
-    return [text for text in texts if 50 <= len(text.splitlines()) <= 300]
+    """Files of this repository of 50 to 300 lines, the shortest first."""
+    texts = [path.read_text("utf-8") for path in (ROOT / "engine").rglob("*.py")]
+    return sorted((text for text in texts if 50 <= len(text.splitlines()) <= 300), key=len)
 
 
 def edited(text: str) -> str:
@@ -99,28 +98,30 @@ def edited(text: str) -> str:
     return "\n".join([*lines[:12], "# Checked by hand.", *lines[12:18], *lines[19:]])
 
 
-def asked(model: ChatModel, question: str, count: int, **how: Any) -> Prompt:
+def asked(model: ChatModel, question: str, clients: int, **how: Any) -> Prompt:
     messages = [{"role": "user", "content": question}]
-    return model.prepare(messages, {"max_new_tokens": count, **how})
+    return model.prepare(messages, {"max_new_tokens": TOKENS.get(clients, 64), **how})
 
 
-def dictated(model: ChatModel, question: str, answer: str, count: int) -> Prompt:
+def dictated(model: ChatModel, question: str, answer: str, clients: int) -> Prompt:
     """A greedy answer to a question that is this text."""
     ids = model.tokenizer.plain.encode(answer, add_special_tokens=False).ids
-    prompt = asked(model, question, min(count, len(ids)), temperature=0.0)
+    prompt = asked(model, question, clients, temperature=0.0)
+    params = replace(prompt.params, max_new_tokens=min(prompt.params.max_new_tokens, len(ids)))
     guide: Any = Dictation(ids, model.vocabulary)
-    return replace(prompt, guide=guide)
+    return replace(prompt, guide=guide, params=params)
 
 
-def edits(model: ChatModel, n: int, count: int) -> Prompt:
+def edits(model: ChatModel, n: int, clients: int) -> Prompt:
     texts = sources()
-    text = texts[7 * n % len(texts)]
+    # Of many clients the shortest, so that the cache holds them all.
+    text = texts[n if clients > 4 else (n + 1) * len(texts) // 6]
     return dictated(
-        model, f"Rename what is used most, in the whole file:\n{text}", edited(text), count
+        model, f"Rename what is used most, in the whole file:\n{text}", edited(text), clients
     )
 
 
-def tools(model: ChatModel, n: int, count: int) -> Prompt:
+def tools(model: ChatModel, n: int, clients: int) -> Prompt:
     def call(path: str, line: int) -> str:
         return (
             f'{{"name": "read_file", "arguments": {{"path": "src/project_{n}/{path}", "encoding":'
@@ -130,21 +131,21 @@ def tools(model: ChatModel, n: int, count: int) -> Prompt:
     names = ("main.py", "server.py", "settings.py", "errors.py")
     before = "".join(f"{call(name, 1)}the text of {name}\n" for name in names)
     after = "".join(call(name, 81) for name in names)
-    return dictated(model, f"You called:\n{before}Go on.", after, count)
+    return dictated(model, f"You called:\n{before}Go on.", after, clients)
 
 
-def as_json(model: ChatModel, n: int, count: int) -> Prompt:
+def as_json(model: ChatModel, n: int, clients: int) -> Prompt:
     people = ("Ada Lovelace", "Grace Hopper", "Emmy Noether", "Alan Turing", "Kurt Goedel")
     cities = ("London", "New York", "Erlangen", "Manchester", "Princeton", "Vienna", "Paris")
     told = " ".join(f"{name} lives in {cities[(n + k) % 7]}." for k, name in enumerate(people))
     prompt = asked(
-        model, f"{told} List each person with name and city as JSON.", count, temperature=0.0
+        model, f"{told} List each person with name and city as JSON.", clients, temperature=0.0
     )
     return model.guided(prompt, SCHEMA)
 
 
-def chat(model: ChatModel, n: int, count: int) -> Prompt:
-    return asked(model, QUESTIONS[n % len(QUESTIONS)], count, seed=n)
+def chat(model: ChatModel, n: int, clients: int) -> Prompt:
+    return asked(model, QUESTIONS[n % len(QUESTIONS)], clients, seed=n)
 
 
 KINDS: dict[str, Callable[[ChatModel, int, int], Prompt]] = {
@@ -175,7 +176,7 @@ def compare(model: ChatModel, kind: str, clients: int, repeats: int) -> str:
     """A line of the table. Raises AssertionError if a draft changed an answer."""
     speculation = model.engine.speculation
     assert speculation
-    prompts = [KINDS[kind](model, n, TOKENS.get(clients, 64)) for n in range(clients)]
+    prompts = [KINDS[kind](model, n, clients) for n in range(clients)]
     warm = [replace(p, params=replace(p.params, max_new_tokens=1)) for p in prompts]
     asyncio.run(answers(model, warm))
     rates: dict[bool, list[float]] = {False: [], True: []}
@@ -211,7 +212,7 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default=str(ROOT / "models" / "demo"))
+    parser.add_argument("--model", default=str(ROOT / "models" / "demo" / "demo.gguf"))
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--kinds", nargs="+", choices=[*KINDS], default=[*KINDS])
     parser.add_argument("--repeats", type=int, default=3)

@@ -66,17 +66,23 @@ class RowCosts:
         sizes = sorted(costs)
         seconds = accumulate((costs[size] for size in sizes), max)  # as StepBudget takes them
         self.points = [(float(size), cost) for size, cost in zip(sizes, seconds, strict=True)]
+        self._known: dict[int, float] = {}  # what was asked for of them
         # How many times as long as measured, without drafts and with them.
         self.without = self.drafted = 1.0
 
     def seconds(self, tokens: int, drafted: int) -> float:
         """Of a step of so many tokens and so many drafted ones."""
         times = self.drafted if drafted else self.without
-        return times * line_through(self.points, tokens + drafted)
+        return times * self._measured(tokens + drafted)
+
+    def _measured(self, tokens: int) -> float:
+        if tokens not in self._known:
+            self._known[tokens] = line_through(self.points, tokens)
+        return self._known[tokens]
 
     def note(self, tokens: int, drafted: int, seconds: float) -> None:
         """Note what a step took."""
-        ratio = seconds / line_through(self.points, tokens + drafted)
+        ratio = seconds / self._measured(tokens + drafted)
         ratio = min(UNLIKE, max(1 / UNLIKE, ratio))
         if drafted:
             self.drafted += NEWEST * (ratio - self.drafted)
