@@ -143,7 +143,8 @@ def load(
         engine = Engine(
             runner, text.plain, ends, reuse=reuse, timeout=timeout, costs=costs, **limits
         )
-        return replace(_chat_model(named.name, text, engine, facts), adapters=named.texts)
+        loaded = _chat_model(named.name, text, engine, facts)
+        return replace(loaded, adapters=named.texts, adapter_ends=named.ends)
 
 
 def _name_of(path: Path) -> str:

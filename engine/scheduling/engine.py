@@ -152,7 +152,7 @@ class Engine:
         params = prompt.params
         if params.seed is not None:  # each of n answers has its own, or all would be the same
             params = replace(params, seed=params.seed + number)
-        ends = frozenset() if params.ignore_eos else self.end_ids
+        ends = frozenset() if params.ignore_eos else self.end_ids | prompt.own_ends
         return StreamedSequence(
             list(prompt.ids),
             params=params,
