@@ -322,6 +322,7 @@ def load_served(settings: Settings) -> ChatModel:
         prefill_chunk=settings.prefill_chunk,
         reuse=settings.reuse,
         timeout=settings.request_timeout,
+        measure_anew=settings.check,
     )
     return with_template_kwargs(model, json.loads(settings.chat_template_kwargs or "{}"))
 

@@ -25,6 +25,7 @@ import asyncio
 import json
 import math
 import os
+import random
 import signal
 import socket
 import statistics
@@ -36,7 +37,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -568,7 +569,10 @@ def rush(server: Server, count: int, tokens: int, deadline: float = 900) -> Rush
     return Rush(count, ends, seconds, health)
 
 
-# ---- A stream beside a long prompt
+# ---- A stream beside a long prompt ------------------------------------------
+
+# Of a page whose number has six digits.
+TOKENS_OF_A_PAGE = 11
 
 
 @dataclass
@@ -602,7 +606,7 @@ async def read_prompt(counts: Counts, number: int) -> tuple[float, float]:
 
 
 async def beside_prompt(server: Server, pages: int, tokens: int) -> Beside:
-    """One stream, beside which a prompt of so many sentences is read; and the prompt alone."""
+    """One stream, beside which a prompt of so many sentences is read; and that prompt alone."""
     async with session(server.url) as client:
 
         def counts(number: int, tokens: int) -> AsyncIterator[int]:
@@ -616,7 +620,8 @@ async def beside_prompt(server: Server, pages: int, tokens: int) -> Beside:
 async def measure_beside(counts: Counts, pages: int, tokens: int) -> Beside:
     global PAGES
     PAGES = pages
-    number = time.time_ns() % 10**9  # one that no cache of prefixes has
+    # Unlikely to be in a cache of prefixes, and of as many digits each time, which are tokens.
+    number = random.randrange(100, 997)
     began, ended = await read_prompt(counts, number)
     prompt_alone = ended - began
     PAGES = 0
@@ -643,6 +648,17 @@ async def measure_beside(counts: Counts, pages: int, tokens: int) -> Beside:
     gaps = [b - a for a, b in pairwise(during)]
     rate = (len(during) - 2) / (ended - began)
     return Beside(alone, rate, max(gaps), prompt_alone, ended - began)
+
+
+def print_beside(server: Server, options: argparse.Namespace) -> None:
+    """Each figure's median."""
+    server.load(1, 1, 8, 0)
+    pages, tokens = options.beside_prompt // TOKENS_OF_A_PAGE, max(options.tokens, 600)
+    runs = [asyncio.run(beside_prompt(server, pages, tokens)) for _ in range(options.repeats)]
+    middle = (
+        statistics.median(getattr(run, field.name) for run in runs) for field in fields(Beside)
+    )
+    print(f"{machine()}\n\n{Beside(*middle)}")
 
 
 def main() -> None:
@@ -681,10 +697,7 @@ def main() -> None:
         else:
             server = stack.enter_context(ours("chat-api", options.model))
         if options.beside_prompt:
-            pages = options.beside_prompt // 9
-            for _ in range(options.repeats):
-                print(asyncio.run(beside_prompt(server, pages, max(options.tokens, 600))))
-            return
+            return print_beside(server, options)
         if options.rush:
             return print(rush(server, options.rush, options.tokens))
         targets: list[Target] = [server]

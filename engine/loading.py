@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
@@ -19,7 +19,8 @@ from engine.checkpoint.checkpoint import (
 )
 from engine.checkpoint.model_config import context_length
 from engine.checkpoint.named_adapter import NamedAdapters
-from engine.layers.autotune import choose_weight_format
+from engine.kernels.kept import kept
+from engine.layers.autotune import choose_weight_format, measure_forms
 from engine.layers.freed_memory import return_freed_memory
 from engine.layers.quantized import num_parameters
 from engine.layers.weight_format import computes_exactly
@@ -42,13 +43,29 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _measured_costs(runner: Runner, prefill_chunk: int) -> dict[int, float]:
+def _measured_costs(
+    runner: Runner, prefill_chunk: int, weights: str, anew: bool
+) -> dict[int, float]:
     """What steps cost, of as many tokens as a step may compute of prompts.
 
     Where attention has masks or scores as large as chunk times context, few, for their memory.
     """
     most = min(prefill_chunk, context_length(runner.model.config))
-    return step_costs(runner, most if runner.backend in ("in place", "latents") else min(most, 512))
+    if runner.backend not in ("in place", "latents"):
+        most = min(most, 512)
+    of = _identity(runner.model), weights, most, runner.rows, runner.num_adapters, runner.backend
+
+    def measure() -> dict[str, float]:
+        return {str(size): cost for size, cost in step_costs(runner, most).items()}
+
+    return {int(size): cost for size, cost in kept("steps", of, measure, anew).items()}
+
+
+def _identity(model: Any) -> tuple[Any, ...]:
+    """What a model's speed depends on: its configuration, and what its tensors are."""
+    config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    tensors = [(name, x.shape, x.dtype, x.device) for name, x in model.named_parameters()]
+    return type(model).__name__, sorted(config.items()), tensors
 
 
 def _facts_of(text: ChatTokenizer, engine: Engine, context: int) -> dict[str, str]:
@@ -123,13 +140,15 @@ def load(
     reuse: bool = True,
     timeout: float = 600.0,
     name: str = "",
+    measure_anew: bool = False,
 ) -> ChatModel:
     """Load and check the checkpoint in a folder, and start its engine; takes seconds to minutes.
 
     `dtype` is auto (the checkpoint's) or a torch dtype's name; `device_map` auto, a device, or a
     JSON map of module to device; `quantize` none, 8bit or 4bit; `base` the folder of an adapter's
     model; `adapters` folders by the names of requests; `chat_template` Jinja, not the model's own;
-    `cache_memory` auto, a size or a fraction; `timeout` in seconds. Raises StartError.
+    `cache_memory` auto, a size or a fraction; `timeout` in seconds; `measure_anew` what is kept of
+    an earlier start. Raises StartError.
     """
     _check_machine(device_map)
     form = {"dtype": dtype, "device_map": device_map, "quantize": quantize}
@@ -138,8 +157,9 @@ def load(
     with as_start_error(folder):
         model, text, ends = _read_model(folder, chat_template, base=base, **form)
         named.fit(model, text, own_templates=chat_template is None)
-        runner, facts = _settled_runner(model, named, dtype, cache_memory, max_batch)
-        costs = _measured_costs(runner, prefill_chunk)
+        facts = _settled_weights(model, named.name + named.told, dtype, measure_anew)
+        runner = start_runner(model, cache_memory, max_batch, named.updates)
+        costs = _measured_costs(runner, prefill_chunk, _form_of(facts), measure_anew)
         engine = Engine(
             runner, text.plain, ends, reuse=reuse, timeout=timeout, costs=costs, **limits
         )
@@ -169,20 +189,21 @@ def _vocabulary_of(model: Any) -> int:
     return len(model.get_input_embeddings().weight)
 
 
-def _settled_runner(
-    model: Any, named: NamedAdapters, dtype: str, cache_memory: str, max_batch: int
-) -> tuple[Runner, dict[str, str]]:
-    """A runner of a model in its settled form, with its adapters; and what its weights are."""
-    facts = _settled_weights(model, named.name + named.told, dtype)
-    return start_runner(model, cache_memory, max_batch, named.updates), facts
-
-
-def _settled_weights(model: Any, name: str, dtype: str) -> dict[str, str]:
+def _settled_weights(model: Any, name: str, dtype: str, anew: bool) -> dict[str, str]:
     """Settle the form of a model's weights, and say what they are."""
     kind, size = type(model).__name__, f"{num_parameters(model):,} parameters"
-    weights = choose_weight_format(model, dtype)
+
+    def measure(model: Any) -> dict[Any, list[float]]:
+        return dict(kept("forms", _identity(model), partial(measure_forms, model), anew))
+
+    weights = choose_weight_format(model, dtype, measure)
     return_freed_memory()  # of what was tried
     return {"model": f"{name}, {kind}, {size}", "weights": weights}
+
+
+def _form_of(facts: dict[str, str]) -> str:
+    """The form of the weights, without how it was chosen."""
+    return facts["weights"].partition(" (")[0]
 
 
 def _chat_model(name: str, text: ChatTokenizer, engine: Engine, facts: dict[str, str]) -> ChatModel:
@@ -190,7 +211,7 @@ def _chat_model(name: str, text: ChatTokenizer, engine: Engine, facts: dict[str,
     runner = engine.runner
     model = runner.model
     context = min(context_length(model.config), runner.rows)
-    weights = facts["weights"].partition(" (")[0]
+    weights = _form_of(facts)
     return ChatModel(
         name=name,
         tokenizer=text,

@@ -6,6 +6,7 @@ of the prompts in prefill.
 
 from collections.abc import Iterable
 from copy import copy
+from functools import cached_property
 from itertools import accumulate, groupby
 from typing import Any, Literal
 
@@ -60,10 +61,14 @@ class ForwardBatch:
         adapters = [span.adapter for span, new in work for _ in range(new)]
         self.adapters = torch.tensor(adapters) if any(adapters) else None
         self.tokens_of = {n: _indices_of(n, adapters) for n in sorted({*adapters} - {0})}
-        self.groups: list[Group] = list(self._groups(work))
         self.attended = 0
         self.inputs: dict[Any, Any] = {}  # what its layers have made of it for all of them
         self._copies: dict[torch.device, ForwardBatch] = {}
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The work by how its attention is computed; a model that is one call never asks."""
+        return list(self._groups(self.work))
 
     def _group_key(self, span: KVSpan, new: int) -> tuple[bool, int, int]:
         """What work of one group has in common, and behind it its order in the group."""
@@ -95,6 +100,8 @@ class ForwardBatch:
 
     def on(self, device: torch.device) -> "ForwardBatch":
         """The step with its tensors on a device, copied there once for all layers."""
+        if device.type == "cpu":  # where they are
+            return self
         if device not in self._copies:
             there = self._copies[device] = copy(self)
             there._copies = {}  # a shared dict would be a reference cycle that holds GPU memory

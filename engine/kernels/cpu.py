@@ -87,6 +87,24 @@ class Layer(ctypes.Structure):
     ]
 
 
+class Model(ctypes.Structure):
+    """A model whose layers are all such, with its last norm and its head."""
+
+    _fields_ = [
+        ("layers", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_layers", "width")),
+        ("norm", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+        ("head", Linear),
+    ]
+
+
+class Cache(ctypes.Structure):
+    """A layer's keys and values."""
+
+    _fields_ = [("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("rows", ctypes.c_int64)]
+
+
 class StepInputs(ctypes.Structure):
     """What a step's layers share, as the kernels have it."""
 
@@ -146,7 +164,7 @@ def library() -> Any:
     sources = source_files()
     made_of = repr((sources, told, run([*compile_, "--version"]))).encode()
     name = f"cpu_kernels-{hashlib.sha256(made_of).hexdigest()[:16]}.so"
-    folder = _writable(cache_folder())
+    folder = writable(cache_folder())
     kept = Path(cache_folder() or "/nowhere", name)
     if why := why_untrusted(kept):
         log.warning("%s is not used, and the kernels are compiled anew: %s", kept.parent, why)
@@ -189,9 +207,10 @@ def loaded(path: Path) -> Any:
     found.scratch_floats.argtypes = [pointer]
     found.scratch_floats.restype = number
     found.decoder_layer.argtypes = [*[pointer] * 4, number, pointer, pointer]
+    found.decoder_step.argtypes = [*[pointer] * 5, number, pointer, pointer]
     found.gated_delta.argtypes = [pointer] * 9
     computing = found.linear, found.rms_norm, found.adapt, found.decoder_layer, found.gated_delta
-    for function in computing:
+    for function in (*computing, found.decoder_step):
         function.restype = None
     return found
 
@@ -227,7 +246,7 @@ def cache_folder() -> Path | None:
     return None
 
 
-def _writable(folder: Path | None) -> Path | None:
+def writable(folder: Path | None) -> Path | None:
     """The folder, made if need be; None if nothing can be kept in it."""
     if folder is None:
         return None

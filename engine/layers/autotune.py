@@ -29,6 +29,9 @@ from engine.layers.weight_format import (
     replaceable,
 )
 
+# The milliseconds of a step in each form, for each number of _TOKENS.
+Timings = dict[WeightFormat, list[float]]
+
 log = logging.getLogger("chat")
 
 # What is measured: the tokens in a step of one request, and of a full batch.
@@ -122,7 +125,7 @@ def _layer_in(form: WeightFormat, layer: Any) -> Any:
 
 
 @torch.inference_mode()
-def measure_forms(model: Any) -> dict[WeightFormat, list[float]]:
+def measure_forms(model: Any) -> Timings:
     """The milliseconds of a forward pass in each form, for each number of TOKENS.
 
     Measured on one layer of each kind and the head, and multiplied up. Empty if the model's layers
@@ -132,7 +135,7 @@ def measure_forms(model: Any) -> dict[WeightFormat, list[float]]:
     if not kinds:
         return {}
     forms: list[WeightFormat] = ["as it is", *_packed_formats(), "float32"]
-    taken: dict[WeightFormat, list[float]] = {form: [0.0] * len(_TOKENS) for form in forms}
+    taken: Timings = {form: [0.0] * len(_TOKENS) for form in forms}
     inputs = [_inputs_of(model, kinds, tokens) for tokens in _TOKENS]
     for example, count in kinds.items():
         calls = {form: _layer_in(form, example) for form in forms}
@@ -176,10 +179,13 @@ def fastest_format(taken: dict[WeightFormat, list[float]]) -> WeightFormat:
     return chosen
 
 
-def choose_weight_format(model: Any, dtype: str = "auto") -> str:
+def choose_weight_format(
+    model: Any, dtype: str = "auto", measure: Callable[[Any], Timings] | None = None
+) -> str:
     """Convert a model on the CPU to its fastest form; in words, what its weights are and why.
 
-    A dtype that was asked for is kept, and so is one that is no half precision.
+    A dtype that was asked for is kept, and so is one that is no half precision. `measure` is
+    `measure_forms`, or knows what that found before.
     """
     kept = str(model.dtype).removeprefix("torch.")
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
@@ -191,7 +197,7 @@ def choose_weight_format(model: Any, dtype: str = "auto") -> str:
         unfit = _unfit_summary(model, bits)
         how = _settle_quantized(model, asked) if on_cpu else _settle_kernel(bits, model)
         return f"in {bits} bits, {held_size(model)} ({how}{unfit})"
-    taken = {} if asked or not on_cpu else measure_forms(model)
+    taken = {} if asked or not on_cpu else (measure or measure_forms)(model)
     if not taken:
         return f"{kept}, {held_size(model)}"
     form = fastest_format(taken)

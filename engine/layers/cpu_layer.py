@@ -38,7 +38,7 @@ def _products_of(layer: FusedLayer) -> list[Any]:
     return [attention.product, attention.o_proj, mlp.product, mlp.down_proj]
 
 
-class _Inputs:
+class Inputs:
     """What a step's layers are told of it; keeps alive what the kernel is pointed to."""
 
     def __init__(
@@ -120,7 +120,7 @@ class CpuLayer(torch.nn.Module):
         cache.prepare(self.row, self.row)
         made_of = position_embeddings[0], self.floats
         if made_of not in step.inputs:
-            step.inputs[made_of] = _Inputs(step, position_embeddings, self.floats)
+            step.inputs[made_of] = Inputs(step, position_embeddings, self.floats)
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
         self.function(

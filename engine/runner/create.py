@@ -16,6 +16,7 @@ from engine.checkpoint.model_config import context_length
 from engine.errors import StartError
 from engine.kernels.cpu import why_missing
 from engine.layers.cpu_layer import CpuLayer, can_be_one_call
+from engine.layers.cpu_model import CpuModel, looks_whole
 from engine.layers.fused_layer import fuse_layers
 from engine.layers.gated_delta import PackedDelta, can_be_packed
 from engine.layers.named_adapters import Updates, attach
@@ -83,6 +84,7 @@ def prepare_model(model: Any) -> None:
         module.attention_window = window
     model.attention_layers = sorted(trial.layers)
     model.state_modules = [*trial.states.modules]
+    model.whole = None  # by make_faster, if it is one call
     use_state_groups(model.state_modules)
     if windows:
         use_packed_attention(model)
@@ -138,6 +140,7 @@ def make_faster(trial: Runner) -> None:
         if why_missing() is None:
             replace(trial.model, can_be_packed, lambda module, _: PackedDelta(module), run)
         replace(trial.model, can_be_one_call, lambda module, _: CpuLayer(module), run)
+        _make_whole(trial)
     elif not trial.split and trial.model.dtype in (torch.bfloat16, torch.float16):
         try:
             from engine.layers.cuda_layer import fuse_on_gpu
@@ -147,3 +150,16 @@ def make_faster(trial: Runner) -> None:
             reason = first_line(error)
             log.warning("layers take more kernels than they need: %s", reason)
         torch.cuda.empty_cache()
+
+
+def _make_whole(trial: Runner) -> None:
+    """Let a step of a model be one call, where it gives the same logits."""
+    trial.model.whole = None
+    if looks_whole(trial.model):
+        ids = trial.model.get_input_embeddings().weight.shape[0]
+        spans = [KVSpan([7 * n % ids for n in range(5)]), KVSpan([3, 1, 2], 5)]
+        work = [(span, len(span.tokens)) for span in spans]
+        wanted = trial.forward(work)
+        trial.model.whole = CpuModel(trial.model)
+        if not torch.equal(trial.forward(work), wanted):
+            trial.model.whole = None

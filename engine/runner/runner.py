@@ -112,6 +112,9 @@ class Runner:
         step.pool = self.pool
         here = step.on(self.device)
         self.ids.index_copy_(0, here.write, here.ids)
+        if self.model.whole:
+            whole: torch.Tensor = self.model.whole.logits(here, here.wanted[:wanted])
+            return whole
         # On a split model accelerate's root hook would move a tensor to the first device, not ints.
         kept = step.wanted[:wanted].tolist() if self.split else here.wanted[:wanted]
         before = step.attended

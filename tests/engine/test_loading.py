@@ -193,3 +193,19 @@ def test_what_computes_while_loading_ends_with_its_thread(checkpoint, monkeypatc
     load(checkpoint, cache_memory="8MiB").close()
     assert computing[0] is not threading.current_thread()
     wait_for(lambda: not computing[0].is_alive())
+
+
+def test_what_is_measured_is_kept_for_the_next_start(checkpoint, monkeypatch, tmp_path):
+    measured = []
+
+    def costs(runner, most):
+        measured.append(most)
+        return {1: 0.01, 16: 0.02 * len(measured)}
+
+    monkeypatch.setattr("engine.kernels.kept.cache_folder", lambda: tmp_path / "chat-api")
+    monkeypatch.setattr("engine.loading.step_costs", costs)
+    for anew, wanted in ((False, 0.02), (False, 0.02), (True, 0.04), (False, 0.04)):
+        model = load(checkpoint, cache_memory="8MiB", measure_anew=anew)
+        assert dict(model.engine.scheduler.budget.costs) == {1: 0.01, 16: wanted}
+        model.close()
+    assert len(measured) == 2

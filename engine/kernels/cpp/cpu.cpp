@@ -51,57 +51,26 @@ int64_t scratch_floats(const Layer *layer) {
 // x [tokens, width] through a layer to out; its keys and values are written to `rows` rows a head.
 void decoder_layer(const Layer *of, const Step *with, float *keys, float *values, int64_t rows,
                    const float *x, float *out) {
-    const Layer &layer = *of;
-    const Step &step = *with;
-    const Cache cache{keys, values, rows};
-    const int64_t tokens = step.tokens, width = layer.width, inner = layer.inner;
-    const int64_t heads = layer.queries + 2 * layer.kv_heads, head_width = layer.head_width;
-    const int64_t sharing = layer.queries / layer.kv_heads;
-    float *normed = step.scratch;
-    float *qkv = normed + tokens * width;
-    float *said = qkv + tokens * heads * head_width;
-    float *gate_up = said + tokens * layer.queries * head_width;
-    float *gated = gate_up + tokens * 2 * inner;
-    const Adapting adapting(layer.updates, step.adapters, tokens, gated + tokens * inner);
-    const std::vector<int64_t> runs = runs_of(step);
-    const int64_t num_runs = runs.size();
-    // Heads that share keys read them together, unless a thread would have none.
-    const int64_t group = num_runs * layer.kv_heads < step.threads ? 1 : sharing;
-#pragma omp parallel num_threads(step.threads)
+    const std::vector<int64_t> runs = runs_of(*with);
+#pragma omp parallel num_threads(with->threads)
+    compute_layer(*of, *with, {keys, values, rows}, runs, x, out);
+}
+
+// A step of a whole model: hidden [tokens, width], which are its embeddings and changed, through
+// all layers to the logits [count, vocabulary] of the `wanted` tokens. `normed` is [count, width].
+void decoder_step(const Model *of, const Step *with, const Cache *caches, float *hidden,
+                  const int64_t *wanted, int64_t count, float *normed, float *logits) {
+    const Model &model = *of;
+    const std::vector<int64_t> runs = runs_of(*with);
+#pragma omp parallel num_threads(with->threads)
     {
+        for (int64_t n = 0; n < model.num_layers; n++)
+            compute_layer(*model.layers[n], *with, caches[n], runs, hidden, hidden);
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++)
-            normalize(x + t * width, layer.input_norm, layer.input_eps, width, normed + t * width);
-        adapting.down(0, normed);
-        multiply(normed, tokens, layer.qkv, {qkv, nullptr, heads * head_width});
-        adapting.up(0, qkv, heads * head_width);
-#pragma omp barrier
-#pragma omp for schedule(static) collapse(2)
-        for (int64_t t = 0; t < tokens; t++)
-            for (int64_t h = 0; h < heads; h++)
-                place_head(layer, step, cache, t, h, qkv + (t * heads + h) * head_width);
-#pragma omp for schedule(dynamic) collapse(2)
-        for (int64_t run = 0; run < num_runs; run++)
-            for (int64_t h = 0; h < layer.queries; h += group)
-                attend_run(layer, step, cache, runs[run],
-                           run + 1 < num_runs ? runs[run + 1] : tokens, h, h + group, qkv, said);
-        adapting.down(1, said);
-        multiply(said, tokens, layer.o, {out, x, width});
-        adapting.up(1, out, width);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++)
-            normalize(out + t * width, layer.post_norm, layer.post_eps, width, normed + t * width);
-        adapting.down(2, normed);
-        multiply(normed, tokens, layer.gate_up, {gate_up, nullptr, 2 * inner});
-        adapting.up(2, gate_up, 2 * inner);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++)
-            gate(gate_up + t * 2 * inner, inner, gated + t * inner);
-        adapting.down(3, gated);
-        multiply(gated, tokens, layer.down, {out, out, width});
-        adapting.up(3, out, width);
+        for (int64_t row = 0; row < count; row++)
+            normalize(hidden + wanted[row] * model.width, model.norm, model.eps, model.width,
+                      normed + row * model.width);
+        multiply(normed, count, model.head, {logits, nullptr, model.head.out});
     }
 }
 

@@ -28,6 +28,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
 // The same anywhere in memory.
 typedef Four LooseFour __attribute__((aligned(4), may_alias));
 typedef Floats LooseFloats __attribute__((aligned(4), may_alias));

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma2Config, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import Gemma2Config, GraniteConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from engine.kernels import cpu as cpu_kernels
 from engine.kernels.cpu import outcome, why_missing
 from engine.layers.blocks import unpack_blocks
 from engine.layers.cpu_layer import CpuLayer
 from engine.layers.cpu_linear import CpuLinear
+from engine.layers.cpu_model import CpuModel
 from engine.layers.merged import RMSNorm
 from engine.layers.quantized import BLOCK, unpack
 from engine.layers.quantized import pack as quantize
@@ -167,6 +168,7 @@ WHOLE = [
     pytest.param(lambda: model_of(Qwen2Config, num_key_value_heads=4), id="a key head for each"),
     pytest.param(lambda: model_of(Qwen2Config, head_dim=80), id="heads of five vectors"),
     pytest.param(lambda: model_of(MistralConfig, sliding_window=5), id="a sliding window"),
+    pytest.param(lambda: model_of(MistralConfig, sliding_window=70), id="a window of two blocks"),
 ]
 
 
@@ -181,6 +183,16 @@ def runner_of(model):
 def test_layer_is_one_call_and_says_the_same(compiled_for, model):
     runner = runner_of(model)
     assert {type(layer) for layer in runner.model.model.layers} == {CpuLayer}
+    assert isinstance(runner.model.whole, CpuModel)
+    assert runner.difference < 2e-5
+
+
+@needs_kernels
+def test_model_that_does_more_is_no_call():
+    scaled = {"logits_scaling": 2.0, "residual_multiplier": 1.0}
+    runner = runner_of(lambda: model_of(GraniteConfig, **scaled))
+    assert {type(layer) for layer in runner.model.model.layers} == {CpuLayer}
+    assert runner.model.whole is None
     assert runner.difference < 2e-5
 
 
@@ -242,7 +254,7 @@ def test_a_token_has_the_same_bits_whatever_else_is_in_the_step(model, threads):
     runner = runner_of(model)
     runner.cores = None  # which would choose the threads
     generator = torch.Generator().manual_seed(3)
-    texts = [torch.randint(0, 250, (n,), generator=generator).tolist() for n in (90, 41, 70, 3)]
+    texts = [torch.randint(0, 250, (n,), generator=generator).tolist() for n in (150, 41, 70, 3)]
 
     def logits(text: list[int], start: int, *chunks: int) -> list[torch.Tensor]:
         threads(1 + len(chunks) % 3)
@@ -258,7 +270,7 @@ def test_a_token_has_the_same_bits_whatever_else_is_in_the_step(model, threads):
         for chunks in ([1] * len(text), [2, len(text) - 2], [len(text) // 2, -(-len(text) // 2)]):
             found = logits(text, 5, *chunks)
             assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    spans = [KVSpan(text, 100 * n) for n, text in enumerate(texts)]
+    spans = [KVSpan(text, 160 * n) for n, text in enumerate(texts)]
     for news in ((40, 1, 69, 1), (1, 39, 1, 1), (48, 1, 0, 1), (1, 0, 0, 0)):
         work = [(span, new) for span, new in zip(spans, news, strict=True) if new]
         for (span, new), row in zip(work, runner.forward(work), strict=True):
