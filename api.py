@@ -515,6 +515,15 @@ GAUGES = {
 }
 
 
+SAMPLED = (
+    "cache_tokens",
+    "cache_tokens_used",
+    "cache_tokens_kept",
+    "state_slots",
+    "state_slots_used",
+)
+
+
 class Metrics:
     """Counts and logs requests; `count_of` returns what the gauges show."""
 
@@ -766,8 +775,8 @@ class OriginMiddleware:
         return None
 
 
-def too_large() -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than {MAX_BODY // 2**20} MiB; send less")
+def too_large(what: str = "the body is") -> BodyTooLarge:
+    return BodyTooLarge(f"{what} larger than {MAX_BODY // 2**20} MiB; send less")
 
 
 async def reserve_body(headers: Headers, reservation: BodyReservation) -> None:
@@ -851,12 +860,19 @@ def parse_json(body: bytes) -> Any:
 async def read_body(request: Request, schema: type[BodyT]) -> BodyT:
     """Read, parse and validate a request's body."""
     info = request_info(request.scope)
+    budget, context = info.reservation.budget, BodyContext(info.ignored, info.answers)
     body = await read_bytes(request)
     try:
-        async with info.reservation.budget.exclusive_parse(len(body)):
-            return schema.model_validate(
-                parse_json(body), context=BodyContext(info.ignored, info.answers)
-            )
+        async with budget.exclusive_parse(len(body)):
+            value = parse_json(body)
+            referred = info.answers.num_bytes_referred(value) if info.answers else 0
+            if not referred:
+                return schema.model_validate(value, context=context)
+        # What was kept of earlier answers is read again, and bounded as if it had been sent.
+        if len(body) + referred > MAX_BODY:
+            raise too_large("the body and what it refers to are")
+        async with budget.exclusive_parse(len(body) + referred):
+            return schema.model_validate(value, context=context)
     except ValidationError as error:
         raise validation_error(error) from None
 
@@ -971,8 +987,7 @@ class ChatService:
         return {
             "time": round(time.time(), 3),
             **self.health,
-            "cache_tokens": self.count("cache_tokens"),
-            "cache_tokens_used": self.count("cache_tokens_used"),
+            **{name: self.count(name) for name in SAMPLED},
             "memory": psutil.Process().memory_info().rss,
             "device_memory": engine.device_memory(),
             **self.metrics.live.sample(),
@@ -1310,7 +1325,7 @@ def build_app(
             allow_origins=settings.origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID", "Retry-After"],
+            expose_headers=["X-Request-ID", "request-id", "Retry-After", "X-Ignored-Fields"],
         )
     add_error_handlers(app, service)
     if settings.chat_page:

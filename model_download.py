@@ -142,7 +142,8 @@ def find_model(name: str) -> Path:
         if found := found or gguf_models(place):
             return found[0]
     if name == "demo":
-        return fetch_demo(MODELS / "demo")
+        folder = fetch_demo(MODELS / "demo")
+        return next(iter(gguf_models(folder)), folder)
     raise DownloadError(_why_not_found(name, Path(os.path.expanduser(name))))
 
 

@@ -17,11 +17,15 @@ from pydantic import BaseModel, ValidationError
 from chat_page import dashboard
 from chat_page.renderer import Refused, Renderer
 
+SCRIPTS = (
+    "blocks.js", "chat.js", "conversation.js", "document.js", "exchange.js", "files.js",
+    "server.js", "storage.js", "texts.js", "turns.js",
+)  # fmt: skip
 FILES = {
     "/chat/": ("index.html", "text/html"),
     "/chat/icon.svg": ("icon.svg", "image/svg+xml"),
     "/chat/style.css": ("style.css", "text/css"),
-    **{f"/chat/{name}": (name, "text/javascript") for name in ("blocks.js", "chat.js", "texts.js")},
+    **{f"/chat/{name}": (name, "text/javascript") for name in SCRIPTS},
 }
 # What a browser fetches before it can send a key.
 PUBLIC_PATHS = frozenset({"/chat", *FILES, "/dashboard", *dashboard.FILES})

@@ -1,7 +1,22 @@
 // The chat page: a client of /v1/chat/completions. Conversations stay in this browser.
 
-import { Cutter, splitThought } from "./blocks.js";
+import { splitThought } from "./blocks.js";
+import {
+    bodyToContinue, countTurns, messagesOf, messagesToSkip, newConversation, putAside, showVersion,
+    takeBack, textOf, tokensOf,
+} from "./conversation.js";
+import {
+    button, copy, download, element, fit, isAtEnd, keepPlace, onEnter, onSend, part, scroller,
+    scrollToEnd, setTexts,
+} from "./document.js";
+import { asJson, asMarkdown, conversationsFrom, Unreadable } from "./exchange.js";
+import { Attachments } from "./files.js";
+import { countTokens, eventsOf, hasKey, request, Trouble, useKey } from "./server.js";
+import {
+    CONVERSATION, load, loadConversation, local, newId, PREFIX, savedConversations, store,
+} from "./storage.js";
 import { examples, language, say, sayError, speak } from "./texts.js";
+import { forget, forgetAll, nodeOf, paint, paintNow } from "./turns.js";
 
 // The sampling fields of the settings: the smallest value, the largest, and a step.
 const SAMPLING = {
@@ -10,103 +25,16 @@ const SAMPLING = {
     frequency_penalty: [-2, 2, 0.1], seed: [0, "", 1],
 };
 
-// ---- The document -----------------------------------------------------------
+// ---- State ------------------------------------------------------------------
 
-function setTexts(within) {
-    for (const node of within.querySelectorAll("[data-text]")) {
-        node.textContent = say(node.dataset.text);
-    }
-    for (const node of within.querySelectorAll("[data-label]")) {
-        const label = say(node.dataset.label);
-        node.ariaLabel = label;
-        if ("placeholder" in node) node.placeholder = label;
-        else if (node.tagName === "BUTTON") node.title = label;
-    }
-}
+let settings = load(`${PREFIX}settings`, {});
+let config = null; // of the server, once its model is loaded
+let serverTrouble = null;
+const opened = new Map(); // id -> conversation
+const running = new Map(); // conversation -> AbortController of its answer
+let current = newConversation();
 
-const part = (id) => document.getElementById(id);
-
-function element(tag, properties = {}, ...children) {
-    const node = Object.assign(document.createElement(tag), properties);
-    node.append(...children);
-    return node;
-}
-
-function button(name, action, className = "quiet", values = {}) {
-    return element("button", { type: "button", className, onclick: action }, say(name, values));
-}
-
-// navigator.clipboard is missing where the page comes over plain HTTP from another machine.
-async function copy(text, from) {
-    if (navigator.clipboard) {
-        await navigator.clipboard.writeText(text);
-    } else {
-        const box = element("textarea", { value: text, className: "unseen" });
-        document.body.append(box);
-        box.select();
-        document.execCommand("copy");
-        box.remove();
-    }
-    from.textContent = say("copied");
-    setTimeout(() => { from.textContent = say("copy"); }, 1500);
-}
-
-function download(name, type, text) {
-    const url = URL.createObjectURL(new Blob([text], { type }));
-    element("a", { href: url, download: name }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 1000);
-}
-
-// ---- Storage ----------------------------------------------------------------
-// One item for each conversation, so that tabs do not overwrite each other's.
-
-// Reading these throws where the browser forbids a page to store anything.
-function storageOf(name) {
-    try {
-        return window[name];
-    } catch {
-        return null;
-    }
-}
-
-const local = storageOf("localStorage");
-const session = storageOf("sessionStorage");
-const PREFIX = `chat-api:${location.pathname}:`;
-const CONVERSATION = `${PREFIX}conversation:`;
-
-function load(key, fallback = null) {
-    try {
-        return JSON.parse(local.getItem(key)) ?? fallback;
-    } catch {
-        return fallback;
-    }
-}
-
-function store(key, value) {
-    try {
-        local.setItem(key, JSON.stringify(value));
-        return true;
-    } catch {
-        return false;
-    }
-}
-
-const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 10);
-
-function savedConversations() {
-    const keys = Object.keys(local ?? {}).filter((key) => key.startsWith(CONVERSATION));
-    return keys.map((key) => load(key)).filter(Boolean).sort((a, b) => b.updated - a.updated);
-}
-
-function loadConversation(id, unfinished = "broken") {
-    const conversation = load(CONVERSATION + id);
-    // Saved while it came: by a page that did not live to its end, or by another tab.
-    for (const message of conversation?.messages ?? []) {
-        if (message.role !== "assistant") continue;
-        if (!message.finish || message.finish === "elsewhere") message.finish = unfinished;
-    }
-    return conversation;
-}
+// ---- Saving -----------------------------------------------------------------
 
 // What another tab saved of the conversation that is shown; what did not change stays as it is.
 function followOtherTab(id) {
@@ -114,6 +42,7 @@ function followOtherTab(id) {
     conversation.messages = conversation.messages.map((message, i) => {
         const known = current.messages[i];
         const same = known?.role === message.role && known.content === message.content;
+        if (same && !message.versions) delete known.versions;
         return same ? Object.assign(known, message) : message;
     });
     current = conversation;
@@ -129,6 +58,7 @@ function save(conversation) {
         opened.delete(conversation.id);
         conversation.id = newId();
         opened.set(conversation.id, conversation);
+        if (conversation === current) setAddress(current.id, "replaceState");
     }
     const { trouble, ...kept } = conversation;
     const next = { ...kept, revision: newId(), updated: Date.now() };
@@ -139,53 +69,7 @@ function save(conversation) {
     listConversations();
 }
 
-// ---- State ------------------------------------------------------------------
-
-let settings = load(`${PREFIX}settings`, {});
-let key = session?.getItem(`${PREFIX}key`) ?? load(`${PREFIX}key`, "");
-let config = null; // of the server, once its model is loaded
-let serverTrouble = null;
-let nodes = new WeakMap(); // message -> its element
-const opened = new Map(); // id -> conversation
-const running = new Map(); // conversation -> AbortController of its answer
-let current = newConversation();
-
-function newConversation() {
-    return { id: newId(), title: "", created: Date.now(), skipped: 0, messages: [] };
-}
-
 // ---- The server -------------------------------------------------------------
-
-class Trouble extends Error {
-    constructor(kind, message = "", seconds = 0, code = "") {
-        super(message);
-        Object.assign(this, { kind, seconds, code });
-    }
-}
-
-async function request(path, body, signal) {
-    const headers = { "Content-Type": "application/json" };
-    // A header holds bytes, which JavaScript writes as characters up to 255.
-    const bytes = new TextEncoder().encode(key);
-    if (key) headers.Authorization = `Bearer ${String.fromCharCode(...bytes)}`;
-    const method = body ? "POST" : "GET";
-    let response;
-    try {
-        const json = body && JSON.stringify(body);
-        response = await fetch(path, { method, headers, signal, body: json });
-    } catch (error) {
-        throw signal?.aborted ? error : new Trouble("offline");
-    }
-    if (response.ok) return response;
-    const { message, code } = (await response.json().catch(() => ({}))).error ?? {};
-    const kinds = { 401: "key", 429: "busy", 502: "offline", 503: "loading", 504: "offline" };
-    let kind = kinds[response.status] ?? "failed";
-    if (code === "context_length_exceeded") kind = "tooLong";
-    if (code === "timed_out") kind = "failed";
-    if (code === "not_serving" && !/loading/.test(message)) kind = "failed";
-    const seconds = Number(response.headers.get("Retry-After")) || 5;
-    throw new Trouble(kind, message ?? `HTTP ${response.status}`, seconds, code);
-}
 
 // Ask until the server's model is loaded.
 async function connect() {
@@ -203,52 +87,13 @@ async function connect() {
         if (error.kind !== "key") connect.timer = setTimeout(connect, 1500);
     }
     showConfig();
+    recount();
     if (!serverTrouble && current.trouble?.kind === "loading") return retry();
     if (!serverTrouble && current.trouble?.kind === "offline") delete current.trouble;
     showTrouble();
 }
 
-async function* eventsOf(response) {
-    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-    let buffer = "";
-    for (;;) {
-        const { value, done } = await reader.read();
-        if (done) throw new Trouble("broken");
-        const lines = (buffer + value).split("\n");
-        buffer = lines.pop();
-        for (const line of lines) {
-            if (line === "data: [DONE]") return;
-            if (line.startsWith("data: ")) yield JSON.parse(line.slice(6));
-        }
-    }
-}
-
 // ---- Questions and answers --------------------------------------------------
-
-// The conversation as the model sees it: without thoughts, and questions that got no answer.
-function messagesOf(conversation, count = conversation.messages.length) {
-    const messages = conversation.messages.slice(conversation.skipped, count);
-    const sent = settings.system?.trim() ? [{ role: "system", content: settings.system }] : [];
-    messages.forEach(({ role, content }, i) => {
-        if (role !== "user") return;
-        const next = messages[i + 1];
-        const answered = next?.role === "assistant" ? splitThought(next.content).text : "";
-        if (answered) sent.push({ role, content }, { role: next.role, content: answered });
-        else if (!next) sent.push({ role, content });
-    });
-    return sent;
-}
-
-// A model whose chat template lets an answer go on does so; any other is asked to.
-function bodyToContinue(messages, answer) {
-    const { thought, text } = splitThought(answer.content);
-    // What the server parted is sent back as it came, but for a thought that is not at its end.
-    const parted = answer.thinks === false;
-    const said = parted ? { content: text, reasoning_content: thought } : { content: answer.content };
-    const begun = [...messages, { role: "assistant", ...said }];
-    if (config?.continue_final_message) return { messages: begun, continue_final_message: true };
-    return { messages: [...begun, { role: "user", content: say("continue") }] };
-}
 
 // The chosen one, if it is served.
 const model = () => (config?.models.includes(settings.model) ? settings : config)?.model;
@@ -258,14 +103,16 @@ function sampling() {
     return Object.fromEntries(given.map((name) => [name, Number(settings[name])]));
 }
 
-// Let the model answer the last question, or go on with `begun`; `previous` is kept if it cannot.
-async function answer(conversation, { begun = null, previous = null } = {}) {
+// Let the model answer the last question, or go on with `begun`. `versions` are the answers that
+// were put aside for this one; the last of them is shown again if nothing comes.
+async function answer(conversation, { begun = null, versions = null } = {}) {
     const before = begun ? conversation.messages.length - 1 : conversation.messages.length;
-    const messages = messagesOf(conversation, before);
+    const messages = messagesOf(conversation, settings.system, before);
     const message = begun ?? { role: "assistant", content: "" };
+    if (versions) message.versions = versions;
     if (!begun) conversation.messages.push(message);
     const { finish, content: { length } } = message;
-    nodes.delete(begun); // what follows may belong to its last paragraph
+    forget(begun); // what follows may belong to its last paragraph
     const controller = new AbortController();
     running.set(conversation, controller);
     delete conversation.trouble;
@@ -273,9 +120,11 @@ async function answer(conversation, { begun = null, previous = null } = {}) {
     show();
     try {
         if (begun && !config) await connect(); // how it can go on
+        const canContinue = config?.continue_final_message;
         const body = {
-            ...(begun ? bodyToContinue(messages, begun) : { messages }), ...sampling(), model: model(),
-            stream: true, stream_options: { include_usage: true },
+            ...(begun ? bodyToContinue(messages, begun, canContinue) : { messages }),
+            ...sampling(), model: model(), stream: true,
+            stream_options: { include_usage: true, continuous_usage_stats: true },
         };
         const response = await request("../v1/chat/completions", body, controller.signal);
         await receive(conversation, message, response);
@@ -287,14 +136,16 @@ async function answer(conversation, { begun = null, previous = null } = {}) {
     const { trouble } = conversation;
     const isNothing = message.content.length === length && message.finish !== "stop";
     if (isNothing && begun) message.finish = finish;
-    else if (isNothing) conversation.messages.splice(-1, 1, ...(previous ? [previous] : []));
+    else if (isNothing && versions) takeBack(conversation, before);
+    else if (isNothing) conversation.messages.pop();
     else if (trouble?.kind === "broken") delete conversation.trouble; // the answer says it
-    if (trouble) trouble.retry = () => (previous ? regenerate() : answer(conversation, { begun }));
+    if (trouble) trouble.retry = () => (versions ? regenerate() : answer(conversation, { begun }));
     if (["offline", "loading", "broken"].includes(trouble?.kind)) connect();
     save(conversation);
     part("status").textContent = message.finish === "stop" ? say("answered") : "";
-    paint(message, true);
+    paint(message, model() ?? "chat-api", true);
     show();
+    recount();
 }
 
 // What else is thrown says that the stream broke.
@@ -321,6 +172,9 @@ function addText(message, { reasoning_content: thought, content }) {
 
 async function receive(conversation, message, response) {
     part("status").textContent = say("answering");
+    const { tokens = 0, thought_seconds: thought = 0 } = message;
+    const { thought: told, text: said } = splitThought(message.content);
+    let isThinking = !(told && said);
     let first = 0;
     let saved = performance.now();
     for await (const event of eventsOf(response)) {
@@ -329,15 +183,11 @@ async function receive(conversation, message, response) {
         const choice = event.choices[0];
         if (choice && addText(message, choice.delta)) {
             first ||= now;
-            paint(message);
+            isThinking &&= timeThought(message, thought + (now - first) / 1000);
+            paint(message, model());
         }
         message.finish = choice?.finish_reason ?? message.finish;
-        if (event.usage) {
-            const tokens = event.usage.completion_tokens;
-            message.tokens = (message.tokens ?? 0) + tokens;
-            message.prompt_tokens = event.usage.prompt_tokens;
-            if (first && tokens > 1) message.speed = (tokens - 1) / ((now - first) / 1000);
-        }
+        if (event.usage) keepUsage(message, event.usage, tokens, first && now - first);
         if (now - saved > 3000) {
             saved = now;
             save(conversation);
@@ -345,11 +195,31 @@ async function receive(conversation, message, response) {
     }
 }
 
-function ask(text) {
-    if (!text.trim() || running.has(current)) return;
-    current.title ||= text.trim().replace(/\s+/g, " ").slice(0, 60);
-    current.messages.push({ role: "user", content: text });
+// Whether it may still think; the seconds are kept that it did.
+function timeThought(message, seconds) {
+    const { thought, text } = splitThought(message.content);
+    if (thought) message.thought_seconds = seconds;
+    return !(thought && text);
+}
+
+// Counts come with each piece, so that an answer that is stopped has them too.
+function keepUsage(message, usage, before, time) {
+    const { prompt_tokens, completion_tokens } = usage;
+    message.tokens = before + completion_tokens;
+    Object.assign(message, { prompt_tokens, context_tokens: prompt_tokens + completion_tokens });
+    if (time && completion_tokens > 1) message.speed = (completion_tokens - 1) / (time / 1000);
+}
+
+function ask(text, { files = [], versions = null } = {}) {
+    if (!(text.trim() || files.length) || running.has(current)) return;
+    const title = text.trim() || files[0].name;
+    current.title ||= title.replace(/\s+/g, " ").slice(0, 60);
+    const question = { role: "user", content: text };
+    if (files.length) question.files = files;
+    if (versions) question.versions = versions;
+    current.messages.push(question);
     opened.set(current.id, current);
+    setAddress(current.id, "replaceState");
     save(current);
     answer(current);
     scrollToEnd();
@@ -362,139 +232,23 @@ function retry() {
 }
 
 function regenerate() {
-    answer(current, { previous: current.messages.pop() });
+    answer(current, { versions: putAside(current, current.messages.length - 1) });
 }
 
 function stop() {
     running.get(current)?.abort();
 }
 
-// How many of the oldest messages to leave out: about as many as the newest need room for.
-function messagesToSkip(conversation) {
-    const context = config?.context_length ?? 4096;
-    const sizes = conversation.messages.map((message) => message.content.length);
-    const counted = conversation.messages.findLast((message) => message.prompt_tokens);
-    const all = sizes.slice(conversation.skipped).reduce((sum, size) => sum + size, 0);
-    const known = counted ? counted.prompt_tokens + counted.tokens : context;
-    const room = (all * context * 0.6) / Math.max(known, context);
-    let skipped = conversation.skipped;
-    let left = all;
-    while (skipped < sizes.length - 1 && (left > room || skipped === conversation.skipped)) {
-        left -= sizes[skipped];
-        skipped += 1;
-        if (conversation.messages[skipped]?.role === "assistant") {
-            left -= sizes[skipped];
-            skipped += 1;
-        }
-    }
-    return Math.min(skipped, sizes.length - 1);
-}
-
-const countTurns = (messages) => messages.filter(({ role }) => role === "user").length;
-
-// ---- Rendering --------------------------------------------------------------
-
-let renderings = Promise.resolve();
-
-// Put a finished part of an answer before `place`: as text at once, rendered as soon as it is.
-function addPiece(text, place) {
-    const plain = element("div", { className: "plain", textContent: text });
-    place.before(plain);
-    renderings = renderings.then(async () => {
-        try {
-            const { html } = await (await request("render", { text })).json();
-            const template = element("template", { innerHTML: html });
-            decorate(template.content);
-            keepPlace(() => plain.replaceWith(template.content));
-        } catch { /* The text stays as it is. */ }
-    });
-}
-
-function decorate(fragment) {
-    for (const pre of fragment.querySelectorAll("pre")) {
-        const copyCode = button("copy", () => copy(pre.textContent, copyCode));
-        const head = element("div", { className: "head" }, pre.dataset.language ?? "", copyCode);
-        Object.assign(pre, { tabIndex: 0, role: "group", ariaLabel: say("code") });
-        const frame = element("div", { className: "code" });
-        pre.replaceWith(frame);
-        frame.append(head, pre);
-    }
-    for (const table of fragment.querySelectorAll("table")) {
-        const label = { className: "table", tabIndex: 0, role: "group", ariaLabel: say("table") };
-        const frame = element("div", label);
-        table.replaceWith(frame);
-        frame.append(table);
-    }
-}
-
 // ---- Turns ------------------------------------------------------------------
 
-function nodeOf(message) {
-    if (!nodes.has(message)) {
-        nodes.set(message, message.role === "user" ? questionNode(message) : answerNode(message));
-    }
-    return nodes.get(message);
-}
-
-function questionNode(message) {
-    const text = element("div", { className: "bubble", textContent: message.content });
-    const who = element("h2", { className: "unseen" }, say("you"));
-    return element("article", { className: "question" }, who, text, element("footer"));
-}
-
-function answerNode(message) {
-    const thought = element("div", { className: "thought" }, "");
-    const details = element("details", {}, element("summary", {}, say("thinking")), thought);
-    const tail = element("div", { className: "plain tail" }, "");
-    const body = element("div", { className: "body" }, tail);
-    const who = element("h2", { className: "unseen" }, model() ?? "chat-api");
-    const node = element("article", { className: "answer" }, who, details, body, element("footer"));
-    Object.assign(node, { thought, details, body, tail, cutter: new Cutter(), done: 0 });
-    return node;
-}
-
-// Bring an answer's element up to its text; at most once a frame while it grows.
-function paint(message, finished = false) {
-    const node = nodeOf(message);
-    if (finished) return paintNow(message, node, true);
-    node.frame ??= requestAnimationFrame(() => paintNow(message, node, false));
-}
-
-function paintNow(message, node, finished) {
-    cancelAnimationFrame(node.frame);
-    node.frame = null;
-    const { thought, text } = splitThought(message.content);
-    keepPlace(() => {
-        paintThought(node, thought);
-        node.cutter.read(text);
-        for (const end of node.cutter.take(finished ? text.length : 0)) {
-            addPiece(text.slice(node.done, end), node.tail);
-            node.done = end;
-        }
-        node.tail.textContent = text.slice(node.done).replace(/^\n+/, "");
-        node.classList.toggle("waiting", !finished && !text);
-    });
-}
-
-function paintThought(node, thought) {
-    const written = node.thought.firstChild ?? node.thought.appendChild(new Text());
-    // What was shown as the answer turns out to have been the thought.
-    if (thought && !written.length && node.done) {
-        node.body.replaceChildren(node.tail);
-        Object.assign(node, { cutter: new Cutter(), done: 0 });
-    }
-    node.details.hidden = !thought;
-    if (written.length > thought.length) written.data = thought; // it showed half of a tag
-    written.appendData(thought.slice(written.length));
-}
-
 function footer(message, isLast, isRunning) {
-    const text = splitThought(message.content).text || message.content;
+    const text = splitThought(textOf(message)).text || message.content;
     const copyIt = button("copy", () => copy(text, copyIt));
     if (message.role === "user") {
-        return isRunning ? [copyIt] : [copyIt, button("edit", () => edit(message))];
+        const actions = isRunning ? [copyIt] : [copyIt, button("edit", () => edit(message))];
+        return [...actions, ...versionButtons(message, isRunning)];
     }
-    const shown = [];
+    const shown = versionButtons(message, isRunning);
     const cut = ["length", "stopped", "broken"].includes(message.finish);
     if (cut || message.finish === "elsewhere") {
         shown.push(element("span", { className: "cut" }, say(message.finish)));
@@ -513,24 +267,55 @@ function footer(message, isLast, isRunning) {
     return shown;
 }
 
+// ‹ 2/3 ›
+function versionButtons(message, isRunning) {
+    if (!message.versions) return [];
+    const { at, tails } = message.versions;
+    const step = (name, sign, to) => {
+        const go = () => {
+            const index = current.messages.indexOf(message);
+            showVersion(current, index, to);
+            delete current.trouble;
+            save(current);
+            show();
+            const footers = part("turns").querySelectorAll(":scope > article > footer");
+            const again = footers[index].querySelector(`[data-step="${name}"]`);
+            (again.disabled ? again.parentElement.querySelector("button:enabled") : again).focus();
+        };
+        const label = say(name);
+        const node = button(name, go, "quiet step");
+        node.dataset.step = name;
+        const isDisabled = isRunning || to < 0 || to >= tails.length;
+        return Object.assign(node, {
+            textContent: sign, ariaLabel: label, title: label, disabled: isDisabled,
+        });
+    };
+    const number = element("span", {}, `${at + 1}/${tails.length}`);
+    const all = [step("earlier", "‹", at - 1), number, step("later", "›", at + 1)];
+    const label = say("version", { n: at + 1, count: tails.length });
+    return [element("span", { className: "versions", role: "group", ariaLabel: label }, ...all)];
+}
+
 function edit(message) {
     if (running.has(current)) return;
     const node = nodeOf(message);
     const box = element("textarea", { value: message.content, rows: 1, ariaLabel: say("edit") });
     const finish = () => {
-        nodes.delete(message);
+        forget(message);
         show();
         part("message").focus();
     };
     const send = () => {
-        if (!box.value.trim()) return;
+        const { files } = message;
+        if (!box.value.trim() && !files?.length) return;
         const index = current.messages.indexOf(message);
-        current.messages.length = index;
+        const versions = putAside(current, index);
         current.skipped = Math.min(current.skipped, index);
-        finish();
-        ask(box.value);
+        forget(message);
+        ask(box.value, { files, versions });
+        part("message").focus();
     };
-    onEnter(box, send);
+    onSend(box, send);
     box.oninput = () => fit(box);
     const actions = element("div", {}, button("cancel", finish), button("send", send, "main"));
     node.replaceChildren(element("div", { className: "editor" }, box, actions));
@@ -545,7 +330,7 @@ function show() {
             const n = countTurns(current.messages.slice(0, i));
             shown.push(element("p", { className: "mark" }, say("skipped", { n })));
         }
-        shown.push(nodeOf(message));
+        shown.push(nodeOf(message, model() ?? "chat-api"));
     });
     const isRunning = running.has(current);
     keepPlace(() => part("turns").replaceChildren(...shown));
@@ -587,7 +372,7 @@ function troubleNodes(trouble) {
     if (trouble.kind === "key") return [keyForm()];
     if (trouble.kind === "busy") return [countDown(trouble), ...again];
     if (trouble.kind === "tooLong") {
-        const skipped = messagesToSkip(current);
+        const skipped = messagesToSkip(current, config?.context_length ?? 4096);
         if (skipped <= current.skipped) return [words("questionTooLong"), ...again];
         const n = countTurns(current.messages.slice(current.skipped, skipped));
         const skip = () => { current.skipped = skipped; retry(); };
@@ -614,15 +399,12 @@ function keyForm() {
     const remember = element("input", { type: "checkbox" });
     const send = element("button", { className: "main" }, say("use"));
     const form = element("form", {},
-        element("p", {}, say(key ? "keyRefused" : "key")),
+        element("p", {}, say(hasKey() ? "keyRefused" : "key")),
         element("label", {}, say("keyLabel"), field), send,
         element("label", { className: "check" }, remember, say("remember")));
     form.onsubmit = (event) => {
         event.preventDefault();
-        key = field.value.trim();
-        session?.setItem(`${PREFIX}key`, key);
-        if (remember.checked) store(`${PREFIX}key`, key);
-        else local?.removeItem(`${PREFIX}key`);
+        useKey(field.value.trim(), remember.checked);
         part("trouble").replaceChildren();
         if (current.trouble?.kind === "key") retry();
         connect();
@@ -653,11 +435,13 @@ function listItem(conversation) {
     open.onclick = () => openConversation(id);
     if (id === current.id) open.ariaCurrent = "true";
     const summary = element("summary", { ariaLabel: say("more", { title }) }, "⋯");
-    const asJson = () => JSON.stringify(load(CONVERSATION + id), null, 2);
+    const saved = () => load(CONVERSATION + id);
     const menu = element("details", { className: "menu" }, summary, element("div", {},
         button("rename", () => rename(conversation, item)),
-        button("exportMarkdown", () => download(`${title}.md`, "text/markdown", asMarkdown(id))),
-        button("exportJson", () => download(`${title}.json`, "application/json", asJson())),
+        button("exportMarkdown", () => {
+            download(`${title}.md`, "text/markdown", asMarkdown(saved()));
+        }),
+        button("exportJson", () => download(`${title}.json`, "application/json", asJson(saved()))),
         button("remove", () => remove(conversation))));
     const item = element("li", {}, open, menu);
     menu.onclick = (event) => {
@@ -673,12 +457,26 @@ function closeMenus(except = null) {
     }
 }
 
-function openConversation(id) {
+// Each conversation has an address, so that back, forward and a reload find it.
+function setAddress(id, how) {
+    if (location.hash === `#${id}`) return;
+    history[how](null, "", `#${id}`);
+}
+
+const NEW = "new";
+
+// `how` the browser's history is told: by a new entry, or by nothing where it was the history.
+function openConversation(id, how = "pushState") {
     current = opened.get(id) ?? loadConversation(id) ?? newConversation();
+    const isMissing = id !== NEW && current.id !== id;
     if (current.id === id) opened.set(id, current);
+    if (how) setAddress(isMissing ? NEW : id, how);
+    part("notice").textContent = isMissing ? say("missing") : "";
+    part("notice").hidden = !isMissing;
     closeOverSmallScreen();
     listConversations();
     show();
+    recount();
     scrollToEnd();
     part("message").focus();
     // It was asked while the model loaded, and left.
@@ -712,14 +510,56 @@ function remove({ id, title }) {
     running.get(conversation)?.abort();
     opened.delete(id);
     local?.removeItem(CONVERSATION + id);
-    if (id === current.id) openConversation("");
+    if (id === current.id) openConversation(NEW, "replaceState");
     listConversations();
 }
 
-function asMarkdown(id) {
-    const { title, messages } = load(CONVERSATION + id);
-    const turns = messages.map(({ role, content }) => `## ${role}\n\n${content}\n`);
-    return [`# ${title}\n`, ...turns].join("\n");
+// Conversations of files, each as a new one; the first is opened.
+async function importFiles(files) {
+    let first = null;
+    for (const file of files) {
+        try {
+            for (const found of conversationsFrom(await file.text())) {
+                save(found);
+                first ??= found;
+            }
+        } catch (error) {
+            if (!(error instanceof Unreadable)) throw error;
+            const values = { name: file.name, message: error.message };
+            part("notice").textContent = say("unreadable", values);
+            part("notice").hidden = false;
+            return;
+        }
+    }
+    if (first) openConversation(first.id);
+}
+
+// ---- How full the context is ------------------------------------------------
+
+const attachments = new Attachments(() => recount());
+
+function showFullness(tokens) {
+    const context = config?.context_length;
+    part("fullness").hidden = !context || !tokens;
+    if (!context || !tokens) return;
+    part("fullness").classList.toggle("over", tokens > context);
+    Object.assign(part("meter"), { max: context, value: Math.min(tokens, context) });
+    const number = (n) => n.toLocaleString(document.documentElement.lang);
+    part("filled").textContent = say("fullness", { n: number(tokens), context: number(context) });
+}
+
+// The server counts what is being written where it is long; else the last answer's counts stand.
+async function recount() {
+    recount.waiting?.abort();
+    const controller = recount.waiting = new AbortController();
+    const draft = { role: "user", content: part("message").value, files: attachments.files };
+    const isShort = draft.content.length < 500 && !draft.files.length;
+    if (!config || isShort || running.has(current)) return showFullness(tokensOf(current));
+    const written = { ...current, messages: [...current.messages, draft] };
+    const messages = messagesOf(written, settings.system);
+    try {
+        showFullness(await countTokens({ messages, model: model() }, controller.signal));
+    } catch { /* The server says what is wrong when it is sent. */ }
 }
 
 // ---- Settings ---------------------------------------------------------------
@@ -774,43 +614,15 @@ function setLanguage(chosen) {
     part("language").textContent = language === "zh" ? "English" : "中文";
     part("language").lang = language === "zh" ? "en" : "zh-CN";
     setTexts(document);
-    nodes = new WeakMap();
+    forgetAll();
     part("trouble").replaceChildren();
     showSettings();
     listConversations();
     show();
+    attachments.show();
 }
 
-// ---- Scrolling, keys, and the start -----------------------------------------
-
-const scroller = part("scroll");
-const isAtEnd = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 60;
-
-function scrollToEnd() {
-    scroller.scrollTop = scroller.scrollHeight;
-}
-
-// Change the page; who reads its end goes on reading its end.
-function keepPlace(change) {
-    const follow = isAtEnd();
-    change();
-    if (follow) scrollToEnd();
-}
-
-function fit(box) {
-    box.style.height = "auto";
-    box.style.height = `${box.scrollHeight + 2}px`;
-}
-
-// Enter, but not the one with which an input method takes a word (229 is Safari's sign of it).
-function onEnter(field, action) {
-    field.addEventListener("keydown", (event) => {
-        const composes = event.isComposing || event.keyCode === 229;
-        if (event.key !== "Enter" || event.shiftKey || composes) return;
-        event.preventDefault();
-        action();
-    });
-}
+// ---- Keys, and the start ----------------------------------------------------
 
 function send() {
     const box = part("message");
@@ -818,7 +630,18 @@ function send() {
     const text = box.value;
     if (text.trim()) box.value = "";
     fit(box);
-    ask(text);
+    ask(text, { files: attachments.take() });
+}
+
+function attach(files) {
+    return attachments.add([...files], config?.context_length, model());
+}
+
+// A person who writes is not waited for: the count follows when a while nothing came.
+function written() {
+    fit(part("message"));
+    clearTimeout(written.timer);
+    written.timer = setTimeout(recount, 400);
 }
 
 // Where the list of conversations covers the conversation.
@@ -835,12 +658,40 @@ function closeOverSmallScreen() {
 }
 
 part("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
-onEnter(part("message"), send);
-part("message").addEventListener("input", () => fit(part("message")));
+onSend(part("message"), send);
+part("message").addEventListener("input", written);
+part("message").addEventListener("paste", (event) => {
+    if (!event.clipboardData.files.length) return;
+    event.preventDefault();
+    attach(event.clipboardData.files);
+});
+for (const type of ["dragover", "drop"]) {
+    addEventListener(type, (event) => {
+        if (!event.dataTransfer.types.includes("Files")) return;
+        event.preventDefault();
+        document.body.classList.toggle("dropping", type === "dragover");
+        if (type === "drop") attach(event.dataTransfer.files);
+    });
+}
+addEventListener("dragleave", ({ relatedTarget }) => {
+    if (!relatedTarget) document.body.classList.remove("dropping");
+});
+for (const [name, use] of [["attach", attach], ["import", importFiles]]) {
+    const chooser = part(`${name}-files`);
+    part(name).addEventListener("click", () => chooser.click());
+    chooser.addEventListener("change", async () => {
+        await use(chooser.files);
+        chooser.value = ""; // so that the same one can be chosen again
+    });
+}
+part("export").addEventListener("click", () => {
+    download("chat-api.json", "application/json", asJson(savedConversations()));
+});
 part("stop").addEventListener("click", stop);
 part("to-end").addEventListener("click", scrollToEnd);
 scroller.addEventListener("scroll", () => { part("to-end").hidden = isAtEnd(); });
-part("new").addEventListener("click", () => openConversation(""));
+part("new").addEventListener("click", () => openConversation(NEW));
+addEventListener("popstate", () => openConversation(location.hash.slice(1) || NEW, null));
 part("search").addEventListener("input", listConversations);
 part("language").addEventListener("click", () => {
     setLanguage(language === "zh" ? "en" : "zh");
@@ -880,14 +731,19 @@ addEventListener("pagehide", () => {
     for (const conversation of running.keys()) {
         const last = conversation.messages.at(-1);
         if (last.content) last.finish = "broken";
+        else if (last.versions) takeBack(conversation, conversation.messages.length - 1);
         else conversation.messages.pop();
         save(conversation);
     }
 });
 
-current = loadConversation(savedConversations()[0]?.id) ?? current;
+const asked = location.hash.slice(1);
+current = loadConversation(asked || savedConversations()[0]?.id) ?? current;
 opened.set(current.id, current);
+if (current.messages.length) setAddress(current.id, "replaceState");
+part("notice").hidden = !asked || asked === NEW || current.id === asked;
 setLanguage(load(`${PREFIX}language`, navigator.language.startsWith("zh") ? "zh" : "en"));
+part("notice").textContent = part("notice").hidden ? "" : say("missing");
 toggleSidebar(!smallScreen.matches);
 scrollToEnd();
 connect();

@@ -31,6 +31,7 @@ const TEXTS = {
     cache: ["KV cache", "KV 缓存"],
     used: ["used", "已用"],
     kept: ["kept prefixes", "保留的前缀"],
+    states: ["Slots for states", "状态槽"],
     memory: ["Memory", "内存"],
     process: ["process", "进程"],
     card: ["card", "显卡"],
@@ -102,7 +103,12 @@ const CHARTS = [
         name: "eachToken", format: milliseconds,
         lines: [["median", quantile("each_token", "p50")], ["worst", quantile("each_token", "p99")]],
     },
-    { name: "cache", format: count, lines: [["used", value("cache_tokens_used")]], most: "cache_tokens" },
+    {
+        name: "cache", format: count, most: "cache_tokens",
+        lines: [["used", value("cache_tokens_used")], ["kept", value("cache_tokens_kept")]],
+    },
+    // Only of a model whose layers keep states.
+    { name: "states", format: count, lines: [["used", value("state_slots_used")]], most: "state_slots" },
     { name: "memory", format: gibibytes, lines: [["process", value("memory")], ["card", value("device_memory")]] },
 ];
 const SVG = "http://www.w3.org/2000/svg";
@@ -119,6 +125,8 @@ function element(tag, properties, ...children) {
     node.append(...children);
     return node;
 }
+
+const isThere = ({ name, most }) => name !== "states" || samples.at(-1)?.[most] > 0;
 
 function chart({ name, format, lines, most }) {
     const series = lines.map(([label, at]) => [label, samples.map((_, i) => at(i))]);
@@ -151,7 +159,7 @@ function draw() {
     const other = language === "en" ? ["中文", "zh"] : ["English", "en"];
     [part("language").textContent, part("language").lang] = other;
     part("state").textContent = say(state);
-    part("charts").replaceChildren(...CHARTS.map(chart));
+    part("charts").replaceChildren(...CHARTS.filter(isThere).map(chart));
     const requests = samples.at(-1)?.requests ?? [];
     part("none").hidden = requests.length > 0;
     part("requests").replaceChildren(...requests.map((one) => element(

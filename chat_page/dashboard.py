@@ -34,11 +34,15 @@ class Watch:
         self._observe = observe
         self._facts = facts
         self._samples: deque[dict[str, Any]] = deque(maxlen=MAX_SAMPLES)
-        self._next: asyncio.Future[dict[str, Any]] | None = None
+        # The next sample's event, and whether it is the last.
+        self._next: asyncio.Future[tuple[str, bool]] | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def events(self) -> AsyncIterator[str]:
-        """First all samples that there are, then each; ends when the server stops."""
+        """First all samples that there are, then each; ends when the server stops.
+
+        Each is written once, for however many look.
+        """
         self.num_watchers += 1
         try:
             if self._task is None:
@@ -46,9 +50,9 @@ class Watch:
                 self._task = asyncio.create_task(self._take_samples())
             yield event({"first": True, "samples": [*self._samples], "facts": self._facts()})
             while self._next is not None:
-                sample = await asyncio.shield(self._next)
-                yield event({"samples": [sample], "facts": self._facts()})
-                if sample["status"] == "draining":
+                text, is_last = await asyncio.shield(self._next)
+                yield text
+                if is_last:
                     return
         finally:
             self.num_watchers -= 1
@@ -60,7 +64,8 @@ class Watch:
                 # The requests of long ago are nobody's concern.
                 self._samples.append({k: v for k, v in sample.items() if k != "requests"})
                 told, self._next = self._next, asyncio.get_running_loop().create_future()
-                told.set_result(sample)
+                text = event({"samples": [sample], "facts": self._facts()})
+                told.set_result((text, sample["status"] == "draining"))
                 await asyncio.sleep(PERIOD)
         finally:
             if self._next is not None:

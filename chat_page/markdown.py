@@ -7,8 +7,9 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from html import escape
+from itertools import takewhile
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import nh3
 from latex2mathml.converter import convert
@@ -29,6 +30,7 @@ from engine import answer_questions
 # A longer formula is shown as its source: its conversion takes the square of its length.
 _MAX_FORMULA = 2000
 # Browsers set no space around the name of a function, as in n log n; one with an index gets none.
+_ADDRESS = re.compile(r"https?://[^\s<>\"`|\\^{}\[\]]{1,2048}", re.IGNORECASE)
 _FUNCTION_NAME = re.compile(r"(?<!<msub>)(?<!<msup>)(?<!<munder>)(<mi>[a-z]{2,}</mi>)")
 _SPACED = r'<mrow><mspace width="0.17em"/>\1<mspace width="0.17em"/></mrow>'
 _CODE = HtmlFormatter(nowrap=True)
@@ -143,10 +145,39 @@ def _parse_inline(
     return state.tokens
 
 
+class _Address(NamedTuple):
+    """A bare address in a text, as markdown-it's rule for links wants it."""
+
+    url: str
+    text: str
+
+
+class _Addresses:
+    """Finds where an address ends that is written without marks.
+
+    It ends where Chinese goes on, which has no spaces, and before punctuation that ends what it
+    stands in: as in (see https://example.com/a_(b)), or https://example.com。
+    """
+
+    def match_at_start(self, text: str) -> _Address | None:
+        found = _ADDRESS.match(text)
+        if found is None:
+            return None
+        url = "".join(takewhile(lambda char: not _is_wide(char), found[0]))
+        while url and (
+            url[-1] in ".,:;!?'*_~" or (url[-1] == ")" and url.count("(") < url.count(")"))
+        ):
+            url = url[:-1]
+        return _Address(url, url) if _ADDRESS.match(url) else None
+
+
 def _parser() -> MarkdownIt:
     # A line of an answer is a line on the page, as poems and lists without marks want it.
-    markdown = MarkdownIt("commonmark", {"html": False, "breaks": True})
+    markdown = MarkdownIt("commonmark", {"html": False, "breaks": True, "linkify": True})
     markdown.enable(["table", "strikethrough"])
+    # The rule that reads "https:" and what follows; not those that guess that a.b is an address.
+    markdown.inline.ruler.enable("linkify")
+    markdown.linkify = _Addresses()
     markdown.inline.parse = MethodType(_parse_inline, markdown.inline)  # type: ignore[method-assign]
     markdown.use(texmath_plugin, delimiters="brackets")
     # "$5 and $6" are prices.

@@ -3,7 +3,7 @@
     import asyncio
     import engine
 
-    model = engine.load("models/demo")
+    model = engine.load("models/demo/demo.gguf")
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = model.prepare(messages, {"max_new_tokens": 40})
 

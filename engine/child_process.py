@@ -86,6 +86,10 @@ class ChildProcess:
             except _ChildKilled:
                 raise self._unavailable("was killed twice") from None
 
+    def start_behind(self) -> None:
+        """Start the process while the caller goes on; if it does not start, who asks is told."""
+        threading.Thread(target=self._try_again, name="start", daemon=True).start()
+
     def is_able(self) -> bool:
         """Whether it started when it was last needed; it is tried again, for whoever asks next."""
         process, failed_at = self.process, self.failed_at

@@ -45,6 +45,11 @@ class EngineStatus:
         return self.engine.cache.num_used
 
     @property
+    def cache_tokens_kept(self) -> int:
+        """Those of finished requests, kept as prefixes until their room is needed."""
+        return sum(span.room for span in [*self.engine.cache.kept])
+
+    @property
     def state_slots(self) -> int:
         """Slots for the states of layers that keep one; 0 if none does."""
         pool = self.engine.cache.states.pool

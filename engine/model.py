@@ -132,7 +132,11 @@ class ChatModel(EngineStatus):
         except InvalidInput as error:
             raise explained(error, tools) from error
         return replace(
-            prompt, guide=guide, tools=tuple(tools), shown_special_ids=frozenset(special_ids)
+            prompt,
+            guide=guide,
+            tools=tuple(tools),
+            is_json=schema is not None,
+            shown_special_ids=frozenset(special_ids),
         )
 
     def with_budget(self, prompt: Prompt, most: int) -> Prompt:
@@ -147,9 +151,10 @@ class ChatModel(EngineStatus):
         budget = ThinkingBudget.of(self.tokenizer.backend, most, markers, thoughts.begun)
         return replace(prompt, budget=budget)
 
-    def tool_parser(self, tools: Iterable[Any] = ()) -> ToolCallParser:
-        """What parts the text of an answer that may call tools."""
-        return ToolCallParser(self._tool_grammar.form, self.tokenizer.shown, tools)
+    def tool_parser(self, tools: Iterable[Any] = (), *, is_json: bool = False) -> ToolCallParser:
+        """What parts the text of an answer that may call tools, and else is a text or JSON."""
+        form, shown = self._tool_grammar.form, self.tokenizer.shown
+        return ToolCallParser(form, shown, tools, is_json=is_json)
 
     def warm_up(self) -> None:
         """Build what tools need and takes seconds, for a model that was trained to call them."""

@@ -61,6 +61,7 @@ class Prompt:
     own_ends: frozenset[int] = frozenset()  # ids of its adapter that end the answer, too
     continues: bool = False  # the answer goes on from the prompt's text
     tools: tuple[Any, ...] = ()  # that the answer may call, in OpenAI's shape
+    is_json: bool = False  # what is no call in the answer
     num_stable: int | None = None  # tokens with which the next turn begins, too; None if unknown
     shown_special_ids: frozenset[int] = frozenset()  # special tokens that are text in the answer
     thoughts: "Thoughts | None" = None  # which are told apart, and in which nothing stops

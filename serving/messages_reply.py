@@ -116,7 +116,8 @@ class MessagesReply(Reply):
     def _block(self, part: Part) -> dict[str, Any]:
         """A part as a block, or one that has not begun as an empty one."""
         if part.kind == "text":
-            return {"type": "text", "text": part.text, "citations": None}
+            # Without citations, not with null, which AI SDK refuses.
+            return {"type": "text", "text": part.text}
         if part.kind == "call":
             call = json.loads(part.text or "{}")
             return {"type": "tool_use", "id": part.call_id, "name": part.name, "input": call}

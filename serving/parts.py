@@ -167,7 +167,9 @@ class OutputParser:
 
 def output_parser(model: ChatModel, prompt: Prompt) -> OutputParser:
     """What parts an answer."""
-    calls = model.tool_parser(prompt.tools) if prompt.calls_tools else None
+    calls = None
+    if prompt.calls_tools:
+        calls = model.tool_parser(prompt.tools, is_json=prompt.is_json)
     thoughts = prompt.thoughts
     if thoughts is None:
         return OutputParser(None, calls)  # nobody thinks, as in JSON

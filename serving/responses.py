@@ -77,6 +77,7 @@ class ResponsesRequest(LenientRequest):
     _toolbox: Toolbox = PrivateAttr()
     _choice: dict[str, Any] = PrivateAttr(default_factory=dict)
     _schema: dict[str, Any] | None = PrivateAttr(None)
+    _format: dict[str, Any] = PrivateAttr(default_factory=lambda: {"type": "text"})
     _hints: list[TemplateHint] = PrivateAttr(default_factory=list)
     _effort: str = PrivateAttr("")
     _whole_items: list[Any] = PrivateAttr(default_factory=list)
@@ -101,8 +102,9 @@ class ResponsesRequest(LenientRequest):
         return self._effort
 
     @property
-    def has_json_answer(self) -> bool:
-        return self._schema is not None
+    def text_format(self) -> dict[str, Any]:
+        """What text.format asked for, as an answer says it."""
+        return self._format
 
     @property
     def toolbox(self) -> Toolbox:
@@ -183,10 +185,14 @@ class ResponsesRequest(LenientRequest):
         if spec is None:
             return
         kind = spec.text("type")
+        self._format = {"type": kind}
         if kind == "json_object":
             self._schema = {"type": "object"}
         elif kind == "json_schema":
             self._schema = spec.json_object("schema")
+            description = spec.text("description", "") or None
+            self._format |= {"name": spec.text("name", ""), "description": description}
+            self._format |= {"schema": self._schema, "strict": spec.flag("strict")}
         elif kind != "text":
             raise spec.error("must be text, json_object or json_schema", "type")
         spec.done("name", "description", "strict")

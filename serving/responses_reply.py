@@ -129,6 +129,8 @@ class Item:
 
     def _logprobs(self, tokens: Sequence[Token]) -> list[dict[str, Any]]:
         """In events, tokens are told without their bytes."""
+        if not tokens:
+            return []
         told = spell_logprobs(self.model, tokens)
         for each in told:
             for scored in (each, *each["top_logprobs"]):
@@ -207,8 +209,11 @@ class ResponsesReply(Reply):
             told = item.more(event.text, event.tokens)
         else:
             told = item.end()
-        at = {"output_index": event.part.index}
-        return [each | at | ({} if "item" in each else {"item_id": item.id}) for each in told]
+        for each in told:
+            each["output_index"] = event.part.index
+            if "item" not in each:
+                each["item_id"] = item.id
+        return told
 
     def _end_empty(self) -> list[Event]:
         """An answer without anything is an empty text."""
@@ -219,9 +224,10 @@ class ResponsesReply(Reply):
         return events + self._events(PartEvent("end", part))
 
     def _numbered(self, events: list[Event]) -> list[Event]:
-        first = self.num_events
-        self.num_events += len(events)
-        return [event | {"sequence_number": n} for n, event in enumerate(events, first)]
+        for event in events:
+            event["sequence_number"] = self.num_events
+            self.num_events += 1
+        return events
 
     def _response(self, choice: Choice | None) -> dict[str, Any]:
         """The object around the items; without a choice, as it is at the beginning."""
@@ -244,8 +250,7 @@ class ResponsesReply(Reply):
             "tool_choice": body.tool_choice or "auto",
             "truncation": body.truncation or "disabled",
             "parallel_tool_calls": body.parallel_tool_calls is not False,
-            # Open Responses has no place for the schema here.
-            "text": {"format": {"type": "json_object" if body.has_json_answer else "text"}},
+            "text": {"format": body.text_format},
             "top_p": params.top_p,
             "presence_penalty": params.presence_penalty,
             "frequency_penalty": params.frequency_penalty,

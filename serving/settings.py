@@ -92,7 +92,8 @@ class Settings(BaseSettings):
     )
     quantize: Literal["none", "8bit", "4bit"] = Field(
         "none",
-        description="keep the weights in fewer bits: 8bit, or 4bit, which needs bitsandbytes",
+        description="keep the weights in fewer bits: 8bit, or 4bit, which needs bitsandbytes on"
+        " a card",
     )
     device_map: str = Field(
         "auto",
@@ -130,8 +131,12 @@ class Settings(BaseSettings):
         "", description="names by which callers without a key reach it, separated by commas, or *"
     )
     chat_page: bool = Field(True, description="serve the chat page at /chat")
-    max_batch: int = Field(64, ge=1, le=1024, description="maximum number of requests computed at once")
-    max_waiting: int = Field(256, ge=1, description="maximum number of queued requests; further ones get 429")
+    max_batch: int = Field(
+        64, ge=1, le=1024, description="maximum number of requests computed at once"
+    )
+    max_waiting: int = Field(
+        256, ge=1, description="maximum number of queued requests; further ones get 429"
+    )
     prefill_chunk: int = Field(
         4096,
         ge=16,

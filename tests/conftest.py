@@ -134,8 +134,10 @@ def tiny_model() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def demo_folder() -> Path:
-    """The real demo model; fetched on the first run."""
-    return model_download.find_model("demo")
+    """The real demo model's folder; fetched on the first run."""
+    file = model_download.find_model("demo")
+    assert file.suffix == ".gguf", f"remove {file}, of an earlier version; it is fetched again"
+    return file.parent
 
 
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0)

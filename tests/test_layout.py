@@ -177,11 +177,8 @@ def test_the_engine_knows_nothing_of_http(name):
 def test_what_speaks_http_knows_nothing_of_tensors():
     assert "fastapi" in packages("api")
     assert "torch" in packages("engine.attention.groups")
-    for name in ("api", "chat_page"):
+    for name in ("api", "chat_page", "model_download", "hubs.demo"):
         assert packages(name) & TENSORS == set(), name
-    # The demo's weights are converted, by a function that imports what it needs.
-    for name in ("model_download", "hubs.demo"):
-        assert packages(name, into_functions=False) & TENSORS == set()
 
 
 @pytest.mark.parametrize("name", ["engine", "api", "model_download"])

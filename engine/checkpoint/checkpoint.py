@@ -31,6 +31,7 @@ from engine.errors import EngineError, ProcessUnavailable, StartError
 from engine.kernels.cpu import why_missing
 from engine.offload import offload_folder, remove
 from engine.prompt.families import format_of
+from engine.prompt.template_renderer import renderer
 from engine.prompt.tokenizer import ChatTokenizer
 
 log = logging.getLogger("chat")
@@ -135,7 +136,7 @@ def best_placement(
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=known)
         if quantization:
-            quantize_layers(model, quantization.bits)
+            quantize_layers(model, quantization.bits, quantization.blocks)
         size = model.get_memory_footprint()
         for card in cards:
             if size <= 0.7 * torch.cuda.mem_get_info(card)[0]:
@@ -145,8 +146,12 @@ def best_placement(
 
 def _reads_packed(placement: Any) -> bool:
     """Whether a model is to be where packed weights are multiplied: on a CPU, by our kernels."""
-    no_cards = not torch.cuda.is_available() and placement == "auto"
-    return (no_cards or placement == "cpu") and why_missing() is None
+    return is_on_cpu(placement) and why_missing() is None
+
+
+def is_on_cpu(placement: Any) -> bool:
+    """Whether all of a model is to be on the CPU."""
+    return placement == "cpu" or (placement == "auto" and not torch.cuda.is_available())
 
 
 def load_model(
@@ -179,9 +184,12 @@ def load_model(
     try:
         with ExitStack() as plain_folders:
             source = Source(Path(folder), None if base is None else Path(base), plain)
+            tokenizer = source.tokenizer()
+            if tokenizer and tokenizer.chat_template:
+                renderer().start_behind()  # which takes as long as a small model's weights do
             model = _read_model(source, dtype, device_map, quantize, offloaded)
             model.offloaded = offloaded
-            return model.eval(), source.tokenizer()
+            return model.eval(), tokenizer
     except BaseException:
         remove(offloaded)
         raise
@@ -197,7 +205,7 @@ def _read_model(
         raise StartError(
             "an adapter's model cannot have layers on disk; take them out of --device-map"
         )
-    quantization = quantization_settings(source.config, quantize, device_map)
+    quantization = quantization_settings(quantize, device_map, is_on_cpu(placement))
     if source.packed and quantize == "none" and dtype == "auto" and _reads_packed(placement):
         quantization, placement = source.keep_packed(), "cpu"
     elif device_map == "auto":

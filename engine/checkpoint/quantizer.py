@@ -15,9 +15,12 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from engine.errors import StartError
+from engine.layers.block_packing import GROUP, pack_blocks
+from engine.layers.blocks import BlockExperts, PackedLinear
 from engine.layers.experts import computes_alike, has_fused_experts
 from engine.layers.freed_memory import return_freed_memory
 from engine.layers.quantized import (
+    BLOCK,
     Bits,
     QuantizedExperts,
     QuantizedLinear,
@@ -32,15 +35,16 @@ _EXPERTS = ("gate_up_proj", "down_proj")
 
 
 class QuantizationSettings(QuantizationConfigMixin):
-    """So many bits, as transformers' settings of a quantizer."""
+    """So many bits, as transformers' settings of a quantizer; `blocks` with offsets, which no card
+    reads, or else NF4."""
 
-    def __init__(self, bits: Bits):
+    def __init__(self, bits: Bits, blocks: bool = False):
         self.quant_method = _METHOD
-        self.bits = bits
+        self.bits, self.blocks = bits, blocks
 
 
 def quantization_settings(
-    config: Any, quantize: str, device_map: str
+    quantize: str, device_map: str, on_cpu: bool
 ) -> QuantizationSettings | None:
     """How to pack a model's weights: none, 8bit or 4bit; None to leave them.
 
@@ -53,10 +57,10 @@ def quantization_settings(
         raise StartError(f"--quantize {quantize} is not known; it takes none, 8bit or 4bit")
     if "disk" in device_map:
         raise StartError("--quantize does not do layers on disk; take them out of --device-map")
-    if quantize == "4bit":
+    if quantize == "4bit" and not on_cpu:
         load_bitsandbytes()
     AUTO_QUANTIZER_MAPPING[_METHOD] = _PackingQuantizer
-    return QuantizationSettings(bits[quantize])
+    return QuantizationSettings(bits[quantize], blocks=on_cpu and quantize == "4bit")
 
 
 def kept(model: Any) -> Iterator[Any]:
@@ -71,7 +75,7 @@ def kept(model: Any) -> Iterator[Any]:
             yield from (child for child in module.children() if type(child) is torch.nn.Linear)
 
 
-def quantize_layers(model: Any, bits: Bits) -> None:
+def quantize_layers(model: Any, bits: Bits, blocks: bool = False) -> None:
     """Replace a model's layers by packed ones, while it is on the meta device.
 
     Raises StartError for a mixture whose experts, nearly all of its weights, cannot be packed.
@@ -79,18 +83,22 @@ def quantize_layers(model: Any, bits: Bits) -> None:
     left = {id(module) for module in kept(model)}
     exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     tried: set[Any] = set()  # mixtures' experts of this class and size
+    block = GROUP if blocks else BLOCK
     for name, module in list(model.named_modules()):
         if id(module) in left or exact & set(name.split(".")):
             continue
-        if type(module) is torch.nn.Linear and fits(module.weight, bits):
-            model.set_submodule(name, QuantizedLinear(module, bits))
+        if type(module) is torch.nn.Linear and fits(module.weight, bits, block):
+            packed = PackedLinear(module) if blocks else QuantizedLinear(module, bits)
+            model.set_submodule(name, packed)
         elif isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
             kind = (type(module), module.gate_up_proj.shape)
             if kind not in tried:
                 _check_experts(module)
                 tried.add(kind)
-            if all(fits(stack, bits) for stack in (module.gate_up_proj, module.down_proj)):
-                model.set_submodule(name, QuantizedExperts(module, bits))
+            stacks = module.gate_up_proj, module.down_proj
+            if all(fits(stack, bits, block) for stack in stacks):
+                experts = BlockExperts(module) if blocks else QuantizedExperts(module, bits)
+                model.set_submodule(name, experts)
 
 
 def _check_experts(experts: Any) -> None:
@@ -129,15 +137,16 @@ def misshapen(model: Any) -> list[str]:
 class Pack(ConversionOps):
     """Packs what one or several tensors of a checkpoint became."""
 
-    def __init__(self, bits: Bits):
-        self.bits = bits
+    def __init__(self, bits: Bits, blocks: bool):
+        self.bits, self.blocks = bits, blocks
 
     @torch.no_grad()
     def convert(self, input_dict: Any, **_: Any) -> dict[str, torch.Tensor]:
-        packed = {}
+        packed: dict[str, torch.Tensor] = {}
         for name, found in input_dict.items():
             weight = found[0] if isinstance(found, list) else found
-            packed[name], packed[f"{name}_scale"] = pack_stack(weight, self.bits)
+            parts = pack_blocks(weight) if self.blocks else pack_stack(weight, self.bits)
+            packed |= zip((name, f"{name}_scale", f"{name}_offset"), parts, strict=False)
         return_freed_memory()
         return packed
 
@@ -146,7 +155,7 @@ class _PackingQuantizer(HfQuantizer):
     """Packs each tensor as soon as it is read, so that the whole is never in memory unpacked."""
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        quantize_layers(model, self.quantization_config.bits)
+        quantize_layers(model, self.quantization_config.bits, self.quantization_config.blocks)
 
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
@@ -160,7 +169,7 @@ class _PackingQuantizer(HfQuantizer):
         return hasattr(module, f"{name}_scale")
 
     def get_quantize_ops(self) -> Pack:
-        return Pack(self.quantization_config.bits)
+        return Pack(self.quantization_config.bits, self.quantization_config.blocks)
 
     def is_serializable(self) -> bool:
         return False

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
 
+from engine.blame import read_object
 from engine.checkpoint.adapter_merge import merge_adapter
 from engine.checkpoint.adapters import Adapter, is_adapter, names_of_base, read_adapter
 from engine.checkpoint.formats import packed_parts, settings_of, unpacked
 from engine.checkpoint.formats.gguf import GGUFFile
+from engine.checkpoint.formats.gguf_config import sampling_of
 from engine.checkpoint.model_config import check_architecture, load_config, plain_attention
 from engine.checkpoint.packed_quantizer import PackedSettings
 from engine.checkpoint.stated_numbers import check_numbers, check_size
@@ -107,11 +109,18 @@ class Source:
         return model, report
 
     def generation_config(self) -> GenerationConfig:
-        """The adapter's own, or else its base's."""
-        for folder in (self.path, self.folder):
-            if (folder / "generation_config.json").is_file():
-                return GenerationConfig.from_pretrained(folder, local_files_only=True)
-        return GenerationConfig.from_model_config(self.config)
+        """The adapter's own, or else its base's; a GGUF file's lies beside it, or is in it."""
+        plain = GenerationConfig.from_model_config(self.config)
+        for path in (self.path, self.folder):
+            file = (path.parent if path.is_file() else path) / "generation_config.json"
+            if file.is_file():
+                found = GenerationConfig.from_dict(read_object(file))
+                if found.eos_token_id is None:
+                    found.eos_token_id = plain.eos_token_id
+                return found
+        if self.gguf:
+            plain.update(**sampling_of(self.gguf.said))
+        return plain
 
     def tokenizer(self) -> "PreTrainedTokenizerFast | None":
         """The adapter's own goes before its base's, than which it may have more tokens.

@@ -15,7 +15,8 @@ from accelerate.utils import convert_to_fp32
 
 from engine.blame import first_line
 from engine.kernels.cpu import why_missing
-from engine.layers.blocks import BlockLinear
+from engine.layers.block_packing import GROUP
+from engine.layers.blocks import BlockExperts, BlockLinear
 from engine.layers.fbgemm import has_int8_products, is_available
 from engine.layers.quantized import BLOCK, Bits, bits_of, fits
 from engine.layers.weight_format import (
@@ -190,7 +191,7 @@ def choose_weight_format(
     kept = str(model.dtype).removeprefix("torch.")
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     asked = dtype != "auto" or model.dtype not in (torch.bfloat16, torch.float16)
-    if any(isinstance(module, BlockLinear) for module in model.modules()):
+    if any(type(module) is BlockLinear for module in model.modules()):
         how = _settle_quantized(model, asked)
         return f"as they are in the checkpoint, {held_size(model)} ({how})"
     if bits := bits_of(model):
@@ -223,10 +224,12 @@ def _missing_summary() -> str:
 def _unfit_summary(model: Any, bits: Bits) -> str:
     """How many layers are not packed though others like them are; nothing if all could be."""
     layers = replaceable(model).values()
-    unfit = sum(not all(fits(x, bits) for x in matrices_of(layer)) for layer in layers)
+    blocks = any(isinstance(module, BlockLinear | BlockExperts) for module in model.modules())
+    block = GROUP if blocks else BLOCK
+    unfit = sum(not all(fits(x, bits, block) for x in matrices_of(layer)) for layer in layers)
     if not unfit:
         return ""
-    return f"; {unfit} layers stay as they are, whose rows are not whole blocks of {BLOCK} weights"
+    return f"; {unfit} layers stay as they are, whose rows are not whole blocks of {block} weights"
 
 
 def _settle_kernel(bits: int, model: Any) -> str:

@@ -1,9 +1,8 @@
-"""Weights in the few bits of a checkpoint that was quantised already, kept as they are.
+"""Layers whose weights are in few bits in blocks (engine.layers.block_packing), kept as they are.
 
-A weight is a whole number times the scale of its block of columns, plus the block's offset where it
-has one: int8, or from 0 to 15, two in a byte, the first in its upper half. In 4 bits and without
-offsets it is one of NF4's values. All are read by our kernels for CPUs; here they are unpacked, for
-what these are compared with and for an embedding's rows.
+Either a checkpoint had them already, or they are packed while it is loaded. They are read by our
+kernels for CPUs; here they are unpacked, for what these are compared with and for an embedding's
+rows.
 """
 
 from collections.abc import Mapping
@@ -12,35 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from engine.layers.quantized import QuantizedLinear, shapes_of
+from engine.layers.block_packing import GROUP, unpack_blocks
+from engine.layers.quantized import QuantizedExperts, QuantizedLinear, shapes_of
 
-# Appendix E of arXiv 2305.14314, QLoRA.
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-)  # fmt: skip
 # What belongs to a packed matrix beside its numbers, where it has them.
 _FACTORS = ("weight_scale", "weight_offset")
 _ORDER = "weight_order"
-
-
-def unpack_blocks(
-    weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The weights in float32, [rows, columns], of numbers [rows, columns or half as many], and
-    scales and offsets [rows, blocks]."""
-    values = weight
-    if weight.dtype == torch.uint8:
-        values = torch.stack([weight >> 4, weight & 15], -1).flatten(-2)
-    exact = values.float()
-    if weight.dtype == torch.uint8 and offset is None:
-        exact = torch.tensor(NF4)[values.int()]
-    blocks = exact.unflatten(-1, (scale.shape[-1], -1)).mul_(scale.float()[..., None])
-    if offset is not None:
-        blocks += offset.float()[..., None]
-    return blocks.flatten(-2)
 
 
 def _set_parts(module: Any, parts: Mapping[str, Any], device: torch.device) -> None:
@@ -86,6 +62,43 @@ class BlockLinear(QuantizedLinear):
     def parts(self) -> dict[str, torch.Tensor | None]:
         """What `CpuLinear.of_packed` takes of it beside its numbers and scales."""
         return {"offset": self.weight_offset, "order": self.weight_order}
+
+
+class PackedLinear(BlockLinear):
+    """One whose matrix is packed while it is loaded: 4 bits with scales and offsets."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__(linear, empty_parts(linear.weight))
+
+
+class BlockExperts(QuantizedExperts):
+    """A mixture's experts, packed likewise."""
+
+    def __init__(self, experts: Any):
+        torch.nn.Module.__init__(self)
+        self.num_experts = len(experts.gate_up_proj)
+        self.act_fn = experts.act_fn
+        for name in ("gate_up_proj", "down_proj"):
+            parts = empty_parts(getattr(experts, name))
+            setattr(self, name, torch.nn.Parameter(parts["weight"], requires_grad=False))
+            self.register_buffer(f"{name}_scale", parts["weight_scale"])
+            self.register_buffer(f"{name}_offset", parts["weight_offset"])
+        self.shapes = shapes_of(self)
+
+    def unpacked(self, name: str, dtype: torch.dtype, chosen: Any = slice(None)) -> torch.Tensor:
+        parts = (getattr(self, f"{name}{part}")[chosen] for part in ("", "_scale", "_offset"))
+        return unpack_blocks(*parts).to(dtype)
+
+
+def empty_parts(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Empty tensors of the shapes and types that `pack_blocks` makes of a matrix or a stack."""
+    *rows, columns = weight.shape
+    factors = weight.new_empty(*rows, columns // GROUP, dtype=torch.float16)
+    return {
+        "weight": weight.new_empty(*rows, columns // 2, dtype=torch.uint8),
+        "weight_scale": factors,
+        "weight_offset": torch.empty_like(factors),
+    }
 
 
 class BlockEmbedding(torch.nn.Module):

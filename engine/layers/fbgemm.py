@@ -157,11 +157,13 @@ class Products(NamedTuple):
 
     def packed_experts(self, experts: QuantizedExperts) -> ListedExperts:
         """A quantised mixture's experts, each with its matrices as they are."""
-        pairs = (
-            (experts.gate_up_proj, experts.gate_up_proj_scale),
-            (experts.down_proj, experts.down_proj_scale),
-        )
-        linears = ([self.of_packed(x, y, None) for x, y in zip(*p, strict=True)] for p in pairs)
+        linears: list[list[torch.nn.Module]] = []
+        for name in ("gate_up_proj", "down_proj"):
+            stack, scale = getattr(experts, name), getattr(experts, f"{name}_scale")
+            offset = getattr(experts, f"{name}_offset", None)
+            parts = [{}] * len(stack) if offset is None else [{"offset": x} for x in offset]
+            each = zip(stack, scale, parts, strict=True)
+            linears.append([self.of_packed(x, y, None, **more) for x, y, more in each])
         return ListedExperts(experts.act_fn, *linears)
 
 

@@ -1,8 +1,9 @@
 """Weights in 8 or 4 bits: how a matrix is packed, and the layers that compute with it.
 
 In 8 bits, a weight is an int8 and each row of a matrix has a scale, as large as its largest weight
-asks. In 4 bits, it is one of the 16 values of NF4 (section 3 of arXiv 2305.14314, QLoRA), and each
-block of 64 weights has a scale; those are packed and unpacked by bitsandbytes.
+asks. In 4 bits on a card, it is one of the 16 values of NF4 (section 3 of arXiv 2305.14314, QLoRA),
+and each block of 64 weights has a scale; those are packed and unpacked by bitsandbytes. On a CPU,
+blocks in 4 bits are others (engine.layers.blocks).
 """
 
 import logging
@@ -30,15 +31,15 @@ def load_bitsandbytes() -> Any:
         import bitsandbytes
     except ImportError as missing:
         raise StartError(
-            f"--quantize 4bit needs bitsandbytes ({missing}); run"
+            f"--quantize 4bit needs bitsandbytes on a card ({missing}); run"
             " `pip install 'bitsandbytes>=0.50,<1'`, or take --quantize 8bit, which needs nothing"
         ) from missing
     return bitsandbytes
 
 
-def fits(weight: torch.Tensor, bits: Bits) -> bool:
+def fits(weight: torch.Tensor, bits: Bits, block: int = BLOCK) -> bool:
     """Whether a matrix, or a stack of them, can be packed: rows are whole blocks in 4 bits."""
-    return bits == 8 or weight.shape[-1] % BLOCK == 0
+    return bits == 8 or weight.shape[-1] % block == 0
 
 
 def pack(matrix: torch.Tensor, bits: Bits) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,11 +212,18 @@ def bits_of(model: Any) -> Bits | None:
 
 
 def num_parameters(model: Any) -> int:
-    """A model's weights, of which two may share a byte; scales are none."""
+    """A model's weights, of which two may share a byte; scales are none.
+
+    A matrix that is both an embedding and a head counts once, also where it is packed twice.
+    """
+    both = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = [layer.weight for layer in both if hasattr(layer, "weight_scale")]
+    twice = len(tied) == 2 and tied[0].dtype == tied[1].dtype and torch.equal(*tied)
     return sum(
         parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
         for name, parameter in model.named_parameters()
         if not name.endswith(("weight_scale", "proj_scale"))
+        and not (twice and parameter is tied[0])
     )
 
 

@@ -24,11 +24,17 @@ class ToolCallParser:
     `shown` gives the format's texts as the answer has them, in which special tokens may be named.
     White space between what is said and the first call belongs to neither. Of an answer that is
     cut off within a call, what is there of its name is left out. Some formats need the schemas of
-    the `tools` to tell texts from JSON.
+    the `tools` to tell texts from JSON. Where an answer that is no call `is_json`, calls can only
+    begin it: what looks like one in the midst of JSON is a text in there.
     """
 
     def __init__(
-        self, form: ToolFormat, shown: Callable[[str], str] = str, tools: Iterable[Any] = ()
+        self,
+        form: ToolFormat,
+        shown: Callable[[str], str] = str,
+        tools: Iterable[Any] = (),
+        *,
+        is_json: bool = False,
     ):
         self.num_calls = 0  # those that have begun
         self._held = ""
@@ -38,7 +44,8 @@ class ToolCallParser:
         self._schemas = {function["name"]: function["parameters"] for function in functions}
         self._arguments: ArgumentsParser | None = None
         self._trigger = shown(form.trigger)
-        self._first_char = form.head[0]
+        self._calls_anywhere = bool(self._trigger) and not is_json
+        self._beginning = self._trigger or form.head[0]
         # A name goes up to what follows it, or as far as it can.
         behind = re.escape(shown(form.middle)) or r"(?=[^\w.-])"
         name = rf"([\w.-]+?){behind}"
@@ -73,7 +80,7 @@ class ToolCallParser:
 
     def _say(self, last: bool) -> str:
         """The content that is sure, up to where a call begins."""
-        if not self._held:
+        if not self._held or (not last and self._may_begin_call()):
             return ""
         at = self._start_of_call()
         if at is None:
@@ -83,18 +90,22 @@ class ToolCallParser:
         self._state = "called"
         return content
 
+    def _may_begin_call(self) -> bool:
+        """Whether it is not known yet if the answer begins with a call, where only it may."""
+        begins = self._beginning.startswith(self._held) and self._held != self._beginning
+        return self._state == "start" and not self._calls_anywhere and begins
+
     def _start_of_call(self) -> int | None:
-        if self._trigger:
+        if self._calls_anywhere:
             at = self._held.find(self._trigger)
             return at if at >= 0 else None
-        starts = self._state == "start" and self._held[0] == self._first_char
+        starts = self._state == "start" and self._held.startswith(self._beginning)
         return 0 if starts else None
 
     def _num_sure(self) -> int:
         """How many characters are content, whatever follows."""
-        held = self._held
-        trigger = self._trigger
-        if not trigger:
+        held, trigger = self._held, self._trigger
+        if not self._calls_anywhere:
             return len(held)
         sizes = range(min(len(held), len(trigger)), 0, -1)
         begun = next((size for size in sizes if held.endswith(trigger[:size])), 0)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.prompt.tokenizer_files import load_tokenizer
+from engine.checkpoint.formats.gguf import GGUFFile
 from serving import unknown_fields
 from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve, wait_for
 
@@ -326,7 +326,7 @@ def test_a_compressed_body_is_refused_by_the_name_of_its_encoding(client):
 
 def test_a_word_of_a_hundred_thousand_characters_holds_up_nobody(demo_folder):
     """Whoever reads it does so on a thread of its own; the real tokenizer, a scripted answer."""
-    tokenizer = load_tokenizer(demo_folder)
+    tokenizer = GGUFFile(demo_folder / "demo.gguf").tokenizer()
     runner = ScriptedRunner(byte_tokenizer())
     with serve(lambda settings: chat_model(runner, tokenizer)) as url:
         ready(url)

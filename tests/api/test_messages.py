@@ -281,6 +281,8 @@ def test_answer_is_thought_and_text(url):
         ("thinking", "hm, so"),
         ("text", "hello"),
     ]
+    # AI SDK refuses a text whose citations are null.
+    assert whole.content[1].model_fields_set == {"type", "text"}
     assert (whole.stop_reason, whole.stop_sequence) == ("end_turn", None)
     assert whole.usage.output_tokens_details.thinking_tokens == len("<think>hm, so</think>")
     events = stream_of(url, body)

@@ -93,6 +93,8 @@ def test_other_origins_may_call_only_where_they_are_named(runner, tokenizer, ser
         assert allowed.headers["access-control-allow-origin"] == "https://a.example"
         answer = httpx.post(url, json=ASK, headers={"Origin": "https://b.example"} | SECRET)
         assert answer.headers["access-control-allow-origin"] == "https://b.example"
+        shown = answer.headers["access-control-expose-headers"].lower().split(", ")
+        assert {"x-request-id", "request-id", "retry-after", "x-ignored-fields"} <= {*shown}
         stranger = {"Origin": "https://c.example"} | SECRET
         answer = httpx.post(url, json=ASK, headers=stranger)
         assert "access-control-allow-origin" not in answer.headers

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 
+import api
 from engine import SamplingParams
 from serving.kept import KeptAnswers
 from serving.responses_tools import InputDecoder
@@ -468,6 +469,28 @@ def test_kept_answers_are_bounded():
     assert kept.conversation("b", "c") is None
 
 
+def test_dropped_answer_takes_its_items_along():
+    kept = KeptAnswers(most=1000, most_per_key=500)
+    for name in ("1", "2", "3"):
+        assert kept.keep("a", name, None, [], [{"id": name, "text": "x" * 200}])
+    assert kept.item("a", "1") is None
+    assert kept.item("a", "3")["id"] == "3"
+    assert kept.item("b", "3") is None
+    assert kept.num_bytes_behind("a", "3", ["2", "3", "1"]) > 600
+    assert kept.num_bytes_behind("b", "3", ["3"]) == 0
+
+
+def test_what_a_body_refers_to_is_bounded_with_it(locked, monkeypatch):
+    monkeypatch.setattr(api, "MAX_BODY", 4000)
+    (_, item) = ask_as(locked, "a").json()["output"]
+    reference = {"type": "item_reference", "id": item["id"]}
+    items = [message("user", "hi"), *[reference] * 30]
+    refused = ask_as(locked, "a", input=items)
+    assert refused.status_code == 413
+    assert "refers to" in refused.json()["error"]["message"]
+    assert ask_as(locked, "a", input=items[:9]).status_code == 200
+
+
 # ---- Tools
 
 
@@ -606,6 +629,35 @@ def test_tools_and_a_schema_go_together(tools_url, caller):
         caller.begin = before
     jsonschema.validate(json.loads(whole.output_text), SCHEMA)
     assert json.loads(events[-1].response.output_text) == json.loads(whole.output_text)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_json_answer_may_hold_what_begins_a_call(tools_url, caller, monkeypatch, stream):
+    monkeypatch.setattr(caller, "begin", '{"city":"<tool_call>')
+    spec = {"format": {"type": "json_schema", "name": "n", "schema": CITY}}
+    body = ASK | {"tools": [WEATHER], "text": spec, "temperature": 0}
+    if stream:
+        answer = stream_of(tools_url, body)[-1].response
+    else:
+        answer = Response.model_validate(post(tools_url, body).json())
+    (item,) = answer.output
+    assert item.type == "message"
+    assert json.loads(answer.output_text)["city"].startswith("<tool_call>")
+
+
+FORMATS = [
+    ({"type": "text"}, {}),
+    ({"type": "json_object"}, {}),
+    ({"type": "json_schema", "name": "n", "schema": CITY}, {"description": None, "strict": False}),
+    ({"type": "json_schema", "name": "n", "schema": CITY, "strict": True, "description": "d"}, {}),
+]
+
+
+@pytest.mark.parametrize(("given", "added"), FORMATS)
+def test_answer_says_which_format_was_asked_for(tools_url, given, added):
+    answer = post(tools_url, ASK | {"text": {"format": given}}).json()
+    assert answer["text"]["format"] == given | added
+    Response.model_validate(answer)
 
 
 @given(text=st.text(), ascii_only=st.booleans(), size=st.integers(1, 7))

@@ -4,13 +4,13 @@ import asyncio
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from pydantic import BaseModel
 
+from tests.client_packages import node_packages
 from tests.conftest import ROOT, chat_model, ready, serve
 from tests.tool_caller import ToolCaller, tool_tokenizer
 
@@ -120,34 +120,20 @@ def test_llm_calls_functions_with_and_without_arguments(url, stream, monkeypatch
     assert len(asked) == 2
 
 
-NODE_CLIENTS = [
+NODE_PACKAGES = (
     "openai@6.49.0",
     "ai@6.0.326",
     "@ai-sdk/openai-compatible@2.0.92",
     "@langchain/openai@1.5.8",
     "@langchain/core@1.4.0",
     "zod@4.6.7",
-]
-
-
-@pytest.fixture(scope="module")
-def node_folder(pytestconfig: pytest.Config) -> Path:
-    """A folder with the clients, which npm fetches into pytest's cache."""
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        pytest.skip("node and npm, which bring the clients, are not installed")
-    folder = pytestconfig.cache.mkdir("tool-clients")
-    if not (folder / "node_modules" / ".package-lock.json").exists():
-        command = [npm, "install", "--no-audit", "--no-fund", "--prefix", folder, *NODE_CLIENTS]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-        if done.returncode:
-            pytest.skip(f"npm cannot fetch the clients: {done.stderr[-300:]}")
-    return folder
+)
 
 
 @pytest.mark.slow
-def test_clients_in_javascript(url, node_folder):
+def test_clients_in_javascript(url, pytestconfig):
+    folder = node_packages(pytestconfig, "tool-clients", NODE_PACKAGES)
     # A module looks for others beside itself.
-    script = shutil.copy(ROOT / "tests" / "tool_clients.mjs", node_folder)
+    script = shutil.copy(ROOT / "tests" / "tool_clients.mjs", folder)
     done = subprocess.run(["node", script, url], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

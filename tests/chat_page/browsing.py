@@ -74,6 +74,13 @@ def set_field(page: Page, label: str, value: str) -> None:
     page.get_by_role("button", name="Close").click()
 
 
+def edit(question: Locator, text: str) -> None:
+    question.hover()
+    question.get_by_text("Edit").click()
+    question.locator(".editor textarea").fill(text)
+    question.locator(".editor textarea").press("Enter")
+
+
 def act(page: Page, title: str, action: str) -> None:
     """Choose an action of a conversation's menu."""
     item = page.locator("#list li").filter(has_text=title)

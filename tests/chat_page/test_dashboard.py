@@ -69,6 +69,8 @@ def test_samples_equal_usage(url):
         assert sample[name] == sum(usage[name] for usage in usages)
     assert (sample["status"], sample["requests"]) == ("ready", [])
     assert 0 < sample["first_token"]["p50"] <= sample["first_token"]["p99"]
+    assert 0 <= sample["cache_tokens_kept"] <= sample["cache_tokens_used"] <= sample["cache_tokens"]
+    assert (sample["state_slots"], sample["state_slots_used"]) == (0, 0)
 
 
 def test_running_request_is_told(url, runner):

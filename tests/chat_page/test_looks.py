@@ -5,6 +5,7 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
+import chat_page
 from tests.chat_page.browsing import (
     CONTRAST,
     RICH,
@@ -14,11 +15,10 @@ from tests.chat_page.browsing import (
     in_browser,
     listed,
     opened,
+    text_of,
     trouble,
 )
 from tests.conftest import ROOT
-
-SOURCES = ("index.html", "chat.js", "texts.js")
 
 
 @in_browser
@@ -35,8 +35,10 @@ def test_page_speaks_chinese_to_who_reads_it_and_can_be_switched(browser, url):
 
 
 def test_every_text_is_there_in_both_languages():
-    files = {name: (ROOT / "chat_page" / name).read_text(encoding="utf-8") for name in SOURCES}
-    used = set(re.findall(r'\b(?:say|button|words)\("(\w+)"', files["chat.js"]))
+    names = ("index.html", *chat_page.SCRIPTS)
+    files = {name: (ROOT / "chat_page" / name).read_text(encoding="utf-8") for name in names}
+    scripts = "".join(files[name] for name in chat_page.SCRIPTS)
+    used = set(re.findall(r'\b(?:say|button|words)\("(\w+)"', scripts))
     used |= set(re.findall(r'data-(?:text|label)="(\w+)"', files["index.html"]))
     texts = re.findall(
         r'^    (\w+): \[\s*"([^"]+)",\s*"([^"]+)",?\s*\],', files["texts.js"], re.MULTILINE
@@ -75,7 +77,7 @@ def test_every_text_has_enough_contrast(browser, url, runner, scheme):
         runner.failure = RuntimeError("x")
         ask(page, "fail")
         expect(trouble(page)).to_contain_text("failed")
-        page.get_by_text("Thinking").click()
+        page.locator(".thinking summary").click()
         page.get_by_role("button", name="Settings").click()
         ratios = page.evaluate(CONTRAST)
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -92,7 +94,8 @@ def test_page_fits_a_phone(browser, url, runner):
     with opened(browser, url, viewport=phone, has_touch=True) as page:
         expect(page.locator("#sidebar")).to_be_hidden()
         assert not page.evaluate(overflow)
-        ask(page, "show all")
+        page.locator("#message").fill("show all")
+        page.get_by_role("button", name="Send").click()
         expect_answered(page)
         expect(bodies(page).locator("table")).to_be_visible()
         assert not page.evaluate(overflow)
@@ -157,3 +160,16 @@ def test_axe_finds_nothing_in_any_state(browser, url, runner, axe, scheme):
         check(page, "trouble")
         page.get_by_role("button", name="Settings").click()
         check(page, "settings")
+
+
+@in_browser
+def test_phone_s_enter_is_a_new_line(browser, url, runner):
+    phone = {"viewport": {"width": 390, "height": 780}, "has_touch": True, "is_mobile": True}
+    with opened(browser, url, **phone) as page:
+        page.locator("#message").fill("one")
+        page.locator("#message").press("Enter")
+        page.locator("#message").press_sequentially("two")
+        expect(page.locator("#message")).to_have_value("one\ntwo")
+        page.get_by_role("button", name="Send").click()
+        expect(bodies(page)).to_have_text("hello")
+    assert text_of(runner, 0) == "<|user|>one\ntwo<|end|><|assistant|>"

@@ -1,6 +1,7 @@
 """Markdown, code and formulas as HTML, by a process of their own."""
 
 import asyncio
+import re
 import subprocess
 import sys
 import zipfile
@@ -56,6 +57,23 @@ def test_emphasis_needs_no_space_beside_chinese(text, html):
 )
 def test_what_is_not_markdown_stays_text(url, text, shown):
     assert shown in rendered(url, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("see https://example.com/a_(b)). ok", "https://example.com/a_(b)"),
+        ("访问https://example.com查看", "https://example.com"),
+        ("链接：https://example.com/x。后面", "https://example.com/x"),
+        ("(https://a.example/?q=1&r=2_3_4#x, and", "https://a.example/?q=1&amp;r=2_3_4#x"),
+        ("**https://a.example**", "https://a.example"),
+        ("`https://a.example`", None),
+        ("http:// and a.example and javascript://x", None),
+    ],
+)
+def test_bare_addresses_are_links(text, address):
+    found = re.findall('href="([^"]*)"', markdown.render(text))
+    assert found == ([address] if address else [])
 
 
 @pytest.mark.parametrize(

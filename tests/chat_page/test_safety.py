@@ -119,6 +119,7 @@ def test_nothing_of_an_answer_or_a_title_runs_or_loads(browser, url, runner):
             }""",
             vectors,
         )
+        page.goto(f"{url}/chat/#all")
         page.reload()
         expect(answers(page)).to_have_count(len(vectors))
         expect(page.locator(".body > .plain:not(.tail)")).to_have_count(0)

@@ -16,6 +16,7 @@ from engine.checkpoint.formats.gguf_tokenizer import read_tokenizer
 from engine.checkpoint.formats.packing import Packed, computed
 from engine.checkpoint.stored import Stored
 from engine.errors import StartError
+from engine.layers.block_packing import pairs_of
 
 # By what each frequency of the rotary embedding is divided, as Llama 3.1's are.
 _FREQUENCIES = "rope_freqs.weight"
@@ -102,7 +103,7 @@ class GGUFFile:
         def compute() -> dict[str, torch.Tensor]:
             values, scale, offset = affine(tensor)
             if bits == 4:
-                values = values[:, ::2] << 4 | values[:, 1::2]
+                values = pairs_of(values)
             parts = {"weight": values, "weight_scale": scale, "weight_offset": offset}
             return {name: order(part) for name, part in parts.items() if part is not None}
 

@@ -9,6 +9,12 @@ from engine.checkpoint.formats.gguf_names import KEYS, Architecture
 from engine.checkpoint.formats.gguf_tokenizer import PREFIX, end_ids
 from engine.errors import StartError
 
+# Our names for what a file may say of sampling (general.sampling.* in llama.cpp's llama-arch.cpp).
+SAMPLING = {
+    "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}  # fmt: skip
+
 
 class Metadata:
     """The fields of a file, of which many begin with the name of its kind."""
@@ -46,6 +52,15 @@ def read_config(said: Metadata, kind: Architecture, tensors: dict[str, Any]) -> 
     if kind.model_type.endswith("_moe"):
         fields |= {"norm_topk_prob": kind.model_type == "qwen3_moe", "decoder_sparse_step": 1}
     return AutoConfig.for_model(kind.model_type, **fields)
+
+
+def sampling_of(said: Metadata) -> dict[str, Any]:
+    """What a file wishes of sampling, by the names of transformers' generation_config.json."""
+    found = {name: said.fields.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}
+    wishes = {name: value for name, value in found.items() if value is not None}
+    if "temperature" in wishes:
+        wishes["do_sample"] = wishes["temperature"] > 0
+    return wishes
 
 
 def _latent_sizes(said: Metadata) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from engine.checkpoint.formats import bnb
 from engine.checkpoint.formats.levels import Levels
 from engine.checkpoint.formats.modules import KINDS, Parts, by_module, kind_of, shape_of
 from engine.checkpoint.stored import Stored, Weights
+from engine.layers.block_packing import pairs_of
 
 # NF4's weights that share a scale, as our kernels have them.
 _NF4_BLOCK = 64
@@ -114,7 +115,7 @@ def _parts_of(levels: Levels, order: torch.Tensor | None, bits: int) -> dict[str
     if bits > 4:
         values, zero = (values.int() - 128).to(torch.int8), zero - 128
     else:
-        values = values[:, ::2] << 4 | values[:, 1::2]
+        values = pairs_of(values.to(torch.uint8))
     parts = {"weight": values, "weight_scale": scale, "weight_offset": -(zero * scale)}
     return parts if order is None else parts | {"weight_order": order}
 

@@ -24,8 +24,11 @@ from engine.checkpoint.formats.gguf_reader import BLOCKS, Tensor, read_gguf
 from engine.checkpoint.formats.gguf_splits import SPLITS
 from engine.checkpoint.formats.gguf_tokenizer import read_tokenizer
 from engine.errors import StartError
+from engine.layers.quantized import num_parameters
+from engine.prompt.generation_defaults import checkpoint_defaults
 from engine.prompt.tokenizer_files import load_sentencepiece
-from tests.conftest import ROOT, TINY, byte_tokenizer
+from engine.sampling_params import SamplingParams
+from tests.conftest import ROOT, TINY, byte_tokenizer, tiny_llama
 
 PROMPT = torch.arange(40, 60)[None]
 SMALL: dict[str, Any] = TINY | {"rms_norm_eps": 1e-5, "rope_theta": 20_000.0}
@@ -119,9 +122,13 @@ def original(request) -> tuple[str, Any]:
     return request.param, AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
 
 
-def write(path: Path, name: str, model: Any, kind: str = "F32", split: int = 0) -> Path:
+def write(
+    path: Path, name: str, model: Any, kind: str = "F32", split: int = 0, **wishes: float
+) -> Path:
     writer = gguf.GGUFWriter(path, name, split_max_tensors=split)
     metadata(writer, model.config)
+    for key, value in wishes.items():
+        writer.add_key_value(f"general.sampling.{key}", value, gguf.GGUFValueType.FLOAT32)
     vocabulary(writer)
     asked = gguf.GGMLQuantizationType[kind]
     tied = model.config.tie_word_embeddings
@@ -141,6 +148,51 @@ def write(path: Path, name: str, model: Any, kind: str = "F32", split: int = 0) 
 def logits_of(model: Any) -> torch.Tensor:
     with torch.inference_mode():
         return model(input_ids=PROMPT, use_cache=False).logits
+
+
+WISHES = {"temp": 0.5, "top_p": 0.25, "min_p": 0.125, "penalty_repeat": 1.25}
+
+
+def test_sampling_that_a_file_wishes(tmp_path):
+    file = write(tmp_path / "model.gguf", "llama", tiny_llama(), **WISHES, top_k=30)
+    config = load_model(file, device_map="cpu")[0].generation_config
+    wishes = SamplingParams(
+        temperature=0.5, top_p=0.25, min_p=0.125, repetition_penalty=1.25, top_k=30
+    )
+    assert checkpoint_defaults(config) == wishes
+    assert config.eos_token_id == [256, 257]
+
+
+def test_greedy_sampling_that_a_file_wishes(tmp_path):
+    file = write(tmp_path / "model.gguf", "llama", tiny_llama(), temp=0.0)
+    config = load_model(file, device_map="cpu")[0].generation_config
+    assert checkpoint_defaults(config).temperature == 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_settings_beside_a_file_go_before_its_own(tmp_path, encoding):
+    file = write(tmp_path / "model.gguf", "llama", tiny_llama(), **WISHES)
+    beside = tmp_path / "generation_config.json"
+    beside.write_text('{"max_new_tokens": 7, "temperature": 0.75}', encoding=encoding)
+    config = load_model(file, device_map="cpu")[0].generation_config
+    assert checkpoint_defaults(config) == SamplingParams(temperature=0.75, max_new_tokens=7)
+    assert config.eos_token_id == [256, 257]
+    beside.write_text('{"max_new_tokens": 7, "eos_token_id": 3}', encoding=encoding)
+    assert load_model(file, device_map="cpu")[0].generation_config.eos_token_id == 3
+
+
+def test_damaged_settings_beside_a_file_are_named(tmp_path):
+    file = write(tmp_path / "model.gguf", "llama", tiny_llama())
+    (tmp_path / "generation_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(StartError, match=r"generation_config\.json \("):
+        load_model(file, device_map="cpu")
+
+
+def test_head_that_is_the_embedding_counts_once(tmp_path):
+    original = tiny_llama(tie_word_embeddings=True)
+    for kind in ("Q8_0", "Q4_0"):
+        file = write(tmp_path / f"{kind}.gguf", "llama", original, kind)
+        assert num_parameters(load_model(file, device_map="cpu")[0]) == original.num_parameters()
 
 
 def test_kinds_of_models(tmp_path, original):

@@ -11,7 +11,7 @@ from transformers import Gemma2Config, GraniteConfig, MistralConfig, Qwen2Config
 
 from engine.kernels import cpu as cpu_kernels
 from engine.kernels.cpu import outcome, why_missing
-from engine.layers.blocks import unpack_blocks
+from engine.layers.block_packing import unpack_blocks
 from engine.layers.cpu_layer import CpuLayer
 from engine.layers.cpu_linear import CpuLinear
 from engine.layers.cpu_model import CpuModel

@@ -1,7 +1,6 @@
 """Five families from their hubs' own files, natively: what each says, and how it is asked."""
 
 import asyncio
-import importlib.util
 import json
 import os
 import re
@@ -323,10 +322,6 @@ def test_index_marks_its_turns_with_single_tokens():
     assert text.end_ids(GenerationConfig()) == {2}
 
 
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
-)
-
 # Each family's special tokens, in a small tokenizer of ours.
 MARKERS = {
     "deepseek_v2": ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜fim▁hole｜>"],
@@ -551,9 +546,7 @@ def test_check_option_reports_model_prompt_and_answer(tmp_path):
     assert "eight tokens" in said
 
 
-@pytest.mark.parametrize(
-    "quantize", ["none", "8bit", pytest.param("4bit", marks=needs_bitsandbytes)]
-)
+@pytest.mark.parametrize("quantize", ["none", "8bit", "4bit"])
 @pytest.mark.parametrize("kind", MARKERS)
 def test_check_option_reports_each_family_in_each_width(kind, quantize, tmp_path):
     """Without a word from a library."""

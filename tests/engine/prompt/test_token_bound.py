@@ -8,6 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from engine import ContextTooLong
+from engine.checkpoint.formats.gguf import GGUFFile
 from engine.prompt.token_bound import MIN_CHARS, TokenBound
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.prompt.tokenizer_files import load_tokenizer
@@ -33,7 +34,7 @@ def test_bound_is_never_above_the_tokens(folder):
 
 
 def test_bound_is_never_above_the_tokens_of_the_demo(demo_folder):
-    check_bound(load_tokenizer(demo_folder).backend_tokenizer)
+    check_bound(GGUFFile(demo_folder / "demo.gguf").tokenizer().backend_tokenizer)
 
 
 def check_bound(tokenizer: Tokenizer) -> None:

@@ -17,10 +17,10 @@ TWO = ONE + '\n<tool_call>\n{"name": "b.c-d_e", "arguments": {}}\n</tool_call>'
 
 
 def parse(
-    form: ToolFormat, text: str, size: int, tools: Iterable[Any] = ()
+    form: ToolFormat, text: str, size: int, tools: Iterable[Any] = (), is_json: bool = False
 ) -> tuple[str, list[list[str]], bool]:
     """The content, the calls, and whether they are whole, of a text in pieces of a size."""
-    parser = ToolCallParser(form, tools=tools)
+    parser = ToolCallParser(form, tools=tools, is_json=is_json)
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
     content = ""
     calls: list[list[str]] = []
@@ -179,3 +179,18 @@ def test_special_tokens_are_told_from_text_that_spells_them():
     content, parts = parser.push("", True)
     parser = ToolCallParser(TOKENS, lambda text: text.replace("<|", "secret(").replace("|>", ")"))
     assert parser.push("secret(calls)bsecret(args){}", True)[1][0].name == "b"
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize("form", [COMMON, TOKENS])
+@pytest.mark.parametrize(
+    "text", ["%s", '{"a": "%s"}', '{"%s": 1}', '["%s"', '"%s and %s"', "<", "<tool"]
+)
+def test_json_answer_stays_json(form, text, size):
+    """What it holds may look like the calls that could have begun it."""
+    text = text.replace("%s", form.head.replace('"', ""))
+    begins = text.startswith(form.trigger)
+    said = parse(form, text, size, is_json=True)
+    assert said == (("" if begins else text), [], False)
+    calls = form.spell([{"function": {"name": "a", "arguments": {}}}])
+    assert parse(form, calls, size, is_json=True) == ("", [["a", "{}"]], True)
