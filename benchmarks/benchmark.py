@@ -245,16 +245,19 @@ def ours(name: str, folder: str, *more: str, checkout: Path = ROOT) -> Any:
 
 def draw_adapters(model: str, count: int, under: Path, rank: int = 8) -> list[str]:
     """Write random LoRA adapters of all linear layers but the head; the flags that load them."""
+    sys.path.insert(0, str(ROOT))
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    from engine.checkpoint import load_model
+
+    path = next(Path(model).glob("*.gguf"), Path(model))
+    loaded, _ = load_model(path, device_map="cpu")
+    head = loaded.get_output_embeddings()
     layers = [
         (name, layer)
-        for name, layer in empty.named_modules()
-        if isinstance(layer, torch.nn.Linear) and layer is not empty.get_output_embeddings()
+        for name, layer in loaded.named_modules()
+        if hasattr(layer, "in_features") and layer is not head
     ]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank}
     flags = []
@@ -703,7 +706,9 @@ def print_beside(server: Server, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--against", action="store_true", help="measure the rivals too")
-    parser.add_argument("--adapters", type=int, nargs="+", help="so many that requests name in turn")
+    parser.add_argument(
+        "--adapters", type=int, nargs="+", help="so many that requests name in turn"
+    )
     parser.add_argument("--engine", action="store_true", help="measure our engine alone too")
     parser.add_argument("--url", help="a server that runs already")
     parser.add_argument("--openai", help="its model, if it speaks OpenAI's dialect")

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from types import MappingProxyType
@@ -163,8 +162,7 @@ def load(
         engine = Engine(
             runner, text.plain, ends, reuse=reuse, timeout=timeout, costs=costs, **limits
         )
-        loaded = _chat_model(named.name, text, engine, facts)
-        return replace(loaded, adapters=named.texts, adapter_ends=named.ends)
+        return _chat_model(named, text, engine, facts)
 
 
 def _name_of(path: Path) -> str:
@@ -206,15 +204,19 @@ def _form_of(facts: dict[str, str]) -> str:
     return facts["weights"].partition(" (")[0]
 
 
-def _chat_model(name: str, text: ChatTokenizer, engine: Engine, facts: dict[str, str]) -> ChatModel:
+def _chat_model(
+    named: NamedAdapters, text: ChatTokenizer, engine: Engine, facts: dict[str, str]
+) -> ChatModel:
     """A loaded model under a name, with what its configuration says of its lengths."""
     runner = engine.runner
     model = runner.model
     context = min(context_length(model.config), runner.rows)
     weights = _form_of(facts)
     return ChatModel(
-        name=name,
+        name=named.name,
         tokenizer=text,
+        adapters=named.texts,
+        adapter_ends=named.ends,
         engine=engine,
         defaults=checkpoint_defaults(model.generation_config, text.family, _vocabulary_of(model)),
         states_length=states_length(model.generation_config, text.family),
