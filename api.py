@@ -100,6 +100,7 @@ try:
     from serving.completions import CompletionReply, CompletionRequest
     from serving.connection import Connection
     from serving.connection_limits import num_connectable
+    from serving.counters import EngineCounters
     from serving.dialects import CLASSIC, OPENAI, Dialect, ErrorDetail
     from serving.kept import KeptAnswers, OwnAnswers
     from serving.live import LiveRequests
@@ -321,6 +322,7 @@ def load_served(settings: Settings) -> ChatModel:
         max_waiting=settings.max_waiting,
         prefill_chunk=settings.prefill_chunk,
         reuse=settings.reuse,
+        speculate=settings.speculate,
         timeout=settings.request_timeout,
         measure_anew=settings.check,
     )
@@ -552,6 +554,7 @@ class Metrics:
         for name, counted in GAUGES.items():
             gauge = prometheus_client.Gauge(name, name.replace("_", " "), **mine)
             gauge.set_function(partial(count_of, counted))
+        self.registry.register(EngineCounters(count_of))
         dropped = prometheus_client.Gauge("log_lines_dropped", "Lines nobody read", **mine)
         dropped.set_function(num_dropped)
 

@@ -51,7 +51,7 @@ import requests
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "models" / "demo"
+DEMO = ROOT / "models" / "demo" / "demo.gguf"
 # Sentences behind each prompt, of about nine tokens each, so that it is long.
 PAGES = 0
 TOPICS = ["the sea", "a fox", "bread", "winter", "an old map", "rivers", "a violin", "the moon"]
@@ -722,7 +722,9 @@ def main() -> None:
         "--also", nargs="+", default=[], help="more of ours, by settings such as quantize=8bit"
     )
     parser.add_argument("--prefill", type=int, default=0, help="tokens of a prompt, about")
-    parser.add_argument("--model", default=str(DEMO), help="the folder that is served")
+    parser.add_argument(
+        "--model", default=str(DEMO), help="what is served: a folder, or a GGUF file"
+    )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a request")
     parser.add_argument("--rounds", type=int, default=1, help="requests a client, each time")
@@ -730,6 +732,8 @@ def main() -> None:
     parser.add_argument("--plot", help="an svg file for tokens a second over clients")
     parser.add_argument("--serve-pipe", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.against and not Path(options.model).is_dir():
+        parser.error("--against needs a checkpoint's folder in --model, which transformers reads")
     global PAGES
     PAGES = options.prefill // 9
     if options.serve_pipe:

@@ -1,13 +1,12 @@
 """What weights in fewer bits cost: perplexity, and how often the likeliest token is another.
 
-    python benchmarks/quality.py                                the demo model, in 16, 8 and 4 bits
+    python benchmarks/quality.py                                the demo, as it is, in 8 and 4 bits
     python benchmarks/quality.py --model FOLDER --tokens 20000  another, over so many tokens
-    python benchmarks/quality.py --quantize none 8bit           without bitsandbytes
-    python benchmarks/quality.py --model FILE.gguf --quantize none   a GGUF file's own bits
 
 The text is Python's own: the topics of its `help()`, which are its reference manual. It is read in
 windows of --window tokens. The first way in the list is what the others' tokens are compared with.
-16 bits are computed as they are in the checkpoint, fewer ones as a server here would.
+Without --quantize a folder's weights are computed in their own type, a GGUF file's in its own bits,
+and fewer bits as a server here would. On a card 4 bits need bitsandbytes.
 """
 
 import argparse
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+DEMO = ROOT / "models" / "demo" / "demo.gguf"
 
 from engine.checkpoint.checkpoint import load_model  # noqa: E402
 from engine.layers.autotune import choose_weight_format  # noqa: E402
@@ -72,7 +72,7 @@ def measure(folder: str, quantize: str, windows: list[list[int]]) -> Quality:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(ROOT / "models" / "demo"), help="a folder")
+    parser.add_argument("--model", default=str(DEMO), help="a folder, or a GGUF file")
     ways = ["none", "8bit", "4bit"]
     parser.add_argument("--quantize", nargs="+", choices=ways, default=ways)
     parser.add_argument("--tokens", type=int, default=8192, help="of the text, at most")

@@ -1,6 +1,6 @@
 """What tools cost: to start, to compile, and for each token of an answer that may call them.
 
-    python benchmarks/tools.py [--model models/demo] [--tools 8] [--tokens 128] [--batch 1 8]
+    python benchmarks/tools.py [--model FOLDER] [--tools 8] [--tokens 128] [--batch 1 8]
 
 Answers are greedy and have no end, so that all are as long. Three kinds take turns: without tools,
 with tools in the prompt alone, and with tools that the answer may call (`auto`). Times are of the
@@ -88,7 +88,7 @@ def timed(what: str, work: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(ROOT / "models" / "demo"))
+    parser.add_argument("--model", default=str(ROOT / "models" / "demo" / "demo.gguf"))
     parser.add_argument("--tools", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])

@@ -59,3 +59,19 @@ class EngineStatus:
     def state_slots_used(self) -> int:
         pool = self.engine.cache.states.pool
         return pool.slots - len(pool.free) if pool else 0
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts that were computed so far; of them, tokens, and those that were right."""
+        speculation = self.engine.speculation
+        return speculation.num_drafts if speculation else 0
+
+    @property
+    def num_draft_tokens(self) -> int:
+        speculation = self.engine.speculation
+        return speculation.num_drafted if speculation else 0
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        speculation = self.engine.speculation
+        return speculation.num_accepted if speculation else 0

@@ -34,9 +34,10 @@ from engine.prompt.tokenizer import ChatTokenizer
 from engine.runner.cpu_threads import cores_settled_behind
 from engine.runner.runner import Runner
 from engine.runner.self_check import start_runner
-from engine.runner.step_costs import step_costs
-from engine.runner.summary import attention_summary
+from engine.runner.step_costs import row_costs, step_costs
+from engine.runner.summary import attention_summary, context_summary, speculation_summary
 from engine.scheduling.engine import Engine
+from engine.scheduling.speculation import Speculation
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,6 +61,24 @@ def _measured_costs(
     return {int(size): cost for size, cost in kept("steps", of, measure, anew).items()}
 
 
+def _measured(
+    runner: Runner, facts: dict[str, str], prefill_chunk: int, speculate: str, anew: bool
+) -> dict[str, Any]:
+    """What the engine is told of its steps' cost; adds to the facts whether there are drafts."""
+    weights = _form_of(facts)
+    facts["speculation"] = speculation_summary(runner, speculate)
+    costs = _measured_costs(runner, prefill_chunk, weights, anew)
+    if not facts["speculation"].startswith("on"):
+        return {"costs": costs}
+    of = _identity(runner.model), weights, runner.rows, runner.num_adapters, runner.backend
+
+    def measure() -> dict[str, float]:
+        return {str(size): cost for size, cost in row_costs(runner).items()}
+
+    rows = {int(size): cost for size, cost in kept("rows", of, measure, anew).items()}
+    return {"costs": costs, "speculation": Speculation(rows)}
+
+
 def _identity(model: Any) -> tuple[Any, ...]:
     """What a model's speed depends on: its configuration, and what its tensors are."""
     config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
@@ -75,21 +94,13 @@ def _facts_of(text: ChatTokenizer, engine: Engine, context: int) -> dict[str, st
     return {
         "prompt": text.family.name if text.family else "its own chat template",
         "devices": device_summary(runner.model),
-        "context": _context_summary(runner, context),
+        "context": context_summary(runner, context),
         "end ids": f"{sorted(engine.end_ids)}",
         "step": f"up to {engine.scheduler.budget.most} tokens of prompts",
         "attention": attention_summary(runner),
         "self-check": f"relative error {runner.difference:.1e} of a batch's logits, against"
         f" {beside}",
     }
-
-
-def _context_summary(runner: Runner, context: int) -> str:
-    summary = f"{context:,} tokens; KV cache: {runner.rows:,} tokens"
-    if pool := runner.states:
-        size = pool.slot_bytes / 2**20
-        summary += f"; states: {pool.slots} of {size:.1f} MiB, for {pool.most_sequences} requests"
-    return summary
 
 
 def _in_thread_of_its_own(function: Callable[P, T]) -> Callable[P, T]:
@@ -137,6 +148,7 @@ def load(
     max_waiting: int = 256,
     prefill_chunk: int = 4096,
     reuse: bool = True,
+    speculate: str = "off",
     timeout: float = 600.0,
     name: str = "",
     measure_anew: bool = False,
@@ -146,8 +158,8 @@ def load(
     `dtype` is auto (the checkpoint's) or a torch dtype's name; `device_map` auto, a device, or a
     JSON map of module to device; `quantize` none, 8bit or 4bit; `base` the folder of an adapter's
     model; `adapters` folders by the names of requests; `chat_template` Jinja, not the model's own;
-    `cache_memory` auto, a size or a fraction; `timeout` in seconds; `measure_anew` what is kept of
-    an earlier start. Raises StartError.
+    `cache_memory` auto, a size or a fraction; `speculate` auto, on or off; `timeout` in seconds;
+    `measure_anew` what is kept of an earlier start. Raises StartError.
     """
     _check_machine(device_map)
     form = {"dtype": dtype, "device_map": device_map, "quantize": quantize}
@@ -158,10 +170,8 @@ def load(
         named.fit(model, text, own_templates=chat_template is None)
         facts = _settled_weights(model, named.name + named.told, dtype, measure_anew)
         runner = start_runner(model, cache_memory, max_batch, named.updates)
-        costs = _measured_costs(runner, prefill_chunk, _form_of(facts), measure_anew)
-        engine = Engine(
-            runner, text.plain, ends, reuse=reuse, timeout=timeout, costs=costs, **limits
-        )
+        costs = _measured(runner, facts, prefill_chunk, speculate, measure_anew)
+        engine = Engine(runner, text.plain, ends, reuse=reuse, timeout=timeout, **costs | limits)
         return _chat_model(named, text, engine, facts)
 
 
@@ -227,6 +237,7 @@ def _chat_model(
         facts=facts | _facts_of(text, engine, context),
         summary={
             "model": f"{facts['model']}, {weights}, on {device_summary(model)}",
-            "context": _context_summary(runner, context),
+            "context": context_summary(runner, context),
+            **{name: facts[name] for name in ("speculation",) if facts[name] != "off"},
         },
     )

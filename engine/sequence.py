@@ -47,6 +47,8 @@ class Delta:
     queue_time: float = 0.0  # seconds until it had a place in the batch
     stop_string: str | None = None  # that ended the answer
     prompt_logprobs: tuple[Token, ...] = ()  # of the prompt's tokens from the second on, if asked
+    accepted_prediction_tokens: int = 0  # of a prediction, tried and said
+    rejected_prediction_tokens: int = 0  # and tried in vain
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Prompt:
     thoughts: "Thoughts | None" = None  # which are told apart, and in which nothing stops
     budget: "ThinkingBudget | None" = None
     adapter: int = 0  # by its number among the model's, from 1 on; 0 is none
+    prediction: tuple[int, ...] = ()  # how the answer may go, which can make it faster
 
     @property
     def calls_tools(self) -> bool:
@@ -120,6 +123,10 @@ class Sequence(KVSpan):
     waiting_for: "Sequence | None" = None  # whose prefill it lets go first, to copy the prefix
     arrived: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
+    drafts: Any = field(default=None, repr=False)  # where its drafts come from, for speculation
+    draft: list[int] = field(default_factory=list)  # tokens that the step tries behind the last
+    accepted_prediction_tokens: int = 0  # as in Delta
+    rejected_prediction_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)

@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from engine import CallPart, ChatModel, Delta, InvalidInput, Prompt, Token
 from serving.conversation import Conversation, Turns
-from serving.fields import ClosedModel, check_json
+from serving.fields import ClosedModel, Content, Text, check_json, join_text_parts
 from serving.inner_request import InnerRequest
 from serving.openai_shared import OpenAIReply, OpenAIRequest, spell_logprobs
 from serving.parts import Choice, OutputParser, new_call_id, output_parser
@@ -47,6 +47,15 @@ class ResponseFormat(ClosedModel):
         raise InvalidInput(problem, "response_format")
 
 
+class Prediction(ClosedModel):
+    """https://platform.openai.com/docs/guides/predicted-outputs"""
+
+    type: Literal["content"]
+    content: Annotated[
+        Text, BeforeValidator(join_text_parts, json_schema_input_type=Content | None)
+    ]
+
+
 class ChatCompletionRequest(Conversation, OpenAIRequest):
     """https://platform.openai.com/docs/api-reference/chat/create"""
 
@@ -69,6 +78,9 @@ class ChatCompletionRequest(Conversation, OpenAIRequest):
         None, ge=-1, description="most tokens of a thought, -1 is no limit"
     )
     parallel_tool_calls: bool | None = Field(None, description="false: at most one call")
+    prediction: Prediction | None = Field(
+        None, description="how the answer may go; it changes none, and can make it faster"
+    )
 
     def check(self) -> None:
         super().check()
@@ -127,6 +139,7 @@ class ChatCompletionRequest(Conversation, OpenAIRequest):
             parallel=self.parallel_tool_calls is not False and named is None,
             schema=schema,
             budget=None if self.reasoning_budget == -1 else self.reasoning_budget,
+            prediction=self.prediction.content if self.prediction else "",
         )
         return [inner.prepare(model)]
 

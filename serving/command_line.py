@@ -23,6 +23,7 @@ GROUPS = {
         "chat_template_kwargs",
         "cache_memory",
         "reuse",
+        "speculate",
     ),
     "Server": (
         "host",

@@ -39,6 +39,7 @@ class InnerRequest:
     schema: dict[str, Any] | None = None
     budget: int | None = None  # most tokens of a thought
     budget_field: str = ""  # where it is only a wish
+    prediction: str = ""  # of the answer's text
 
     def prepare(self, model: ChatModel) -> Prompt:
         """Tokenize it. Raises InvalidInput if it cannot be served, ContextTooLong if too long."""
@@ -58,6 +59,8 @@ class InnerRequest:
         )
         if length is not None:
             prompt = _with_most(prompt, length)
+        if self.prediction:
+            prompt = model.with_prediction(prompt, self.prediction)
         prompt = self._guided(model, replace(prompt, thoughts=self._thoughts(model, prompt)))
         thinks = prompt.calls_tools or prompt.guide is None
         if self.budget is None or not thinks or (self.budget_field and not _can_think(model)):

@@ -165,8 +165,13 @@ class OpenAIReply(Reply):
         return [self.frame | {"object": self.chunk_kind, "choices": [], "usage": usage}]
 
     def usage(self, choices: list[Choice]) -> dict[str, Any]:
-        details = {"prompt_tokens_details": {"cached_tokens": cached_tokens_of(choices)}}
-        return usage_of(choices) | details
+        predicted = ("accepted_prediction_tokens", "rejected_prediction_tokens")
+        return usage_of(choices) | {
+            "prompt_tokens_details": {"cached_tokens": cached_tokens_of(choices)},
+            "completion_tokens_details": {
+                name: sum(getattr(choice, name) for choice in choices) for name in predicted
+            },
+        }
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         """A finished choice, without its finish_reason."""

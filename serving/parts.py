@@ -32,6 +32,8 @@ class Choice:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
     queue_time: float = 0.0
     first_token: float = 0.0  # by time.monotonic(), as is the next
     last_token: float = 0.0
@@ -53,6 +55,8 @@ class Choice:
         self.prompt_tokens = delta.prompt_tokens
         self.completion_tokens = delta.completion_tokens
         self.cached_tokens = delta.cached_tokens
+        self.accepted_prediction_tokens = delta.accepted_prediction_tokens
+        self.rejected_prediction_tokens = delta.rejected_prediction_tokens
         self.queue_time = delta.queue_time
 
 

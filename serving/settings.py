@@ -114,6 +114,11 @@ class Settings(BaseSettings):
     reuse: bool = Field(
         True, description="prefix caching: reuse the KV cache for prompts that begin alike"
     )
+    speculate: Literal["auto", "on", "off"] = Field(
+        "off",
+        description="several tokens a step, where an answer repeats what was said; auto: where that"
+        " changes no answer",
+    )
     host: str = Field("0.0.0.0", description="address to listen on")
     port: int = Field(6006, ge=1, le=65535, description="port to listen on")
     root_path: str = Field(

@@ -46,6 +46,7 @@ ORDER = [
     "serving.reasoning",
     "serving.parts",
     "serving.live",
+    "serving.counters",
     "serving.fields",
     "serving.tool_fields",
     "serving.inner_request",

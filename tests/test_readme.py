@@ -359,7 +359,7 @@ def test_fields_told_as_refused_are_refused(server):
 
 def test_fields_told_as_refused_under_v1_are_refused(server):
     items = re.split(r"^(?=- |$)", API, flags=re.MULTILINE)
-    (item,) = (item for item in items if "`prediction`" in item)
+    (item,) = (item for item in items if "`modalities`" in item)
     names = SPAN.findall(item)
     prompts = {
         "chat/completions": {"messages": [{"role": "user", "content": "x"}]},

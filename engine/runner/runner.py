@@ -13,6 +13,7 @@ from engine.blame import first_line
 from engine.checkpoint.model_config import cache_argument
 from engine.errors import StartError
 from engine.layers.cpu_layer import CpuLayer
+from engine.layers.cpu_linear import CpuLinear
 from engine.layers.freed_memory import return_freed_memory
 from engine.layers.lora import Current
 from engine.layers.recurrent import StateCache
@@ -73,6 +74,11 @@ class Runner:
     def one_call(self) -> bool:
         """Whether each layer is one call of our kernels for CPUs."""
         return sum(type(x) is CpuLayer for x in self.model.modules()) == self.num_layers
+
+    @property
+    def same_bits(self) -> bool:
+        """Whether a token's logits are the same to the last bit whatever else is in its step."""
+        return self.one_call and isinstance(self.model.get_output_embeddings(), CpuLinear)
 
     @property
     def rows(self) -> int:

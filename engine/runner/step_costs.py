@@ -13,6 +13,8 @@ _EFFICIENT = 1.1
 # Seconds of a step behind which no larger one is tried, and from which on one is measured once.
 _LONGEST = 1.0
 _LONG = 0.2
+# Tokens of the steps that are measured for drafts.
+_ROWS = (1, 2, 4, 8, 16)
 
 
 def step_costs(runner: Runner, most: int) -> dict[int, float]:
@@ -36,10 +38,20 @@ def step_costs(runner: Runner, most: int) -> dict[int, float]:
     return costs
 
 
-def _seconds_of(runner: Runner, tokens: int) -> float:
+def row_costs(runner: Runner) -> dict[int, float]:
+    """Seconds of a step by its tokens, few of them, the logits of all of which are wanted."""
+    costs: dict[int, float] = {}
+    for size in _ROWS:
+        costs[size] = _seconds_of(runner, size, all_logits=True)
+        if costs[size] > _LONGEST:
+            break
+    return costs
+
+
+def _seconds_of(runner: Runner, tokens: int, *, all_logits: bool = False) -> float:
     """How long a step of so many tokens of one prompt takes: the shorter of two, or of one."""
     vocabulary = len(runner.model.get_input_embeddings().weight)
-    span = KVSpan([7 * n % vocabulary for n in range(tokens)], 0)
+    span = KVSpan([7 * n % vocabulary for n in range(tokens)], 0, all_logits=all_logits)
     shortest = torch.inf
     try:
         for _ in range(2):

@@ -22,3 +22,27 @@ def _kernel_summary(runner: Runner) -> str:
     graphs = f"CUDA graphs for {', '.join(map(str, sizes)) or 'no'} sequences"
     kernel = "FlashAttention" if runner.backend == "in place" else "a kernel of ours for latents"
     return f"{kernel} in place, {graphs}"
+
+
+def context_summary(runner: Runner, context: int) -> str:
+    """How much text the cache holds, of one request and of all."""
+    summary = f"{context:,} tokens; KV cache: {runner.rows:,} tokens"
+    if pool := runner.states:
+        size = pool.slot_bytes / 2**20
+        summary += f"; states: {pool.slots} of {size:.1f} MiB, for {pool.most_sequences} requests"
+    return summary
+
+
+def speculation_summary(runner: Runner, speculate: str) -> str:
+    """Whether sequences get drafts, and why not.
+
+    By itself only where a row's numbers are the same to the last bit in any step: there a draft
+    changes no token.
+    """
+    if speculate == "off":
+        return "off"
+    if runner.states:
+        return "off, as layers keep a state"
+    if speculate == "auto" and not runner.same_bits:
+        return "off, as a draft could change the rounding of its step"
+    return "on, with what an answer repeats as drafts"

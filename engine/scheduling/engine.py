@@ -15,34 +15,30 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from engine.errors import ContextTooLong, EngineError, EngineStopped, QueueFull, TimedOut
 from engine.runner.runner import Runner
 from engine.sampling_params import SamplingParams
+from engine.scheduling.draft_source import DraftSource
 from engine.scheduling.kv_cache import SpanCache
 from engine.scheduling.output import (
-    Event,
     Item,
     Outbox,
     OutputProcessor,
     StreamedSequence,
     deliver,
-    failed,
     heartbeat,
 )
-from engine.scheduling.sampler import sample_tokens, score_prompt
-from engine.scheduling.scheduler import Scheduler
-from engine.sequence import Delta, KVSpan, Prompt, Sequence, Token
+from engine.scheduling.scheduler import Scheduler, sizes_of
+from engine.scheduling.speculation import Drafts, Speculation
+from engine.scheduling.stepper import Stepper
+from engine.sequence import Delta, KVSpan, Prompt
 
 log = logging.getLogger("chat")
 
 # The last tokens of a text to continue, by which its continuation is decoded.
 _CONTEXT = 8
-
-_Work = list[tuple[StreamedSequence, int]]
-_Tokens = list[tuple[StreamedSequence, Token | EngineError | None]]
 
 
 class Engine:
@@ -58,6 +54,7 @@ class Engine:
         max_waiting: int = 256,
         prefill_chunk: int = 512,
         costs: Mapping[int, float] | None = None,
+        speculation: Speculation | None = None,
         timeout: float = 600.0,
         reuse: bool = True,
     ):
@@ -66,7 +63,11 @@ class Engine:
         self.cache = SpanCache(runner.rows, self._copy_rows, reuse, runner.states)
         if runner.states:
             max_batch = min(max_batch, runner.states.most_sequences)
-        self.scheduler = Scheduler[StreamedSequence](self.cache, max_batch, prefill_chunk, costs)
+        self.speculation = speculation
+        self.scheduler: Scheduler[StreamedSequence] = Scheduler(
+            self.cache, max_batch, prefill_chunk, costs, speculation
+        )
+        self.stepper = Stepper(runner, self.scheduler)
         self.failure: BaseException | None = None
         self.expected_step = 0.0  # seconds that the current step is likely to take
         self.last_step = time.monotonic()  # when the last step ended, or work came after idleness
@@ -153,8 +154,10 @@ class Engine:
         if params.seed is not None:  # each of n answers has its own, or all would be the same
             params = replace(params, seed=params.seed + number)
         ends = frozenset() if params.ignore_eos else self.end_ids | prompt.own_ends
+        tokens = list(prompt.ids)
+        source = DraftSource(tokens, prompt.prediction) if self.speculation else None
         return StreamedSequence(
-            list(prompt.ids),
+            tokens,
             params=params,
             request=outbox,
             end_ids=ends.union(params.stop_token_ids),
@@ -163,6 +166,7 @@ class Engine:
             adapter=prompt.adapter,
             open_ended=prompt.open_ended,
             num_stable=prompt.num_stable,
+            drafts=Drafts(source) if source else None,
             outbox=outbox,
             index=index,
             deadline=deadline,
@@ -222,70 +226,12 @@ class Engine:
         """Compute the next step; returns what it brought."""
         self.scheduler.grow_or_preempt()
         work = self.scheduler.plan()
+        sizes = sizes_of(work)
         began = time.monotonic()
-        self.expected_step = self.scheduler.expected(work)
-        outcomes = self._compute(work)
-        self.scheduler.note(work, time.monotonic() - began)
-        items: list[Item] = []
-        for answer, outcome in outcomes:
-            if isinstance(outcome, EngineError):
-                answer.done = answer.spoilt = True
-                items.append((answer, outcome))
-                continue
-            if outcome:
-                answer.append(outcome.id)
-            else:
-                answer.done = True
-                answer.finish_reason = "length"
-            items.append((answer, Event(answer, outcome, answer.finish_reason)))
+        self.expected_step = self.scheduler.expected(sizes)
+        items = self.stepper.compute(work)
+        self.scheduler.note(sizes, time.monotonic() - began)
         return items
-
-    def _compute(self, work: _Work) -> _Tokens:
-        """The next token of each sequence whose prompt is through; None where none is wanted.
-
-        If a step fails, its halves are retried, so that only the sequences at fault fail.
-        """
-        if not work:
-            return []
-        self.cache.free_slots(work)
-        try:
-            logits = self.runner.forward(work)
-            tokens = self._sample(work, logits)
-        except Exception as error:  # noqa: BLE001 - costs its requests alone
-            if len(work) == 1:
-                self.runner.check_device()
-                return [(work[0][0], failed(work[0][0], error))]
-            log.warning("a step of %d requests failed; retrying its halves", len(work))
-        else:
-            self.scheduler.advance(work)
-            return tokens
-        half = len(work) // 2
-        return self._compute(work[:half]) + self._compute(work[half:])
-
-    def _sample(self, work: _Work, logits: torch.Tensor) -> _Tokens:
-        """The next tokens, by the logits of each sequence's last token, or of all its tokens."""
-        through: list[StreamedSequence] = []
-        rows: list[int] = []
-        end = 0
-        for answer, new in work:
-            end += new if answer.all_logits else 1
-            if answer.all_logits:
-                score_prompt(answer, logits[end - new : end])
-            if answer.pending == new:
-                through.append(answer)
-                rows.append(end - 1)
-        # Of an answer without tokens only the prompt's scores are wanted.
-        asked = [n for n, answer in enumerate(through) if answer.params.max_new_tokens]
-        outcomes: list[Token | EngineError | None] = [None] * len(through)
-        if asked:
-            if len(asked) < len(logits):
-                wanted = torch.tensor([rows[n] for n in asked])
-                logits = logits.index_select(0, wanted.to(logits.device, non_blocking=True))
-            seqs: list[Sequence] = [through[n] for n in asked]
-            tokens = sample_tokens(seqs, logits, self.runner.ids)
-            for n, token in zip(asked, tokens, strict=True):
-                outcomes[n] = token
-        return list(zip(through, outcomes, strict=True))
 
     def _end_late_ones(self) -> list[Item]:
         """Give up the sequences that have taken longer than the timeout; returns their errors."""

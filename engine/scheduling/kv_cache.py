@@ -15,6 +15,9 @@ from engine.sequence import KVSpan, ScheduledBatch, Sequence
 
 # Most prefixes of finished requests that are kept.
 _MAX_PREFIXES = 256
+# Most of them that a new sequence's drafts come from, and most tokens of each.
+_MAX_CONTINUATIONS = 2
+_MAX_CONTINUED = 2**11
 
 
 class Allocator:
@@ -180,6 +183,14 @@ class SpanCache:
         if seq.room > count:
             self.allocator.release(seq.start + count, seq.room - count)
         seq.room = seq.num_computed_tokens = 0
+
+    def continuations(self, seq: Sequence) -> list[list[int]]:
+        """How some of the kept texts go on that begin with most of a sequence's tokens."""
+        known = self.computed.longest(seq) if self.reuse else 0
+        if 2 * known < len(seq.tokens):
+            return []
+        alike = [span for span in self.computed.sharing(seq, known) if span in self.kept]
+        return [span.tokens[known:][:_MAX_CONTINUED] for span in alike[:_MAX_CONTINUATIONS]]
 
     def free_slots(self, work: ScheduledBatch) -> None:
         """Free as many slots for states as a step takes, giving up kept prefixes for them."""

@@ -108,6 +108,8 @@ class OutputProcessor:
             queue_time=self.answer.admitted - self.answer.arrived,
             stop_string=self.detokenizer.stop_string,
             prompt_logprobs=scores,
+            accepted_prediction_tokens=self.answer.accepted_prediction_tokens,
+            rejected_prediction_tokens=self.answer.rejected_prediction_tokens,
         )
 
 

@@ -4,9 +4,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Hashable, Mapping
 from math import inf
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from engine.scheduling.kv_cache import SpanCache
+from engine.scheduling.speculation import Speculation
 from engine.scheduling.step_budget import StepBudget
 from engine.sequence import Sequence
 
@@ -25,9 +26,20 @@ def _chunk_of(seq: Sequence) -> int:
     return min(seq.pending, _MAX_SCORED) if seq.all_logits else seq.pending
 
 
-def _sizes_of(work: list[tuple[S, int]]) -> tuple[int, int]:
-    """How many sequences of a step decode, and how many tokens of prompts it has."""
-    return sum(count == 1 for _, count in work), sum(count for _, count in work if count > 1)
+class StepSizes(NamedTuple):
+    """How many sequences of a step decode, and how many tokens of prompts and of drafts it has."""
+
+    decoding: int
+    prompt_tokens: int
+    drafted: int
+
+
+def sizes_of(work: list[tuple[S, int]]) -> StepSizes:
+    """A step's sizes, before it is computed."""
+    drafted = sum(len(seq.draft) for seq, _ in work)
+    single = [count == 1 + len(seq.draft) for seq, count in work]
+    total = sum(count for _, count in work)
+    return StepSizes(sum(single), total - drafted - sum(single), drafted)
 
 
 def fair_shares(total: int, wanted: Mapping[R, int]) -> dict[R, int]:
@@ -58,8 +70,9 @@ class Scheduler(Generic[S]):
         max_batch: int = 64,
         prefill_chunk: int = 512,
         costs: Mapping[int, float] | None = None,
+        speculation: Speculation | None = None,
     ):
-        self.cache, self.max_batch = cache, max_batch
+        self.cache, self.max_batch, self.speculation = cache, max_batch, speculation
         self.budget = StepBudget(prefill_chunk, costs)
         # Most places of one request: those who come later find some.
         self.max_places = max_batch - max_batch // 8
@@ -87,6 +100,9 @@ class Scheduler(Generic[S]):
                 first_blocked.times_overtaken += 1
             self.waiting.remove(seq)
             self.running.append(seq)
+            if seq.drafts and not seq.admitted:
+                for tokens in self.cache.continuations(seq):
+                    seq.drafts.source.add(tokens)
             seq.admitted = seq.admitted or time.monotonic()
 
     def grow_or_preempt(self) -> None:
@@ -116,21 +132,37 @@ class Scheduler(Generic[S]):
                 left[seq.request] -= count
             if count:
                 work.append((seq, count))
-        return work
+        return self._with_drafts(work)
 
-    def expected(self, work: list[tuple[S, int]]) -> float:
-        """Seconds that the work is likely to take, by what steps have taken; 0 if not known."""
-        return self.budget.expected(*_sizes_of(work))
+    def _with_drafts(self, work: list[tuple[S, int]]) -> list[tuple[S, int]]:
+        """The same, and a draft behind the tokens of those in decode."""
+        decoding = [seq for seq, _ in work if seq.pending == 1]
+        if not (self.speculation and decoding):
+            return work
+        prompt_tokens = sum(count for seq, count in work if seq.pending > 1)
+        self.speculation.plan(decoding, prompt_tokens)
+        return [(seq, count + len(seq.draft)) for seq, count in work]
 
-    def note(self, work: list[tuple[S, int]], seconds: float) -> None:
-        """Note how long the work took, by which the next steps are planned."""
-        self.budget.note(*_sizes_of(work), seconds)
+    def expected(self, sizes: StepSizes) -> float:
+        """Seconds that a step is likely to take, by what steps have taken; 0 if not known."""
+        return self.budget.expected(sizes.decoding + sizes.drafted, sizes.prompt_tokens)
 
-    def advance(self, work: list[tuple[S, int]]) -> None:
-        """Note that the work has been computed."""
+    def note(self, sizes: StepSizes, seconds: float) -> None:
+        """Note how long a step took, by which the next ones are planned."""
+        self.budget.note(sizes.decoding + sizes.drafted, sizes.prompt_tokens, seconds)
+        if self.speculation and sizes.decoding:
+            self.speculation.costs.note(
+                sizes.decoding + sizes.prompt_tokens, sizes.drafted, seconds
+            )
+
+    def advance(self, work: list[tuple[S, int]], right: Mapping[S, int]) -> None:
+        """Note that the work has been computed, and how much of the drafts was right."""
         for seq, count in work:
-            seq.num_computed_tokens += count
+            seq.num_computed_tokens += count - len(seq.draft) + right.get(seq, 0)
             self.cache.advance(seq)
+            if self.speculation:
+                self.speculation.note(seq, right.get(seq, 0))
+            seq.draft = []
 
     def remove_finished(self) -> None:
         """Remove the sequences that are done, and free their rows."""

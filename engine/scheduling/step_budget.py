@@ -11,9 +11,9 @@ STRETCH = 2.0
 # The fewest prompt tokens of a step, so that a prompt goes on however long its steps take.
 FEWEST = 8
 # The part that the last step has in what is known of steps now.
-_NEWEST = 0.3
+NEWEST = 0.3
 # Within which a step may differ from what was measured of it: beyond, something else was the cause.
-_UNLIKE = 8.0
+UNLIKE = 8.0
 
 
 class StepBudget:
@@ -54,27 +54,27 @@ class StepBudget:
         if not self.costs or not decoding + prompt_tokens:
             return
         ratio = seconds / self._seconds(decoding + prompt_tokens)
-        ratio = min(_UNLIKE, max(1 / _UNLIKE, ratio))
+        ratio = min(UNLIKE, max(1 / UNLIKE, ratio))
         if prompt_tokens:
-            self._with_prompts += _NEWEST * (ratio - self._with_prompts)
+            self._with_prompts += NEWEST * (ratio - self._with_prompts)
         else:
-            self._without += _NEWEST * (ratio - self._without)
+            self._without += NEWEST * (ratio - self._without)
 
     def _seconds(self, tokens: float) -> float:
         """What a step of so many tokens cost at the start, between and beyond those measured."""
-        return _line_through(self.costs, tokens)
+        return line_through(self.costs, tokens)
 
     def _tokens(self, seconds: float) -> float:
         """The reverse of it."""
-        return _line_through([(cost, size) for size, cost in self.costs], seconds)
+        return line_through([(cost, size) for size, cost in self.costs], seconds)
 
 
 def _overhead(costs: list[tuple[float, float]]) -> float:
     """What a step with prompts costs however few they are: on a card, more than a recorded one."""
-    return max(0.0, _line_through(costs, 0.0)) if len(costs) > 1 else 0.0
+    return max(0.0, line_through(costs, 0.0)) if len(costs) > 1 else 0.0
 
 
-def _line_through(points: list[tuple[float, float]], x: float) -> float:
+def line_through(points: list[tuple[float, float]], x: float) -> float:
     """Piecewise linear between points (x, y) in order, beyond them by the line of the last two."""
     if len(points) == 1:
         return points[0][1] * x / points[0][0]

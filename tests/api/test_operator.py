@@ -103,6 +103,26 @@ def test_other_origins_may_call_only_where_they_are_named(runner, tokenizer, ser
 # ---- Metrics and the log
 
 
+def test_grafana_board_shows_what_is_measured(server):
+    """Every metric that it asks for is there, and its panels stand beside each other."""
+    board = json.loads((ROOT / "deploy/grafana.json").read_text(encoding="utf-8"))
+    text = httpx.get(f"{server}/metrics").text
+    metrics = set(re.findall(r"^# TYPE (\w+)", text, re.M))
+    metrics |= {f"{name}_bucket" for name in metrics}
+    asked = set(re.findall(r"chat_\w+", json.dumps(board)))
+    assert asked <= metrics
+    assert len(asked) > 12
+    cells = [
+        (x, y)
+        for panel in board["panels"]
+        for at in [panel["gridPos"]]
+        for x in range(at["x"], at["x"] + at["w"])
+        for y in range(at["y"], at["y"] + at["h"])
+    ]
+    assert len(cells) == len({*cells})
+    assert max(x for x, _ in cells) < 24
+
+
 def samples(url: str) -> dict[str, float]:
     """Each sample by its name and the values of its labels: route, outcome, finish_reason."""
     families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)

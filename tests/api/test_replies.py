@@ -371,3 +371,21 @@ def test_counting_tokens_needs_the_key(runner, tokenizer):
             assert httpx.post(url + path, json=body).status_code == 401
             headers = {"Authorization": "Bearer secret"}
             assert httpx.post(url + path, json=body, headers=headers).status_code == 200
+
+
+def test_prediction_changes_no_answer(server):
+    """Where there is no speculation it is of no use, and its counts say so."""
+    asked = {"messages": [{"role": "user", "content": "hi"}], "seed": 1}
+    call = f"{server}/v1/chat/completions"
+    plain = httpx.post(call, json=asked).json()
+    prediction = {"type": "content", "content": [{"type": "text", "text": "hello"}]}
+    told = httpx.post(call, json=asked | {"prediction": prediction}).json()
+    assert told["choices"] == plain["choices"]
+    counts = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+    assert told["usage"]["completion_tokens_details"] == counts
+    for wrong in ({"type": "content"}, {"type": "x", "content": "y"}, "x", {"content": 5}):
+        answer = httpx.post(call, json=asked | {"prediction": wrong})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"].startswith("prediction")
+    metrics = httpx.get(f"{server}/metrics").text
+    assert "# TYPE chat_spec_decode_num_draft_tokens_total counter" in metrics

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import benchmark
+import dialects
 import pytest
 from benchmark import Reply
 
@@ -63,6 +64,12 @@ def test_host_py_measures_steps_beside_a_pretended_card():
     steps = [float(step) for step in re.findall(r"^\| [13] \| [\d.]+ \| ([\d.]+) ms", out, re.M)]
     assert len(steps) == 2
     assert min(steps) >= 20
+
+
+@pytest.mark.slow
+def test_dialects_py_compares_every_api():
+    out = run("--tokens", "40", "--repeats", "1", script="benchmarks/dialects.py")
+    assert re.findall(r"^\| `([\w/]+)` \| \d+ µs", out, re.M) == [*dialects.BODIES]
 
 
 @pytest.mark.slow

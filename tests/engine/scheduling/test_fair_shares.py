@@ -52,7 +52,7 @@ def test_step_is_divided_among_requests_not_prompts(prompts):
     work = scheduler.plan()
     assert tokens_of(work) == {"long": 85, "honest": 300, "second": 127}
     assert [new for _, new in work] == [85, 300, 127], "of a request its first prompt goes on"
-    scheduler.advance(work)
+    scheduler.advance(work, {})
     assert tokens_of(scheduler.plan()) == {"long": 339, "honest": 1, "second": 173}
 
 

@@ -234,8 +234,8 @@ def test_sequences_that_share_a_prefix_are_admitted_when_it_is_computed():
         scheduler.admit()
         assert scheduler.running == seqs[:1]
         assert {seq.waiting_for for seq in seqs[1:]} == {seqs[0]}
-        scheduler.advance([(seqs[0], 500)])
-    scheduler.advance([(seqs[0], 1)])
+        scheduler.advance([(seqs[0], 500)], {})
+    scheduler.advance([(seqs[0], 1)], {})
     scheduler.admit()
     assert scheduler.running == seqs
     assert [seq.num_reused for seq in seqs] == [0, 2000, 2000, 2000, 2000]
