@@ -8,6 +8,8 @@
     python benchmarks/benchmark.py --also quantize=8bit quantize=4bit    and ours set otherwise
     python benchmarks/benchmark.py --prefill 2000    prompts of about so many tokens, read once each
     python benchmarks/benchmark.py --beside-prompt 2000    a stream, while such a prompt is read
+    python benchmarks/benchmark.py --adapters 0 1 4 16    requests for none of 16 LoRA adapters, for
+                                                     one, four and all in turn
     python benchmarks/benchmark.py --engine          and beside it, our engine without HTTP
     python benchmarks/benchmark.py --url URL [--openai MODEL]    a server that runs already
     python benchmarks/benchmark.py --conversation    first text of each turn, with reuse and without
@@ -37,7 +39,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -116,8 +118,14 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, An
             yield json.loads(line[6:])
 
 
-async def classic(client: aiohttp.ClientSession, number: int, tokens: int) -> AsyncIterator[int]:
+async def classic(
+    client: aiohttp.ClientSession, number: int, tokens: int, adapters: int | None = None
+) -> AsyncIterator[int]:
     body = {"prompt": prompt(number), "max_length": tokens, "temperature": 0, "stream": True}
+    if adapters is not None:  # what is random ends anywhere
+        body["ignore_eos"] = True
+    if adapters:
+        body["model"] = f"a{number % adapters}"
     async with client.post("/", json=body, raise_for_status=True) as response:
         async for event in events(response):
             yield event["usage"]["completion_tokens"] if "usage" in event else 0
@@ -180,6 +188,7 @@ class Server:
     url: str
     model: str | None = None
     process: subprocess.Popen[Any] | None = None
+    adapters: int | None = None  # so many that requests name in turn
 
     def load(self, clients: int, requests: int, tokens: int, first: int) -> Outcome:
         return asyncio.run(self._load(clients, requests, tokens, first))
@@ -190,7 +199,7 @@ class Server:
             async def ask(number: int) -> Reply:
                 if self.model:
                     return await timed(openai(client, number, tokens, self.model))
-                return await timed(classic(client, number, tokens))
+                return await timed(classic(client, number, tokens, self.adapters))
 
             return await closed_loop(ask, clients, requests, first)
 
@@ -232,6 +241,38 @@ def ours(name: str, folder: str, *more: str, checkout: Path = ROOT) -> Any:
     port = free_port()
     command = [sys.executable, str(checkout / "api.py"), "--model", folder, "--host", "127.0.0.1"]
     return started(name, [*command, "--port", str(port), *more], port)
+
+
+def draw_adapters(model: str, count: int, under: Path, rank: int = 8) -> list[str]:
+    """Write random LoRA adapters of all linear layers but the head; the flags that load them."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+    from safetensors.torch import save_file
+
+    from engine.checkpoint import load_model
+
+    path = next(Path(model).glob("*.gguf"), Path(model))
+    loaded, _ = load_model(path, device_map="cpu")
+    head = loaded.get_output_embeddings()
+    layers = [
+        (name, layer)
+        for name, layer in loaded.named_modules()
+        if hasattr(layer, "in_features") and layer is not head
+    ]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank}
+    flags = []
+    for number in range(count):
+        tensors = {}
+        for name, layer in layers:
+            down, up = torch.randn(rank, layer.in_features), torch.randn(layer.out_features, rank)
+            tensors[f"base_model.model.{name}.lora_A.weight"] = down / layer.in_features**0.5
+            tensors[f"base_model.model.{name}.lora_B.weight"] = up / 100
+        folder = under / f"a{number}"
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        flags += ["--adapter", f"{folder.name}={folder}"]
+    return flags
 
 
 # One request at a time, as the tutorials' programs do it, but with a stream.
@@ -404,6 +445,7 @@ def measure(targets: list[Target], options: argparse.Namespace) -> dict[Row, dic
     """All targets are up, but one at a time has the cores, in turns: noise comes to all alike."""
     seen: dict[Row, list[dict[str, float]]] = {}
     for target in targets:
+        go_on(target.process)
         target.load(1, 1, 8, 0)
         stop(target.process)
     repeats = range(1, options.repeats + 1)
@@ -664,6 +706,9 @@ def print_beside(server: Server, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--against", action="store_true", help="measure the rivals too")
+    parser.add_argument(
+        "--adapters", type=int, nargs="+", help="so many that requests name in turn"
+    )
     parser.add_argument("--engine", action="store_true", help="measure our engine alone too")
     parser.add_argument("--url", help="a server that runs already")
     parser.add_argument("--openai", help="its model, if it speaks OpenAI's dialect")
@@ -699,12 +744,19 @@ def main() -> None:
         if options.url:
             server = Server("given", options.url, options.openai)
         else:
-            server = stack.enter_context(ours("chat-api", options.model))
+            flags = []
+            if options.adapters:
+                under = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                flags = draw_adapters(options.model, max(options.adapters), under)
+            server = stack.enter_context(ours("chat-api", options.model, *flags))
         if options.beside_prompt:
             return print_beside(server, options)
         if options.rush:
             return print(rush(server, options.rush, options.tokens))
-        targets: list[Target] = [server]
+        targets: list[Target] = [
+            replace(server, name=f"{count} adapters", adapters=count)
+            for count in options.adapters or ()
+        ] or [server]
         if options.engine:
             targets.append(EngineAlone(options.model, stack))
         if options.checkout:

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from types import MappingProxyType
@@ -173,7 +172,7 @@ def load(
         runner = start_runner(model, cache_memory, max_batch, named.updates)
         costs = _measured(runner, facts, prefill_chunk, speculate, measure_anew)
         engine = Engine(runner, text.plain, ends, reuse=reuse, timeout=timeout, **costs | limits)
-        return replace(_chat_model(named.name, text, engine, facts), adapters=named.texts)
+        return _chat_model(named, text, engine, facts)
 
 
 def _name_of(path: Path) -> str:
@@ -215,15 +214,19 @@ def _form_of(facts: dict[str, str]) -> str:
     return facts["weights"].partition(" (")[0]
 
 
-def _chat_model(name: str, text: ChatTokenizer, engine: Engine, facts: dict[str, str]) -> ChatModel:
+def _chat_model(
+    named: NamedAdapters, text: ChatTokenizer, engine: Engine, facts: dict[str, str]
+) -> ChatModel:
     """A loaded model under a name, with what its configuration says of its lengths."""
     runner = engine.runner
     model = runner.model
     context = min(context_length(model.config), runner.rows)
     weights = _form_of(facts)
     return ChatModel(
-        name=name,
+        name=named.name,
         tokenizer=text,
+        adapters=named.texts,
+        adapter_ends=named.ends,
         engine=engine,
         defaults=checkpoint_defaults(model.generation_config, text.family, _vocabulary_of(model)),
         states_length=states_length(model.generation_config, text.family),

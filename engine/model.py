@@ -50,6 +50,9 @@ class ChatModel(EngineStatus):
     # Variables of the chat template, where a request does not set them.
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     adapters: Mapping[str, "ChatTokenizer"] = field(default_factory=dict)  # in the engine's order
+    # The ids that end an adapter's answers besides the model's own, where it has such.
+    adapter_ends: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    own_ends: frozenset[int] = frozenset()  # these of this one
     adapter: int = 0  # with which this one answers, of another's: `base`
     base: "ChatModel | None" = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -61,7 +64,15 @@ class ChatModel(EngineStatus):
     def variants(self) -> dict[str, "ChatModel"]:
         """The model with each of its adapters: models that share its engine."""
         return {
-            name: replace(self, adapters={}, base=self, name=name, tokenizer=text, adapter=number)
+            name: replace(
+                self,
+                adapters={},
+                base=self,
+                name=name,
+                tokenizer=text,
+                adapter=number,
+                own_ends=self.adapter_ends.get(name, frozenset()),
+            )
             for number, (name, text) in enumerate(self.adapters.items(), 1)
         }
 
@@ -286,7 +297,7 @@ class ChatModel(EngineStatus):
 
     def _with_length(self, ids: list[int], given: dict[str, Any], whole_context: bool) -> Prompt:
         fits = self._bounds.fit(ids, self.defaults, given, whole_context)
-        return replace(fits, adapter=self.adapter)
+        return replace(fits, adapter=self.adapter, own_ends=self.own_ends)
 
     @property
     def _bounds(self) -> PromptBounds:

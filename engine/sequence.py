@@ -60,6 +60,7 @@ class Prompt:
     open_ended: bool = False  # no length was stated
     guide: "Guide | None" = None
     dropped_turns: int = 0
+    own_ends: frozenset[int] = frozenset()  # ids of its adapter that end the answer, too
     continues: bool = False  # the answer goes on from the prompt's text
     tools: tuple[Any, ...] = ()  # that the answer may call, in OpenAI's shape
     is_json: bool = False  # what is no call in the answer

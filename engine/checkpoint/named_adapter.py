@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -22,6 +23,7 @@ from engine.layers.lora import Update
 from engine.layers.named_adapters import Updates
 from engine.layers.quantized import QuantizedLinear
 from engine.prompt.families import format_of
+from engine.prompt.generation_defaults import known_ends
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.prompt.tokenizer_files import load_tokenizer
 
@@ -136,6 +138,19 @@ def _text_of(adapter: Adapter, text: ChatTokenizer, model_type: str) -> ChatToke
     return ChatTokenizer(prompted, format_of(model_type, prompted))
 
 
+def _ends_of(adapter: Adapter, text: ChatTokenizer, vocabulary: int) -> frozenset[int]:
+    """The ids that end an answer by an adapter's own tokenizer, template and generation config.
+
+    A tutorial often trains a chat's end of turn into a model that had only the end of a text.
+    """
+    config = GenerationConfig()
+    if (adapter.folder / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(adapter.folder, local_files_only=True)
+    own = load_tokenizer(adapter.folder)
+    ends = text.end_ids(config) | ({own.eos_token_id} if own else set())
+    return frozenset(known_ends((i for i in ends if i is not None), vocabulary))
+
+
 class NamedAdapters:
     """Adapters by their names: read and checked, and then fitted to their model.
 
@@ -151,6 +166,7 @@ class NamedAdapters:
         self.adapters: dict[str, Adapter] = {}
         self.updates: list[Updates] = []  # of each, in order
         self.texts: dict[str, ChatTokenizer] = {}  # what each is prompted by
+        self.ends: dict[str, frozenset[int]] = {}  # of each one's answers
         for name, folder in folders.items():
             with as_start_error(folder):
                 self.adapters[name] = read_named_adapter(folder)
@@ -167,3 +183,5 @@ class NamedAdapters:
                 self.updates.append(updates_of(adapter, model))
                 kind = model.config.model_type
                 self.texts[name] = _text_of(adapter, text, kind) if own_templates else text
+                vocabulary = len(model.get_input_embeddings().weight)
+                self.ends[name] = _ends_of(adapter, self.texts[name], vocabulary)

@@ -46,6 +46,11 @@ class Current:
             self.step = None
 
 
+def _own(matrix: torch.Tensor) -> torch.Tensor:
+    """A copy in float32, whose rows lie one behind the other."""
+    return torch.empty(matrix.shape, dtype=torch.float32).copy_(matrix)
+
+
 class Table:
     """A product's updates as the kernels read them; keeps alive what it points to.
 
@@ -59,10 +64,8 @@ class Table:
             numbers.append(numbers[-1] + len(mine))
         self.begins = (ctypes.c_int64 * len(numbers))(*numbers)
         flat = [part for mine in each for part in mine]
-        self.tensors = [
-            (update.down.float().contiguous(), update.up.float().T.contiguous())
-            for _, update in flat
-        ]
+        # Copies: what a file maps would change, or end the server, when a training writes it anew.
+        self.tensors = [(_own(update.down), _own(update.up.T)) for _, update in flat]
         self.parts = (KernelUpdate * len(flat))(
             *(
                 KernelUpdate(down.data_ptr(), up.data_ptr(), len(down), part.first, up.shape[1])

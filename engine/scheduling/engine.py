@@ -153,7 +153,7 @@ class Engine:
         params = prompt.params
         if params.seed is not None:  # each of n answers has its own, or all would be the same
             params = replace(params, seed=params.seed + number)
-        ends = frozenset() if params.ignore_eos else self.end_ids
+        ends = frozenset() if params.ignore_eos else self.end_ids | prompt.own_ends
         tokens = list(prompt.ids)
         source = DraftSource(tokens, prompt.prediction) if self.speculation else None
         return StreamedSequence(

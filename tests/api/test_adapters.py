@@ -67,6 +67,24 @@ def test_each_of_several_answers_has_the_adapter(server, runner):
     assert [span.adapter for span in runner.seen] == [1, 1, 1, 1]
 
 
+def test_answer_ends_at_the_adapters_own_end(runner, tokenizer):
+    """At another's it goes on, and so it does where the request ignores ends."""
+    own = {"poet": frozenset(tokenizer.encode("l"))}
+    model = replace(with_adapters(runner, tokenizer), adapter_ends=own)
+    with serve(lambda settings: model) as url:
+        ready(url)
+        for name, ignoring, text in (
+            ("poet", False, "he"),
+            ("coder", False, "hello"),
+            ("test", False, "hello"),
+            ("poet", True, "hello"),
+        ):
+            body = {"prompt": "hi", "model": name, "max_tokens": 5, "ignore_eos": ignoring}
+            (choice,) = httpx.post(f"{url}/v1/completions", json=body).json()["choices"]
+            assert choice["text"] == text, name
+            assert choice["finish_reason"] == ("stop" if text == "he" else "length")
+
+
 def test_rows_of_another_adapter_are_not_reused(server, runner):
     """The same prompt is computed again for each, and found again by the same one."""
     prompt = "a prompt that is long enough to be worth keeping"

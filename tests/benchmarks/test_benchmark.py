@@ -10,6 +10,8 @@ import dialects
 import pytest
 from benchmark import Reply
 
+from engine.checkpoint import load_model
+from engine.checkpoint.named_adapter import read_named_adapter, updates_of
 from tests.conftest import ROOT
 
 
@@ -18,6 +20,15 @@ def test_figures_are_computed_from_replies():
     assert benchmark.figures((4.0, replies)) == pytest.approx(
         {"tokens/s": 1.5, "first p50": 1, "first p99": 2, "later p50": 0.1, "later p99": 0.5}
     )
+
+
+def test_benchmark_draws_adapters_of_its_model(tmp_path):
+    model = ROOT / "tests" / "fixtures" / "llama"
+    flags = benchmark.draw_adapters(str(model), 2, tmp_path, rank=3)
+    assert flags == ["--adapter", f"a0={tmp_path / 'a0'}", "--adapter", f"a1={tmp_path / 'a1'}"]
+    loaded, _ = load_model(model, device_map="cpu")
+    updates = updates_of(read_named_adapter(tmp_path / "a1"), loaded)
+    assert len(updates) == 7 * loaded.config.num_hidden_layers
 
 
 def run(*arguments: str, script: str = "benchmarks/benchmark.py") -> str:

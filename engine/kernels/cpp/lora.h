@@ -97,11 +97,12 @@ void up_columns(const Update &update, int64_t column, const float *const *said,
         }
 }
 
-// The same up to `last`, a column at a time where they fill no vector.
+// The same up to `last`, fewer at a time where they fill no vectors.
 template <int TOKENS>
 void up_to(const Update &update, int64_t column, int64_t last, const float *const *said,
            float *const *out) {
-    if (column + UP_COLUMNS <= last) return up_columns<TOKENS, 4>(update, column, said, out);
+    for (; column + UP_COLUMNS <= last; column += UP_COLUMNS)
+        up_columns<TOKENS, 4>(update, column, said, out);
     for (; column + LANES <= last; column += LANES)
         up_columns<TOKENS, 1>(update, column, said, out);
     for (; column < last; column++)
@@ -128,13 +129,16 @@ struct Adapting {
     void down(int product, const float *x) const {
         if (groups.empty()) return;
         const Updates &updates = products[product];
-        const Most most = most_of(updates);
-        const int64_t blocks = (most.rank + DOWN_ROWS - 1) / DOWN_ROWS, number = groups.size();
-#pragma omp for schedule(static, 1) collapse(3) nowait
-        for (int64_t g = 0; g < number; g++)
-            for (int64_t p = 0; p < most.parts; p++)
-                for (int64_t block = 0; block < blocks; block++)
-                    down_block(updates, groups[g], p, block * DOWN_ROWS, x);
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        int64_t number = 0;
+        for (const Together &group : groups) {
+            int64_t place = 0;
+            for (int64_t p = updates.begins[group.adapter]; p < updates.begins[group.adapter + 1];
+                 place += updates.parts[p++].rank)
+                for (int64_t row = 0; row < updates.parts[p].rank; row += DOWN_ROWS)
+                    if (number++ % threads == thread)
+                        down_block(updates, updates.parts[p], group, place, row, x);
+        }
     }
 
     // Added to the product in out [tokens, stride], once all threads have computed their part.
@@ -142,78 +146,49 @@ struct Adapting {
     void up(int product, float *out, int64_t stride) const {
         if (groups.empty()) return;
         const Updates &updates = products[product];
-        const Most most = most_of(updates);
-        const int64_t blocks = (most.out + UP_COLUMNS - 1) / UP_COLUMNS, number = groups.size();
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
 #pragma omp barrier
-#pragma omp for schedule(static, 1) collapse(3) nowait
-        for (int64_t g = 0; g < number; g++)
-            for (int64_t p = 0; p < most.parts; p++)
-                for (int64_t block = 0; block < blocks; block++)
-                    up_block(updates, groups[g], p, block * UP_COLUMNS, out, stride);
+        for (const Together &group : groups) {
+            int64_t place = 0;
+            for (int64_t p = updates.begins[group.adapter]; p < updates.begins[group.adapter + 1];
+                 place += updates.parts[p++].rank) {
+                const Update &update = updates.parts[p];
+                const int64_t blocks = (update.out + UP_COLUMNS - 1) / UP_COLUMNS;
+                const int64_t first = blocks * thread / threads * UP_COLUMNS;
+                const int64_t last = blocks * (thread + 1) / threads * UP_COLUMNS;
+                up_range(updates, update, group, place, first, std::min(last, update.out), out,
+                         stride);
+            }
+        }
     }
 
    private:
-    struct Most {
-        int64_t parts = 0, rank = 0, out = 0;
-    };
-
-    // The most of what the step's adapters have of a product.
-    Most most_of(const Updates &updates) const {
-        Most most;
-        for (const Together &group : groups) {
-            const int64_t first = updates.begins[group.adapter];
-            const int64_t end = updates.begins[group.adapter + 1];
-            most.parts = std::max(most.parts, end - first);
-            for (int64_t p = first; p < end; p++) {
-                most.rank = std::max(most.rank, updates.parts[p].rank);
-                most.out = std::max(most.out, updates.parts[p].out);
-            }
-        }
-        return most;
-    }
-
-    // An adapter's part p of a product, or null; and where what its `down` says begins.
-    static const Update *part(const Updates &updates, int64_t adapter, int64_t p, int64_t &place) {
-        const int64_t first = updates.begins[adapter];
-        if (first + p >= updates.begins[adapter + 1]) return nullptr;
-        place = 0;
-        for (int64_t n = first; n < first + p; n++) place += updates.parts[n].rank;
-        return updates.parts + first + p;
-    }
-
-    void down_block(const Updates &updates, const Together &group, int64_t p, int64_t row,
-                    const float *x) const {
-        int64_t place;
-        const Update *update = part(updates, group.adapter, p, place);
-        if (!update || row >= update->rank) return;
+    void down_block(const Updates &updates, const Update &update, const Together &group,
+                    int64_t place, int64_t row, const float *x) const {
         const float *from[TOGETHER];
         float *to[TOGETHER];
         for (int m = 0; m < group.count; m++) {
             from[m] = x + group.tokens[m] * updates.in;
             to[m] = said + group.tokens[m] * updates.ranks + place;
         }
-        if (group.count == 1) down_rows<1>(*update, updates.in, row, from, to);
-        if (group.count == 2) down_rows<2>(*update, updates.in, row, from, to);
-        if (group.count == 3) down_rows<3>(*update, updates.in, row, from, to);
-        if (group.count == 4) down_rows<4>(*update, updates.in, row, from, to);
+        if (group.count == 1) down_rows<1>(update, updates.in, row, from, to);
+        if (group.count == 2) down_rows<2>(update, updates.in, row, from, to);
+        if (group.count == 3) down_rows<3>(update, updates.in, row, from, to);
+        if (group.count == 4) down_rows<4>(update, updates.in, row, from, to);
     }
 
-    void up_block(const Updates &updates, const Together &group, int64_t p, int64_t column,
-                  float *out, int64_t stride) const {
-        int64_t place;
-        const Update *update = part(updates, group.adapter, p, place);
-        if (!update || column >= update->out) return;
-        const int64_t last = std::min(column + UP_COLUMNS, update->out);
+    void up_range(const Updates &updates, const Update &update, const Together &group,
+                  int64_t place, int64_t first, int64_t last, float *out, int64_t stride) const {
         const float *from[TOGETHER];
         float *to[TOGETHER];
         for (int m = 0; m < group.count; m++) {
             from[m] = said + group.tokens[m] * updates.ranks + place;
-            to[m] = out + group.tokens[m] * stride + update->first;
+            to[m] = out + group.tokens[m] * stride + update.first;
         }
-        if (group.count == 1) up_to<1>(*update, column, last, from, to);
-        if (group.count == 2) up_to<2>(*update, column, last, from, to);
-        if (group.count == 3) up_to<3>(*update, column, last, from, to);
-        if (group.count == 4) up_to<4>(*update, column, last, from, to);
+        if (group.count == 1) up_to<1>(update, first, last, from, to);
+        if (group.count == 2) up_to<2>(update, first, last, from, to);
+        if (group.count == 3) up_to<3>(update, first, last, from, to);
+        if (group.count == 4) up_to<4>(update, first, last, from, to);
     }
 };
 

@@ -124,6 +124,27 @@ def test_adapter_is_prompted_by_its_own_template(tmp_path):
         NamedAdapters({"d": folders["d"]}, "tiny").fit(model, base, own_templates=True)
 
 
+def test_adapter_has_ends_of_its_own(tmp_path):
+    """Of its generation config, its tokenizer's eos and its template; not one beyond the model."""
+    base = ChatTokenizer(byte_tokenizer(["<|end|>", "<|more|>"]))
+    folders = {name: save_adapter(tmp_path / name, update(Q_0, 32, 32)) for name in "abcd"}
+    said = {"eos_token_id": [7, 100_000]}
+    (folders["b"] / "generation_config.json").write_text(json.dumps(said))
+    own = byte_tokenizer(["<|end|>", "<|more|>"])
+    own.eos_token = "<|more|>"
+    own.save_pretrained(folders["c"])
+    own = byte_tokenizer(["<|end|>", "<|more|>"])
+    own.chat_template = "{% for m in messages %}{{ m['content'] }}<|more|>{% endfor %}"
+    own.save_pretrained(folders["d"])
+    named = NamedAdapters(folders, "tiny")
+    named.fit(tiny_llama(), base, own_templates=True)
+    more = own.convert_tokens_to_ids("<|more|>")
+    assert named.ends["b"] == named.ends["a"] | {7}
+    assert more not in named.ends["a"] | named.ends["b"]
+    assert more in named.ends["c"]
+    assert more in named.ends["d"]
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs CHAT_TEST_DATA")
 @pytest.mark.parametrize(
     "name", ["internlm2_fused", "llama_patterns", "llama_some_layers", "llama_tutorial"]

@@ -1,10 +1,16 @@
 """Adapters beside the weights: a batch of several says what each does alone, and merged."""
 
+import re
+from copy import deepcopy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from engine.checkpoint.stored import stored_in
+from engine.errors import StartError
 from engine.layers.lora import Part, Table, Update
 from engine.layers.named_adapters import Updates
 from engine.layers.weight_format import WeightFormat, convert
@@ -14,6 +20,7 @@ from engine.sequence import KVSpan
 from tests.conftest import tiny_llama
 from tests.engine.alone import needs_kernels
 from tests.engine.stand_ins import as_on_a_card
+from tests.engine.states import plain_model
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Such as our kernels compute in one call: heads as wide as a vector.
@@ -202,6 +209,32 @@ def test_kernel_adds_updates_of_any_shape(inner, out):
             wanted[token, first : first + len(up)] += added
     torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=1e-5)
     assert torch.equal(found[adapters % 3 == 0], before[adapters % 3 == 0])
+
+
+@needs_kernels
+def test_adapters_file_may_be_written_anew(tmp_path):
+    """As a training does, which keeps its last checkpoints: what it maps is no longer read."""
+    save_file({"A": torch.ones(4, 64), "B": torch.ones(64, 4)}, tmp_path / "x.safetensors")
+    read = stored_in(tmp_path / "x.safetensors")
+    table = Table(64, {1: [Part(0, Update(read["A"][...], read["B"][...]))]}, 1)
+    with (tmp_path / "x.safetensors").open("r+b") as file:
+        file.truncate(0)  # what is mapped beyond a file's end kills the process
+    out = torch.zeros(1, 64)
+    table.add(type("Step", (), {"adapters": torch.tensor([1])}), torch.ones(1, 64), out)
+    assert torch.equal(out, torch.full((1, 64), 256.0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"), [("qwen3_5_text", "linear_attn.in_proj_qkv"), ("lfm2", "conv.in_proj")]
+)
+def test_layer_with_a_state_must_be_merged(kind, layer):
+    """Its tokens come in another order; the attention beside it can have an adapter."""
+    model = deepcopy(plain_model(kind))
+    name = next(name for name, _ in model.named_modules() if name.endswith(layer))
+    product = model.get_submodule(name)
+    update = Update(torch.ones(2, product.in_features), torch.ones(product.out_features, 2))
+    with pytest.raises(StartError, match=f"{re.escape(name)} is in a layer that keeps a state"):
+        create_runner(model, "64MiB", 300, adapters=[{name: update}])
 
 
 def test_adapted_layer_computed_for_other_rows_is_refused(monkeypatch):
