@@ -21,7 +21,7 @@ def serve(port: int, seconds: float) -> None:
     import uvicorn
 
     import api
-    import engine.scheduling.engine
+    import engine.scheduling.stepper
     from engine.attention.forward_batch import ForwardBatch
     from engine.sequence import ScheduledBatch, Token
     from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model
@@ -45,8 +45,8 @@ def serve(port: int, seconds: float) -> None:
     tokenizer = byte_tokenizer()
     letter = tokenizer.convert_tokens_to_ids("x")
     card = Card(tokenizer, rows=400_000)
-    sample = engine.scheduling.engine.sample_tokens
-    engine.scheduling.engine.sample_tokens = sample_later
+    sample = engine.scheduling.stepper.sample_tokens
+    engine.scheduling.stepper.sample_tokens = sample_later
     app = api.build_app(
         api.Settings(chat_page=False, max_waiting=1000),
         lambda settings: chat_model(card, tokenizer, 4096, max_batch=256),
