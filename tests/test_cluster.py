@@ -17,7 +17,7 @@ from scale import SAID, Answer, Cluster, ask, ask_all, started
 from tests.conftest import wait_for
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.release,
     pytest.mark.skipif(
         importlib.util.find_spec("ray") is None,
         reason="Ray is not installed; `pip install -r deploy/requirements.txt` brings it",

@@ -2,7 +2,7 @@
 
 And after them the example of a tool, which stands in docs/tools.md.
 
-`pytest -m slow tests/test_pasted.py -s` prints the seconds of each.
+`pytest -m release tests/test_pasted.py -s` prints the seconds of each.
 """
 
 import os
@@ -118,7 +118,7 @@ def shell(tmp_path) -> Iterator[Shell]:
     shell.close()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
 def test_commands_of_readme_work_when_pasted_in_order(shell, name, capsys):
     said = {}

@@ -569,7 +569,7 @@ def test_python_examples_run(demo, capsys):
     assert "22 degrees in Paris" in said
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_langchain_example_works(server):
     ChatOpenAI = pytest.importorskip("langchain_openai").ChatOpenAI
 

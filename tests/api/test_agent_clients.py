@@ -19,7 +19,7 @@ from tests.client_packages import node_packages, python_with
 from tests.conftest import PATIENCE, ROOT, ScriptedRunner, chat_model, ready, serve
 from tests.tool_caller import ToolCaller, thinking_tokenizer, tool_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.release
 NUM_SLOTS = 400_000
 PATCH = """*** Begin Patch
 *** Update File: greet.py

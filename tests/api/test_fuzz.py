@@ -75,7 +75,7 @@ def documented(url: str, most: int) -> int:
     return asked
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_every_answer_is_a_documented_one(url):
     assert documented(url, 350) >= 2000
 

@@ -396,7 +396,7 @@ def test_leaving_ends_all_the_answers(server, runner):
 # ---- LangChain
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_langchain_asks_and_streams(server, runner):
     ChatOpenAI = pytest.importorskip("langchain_openai").ChatOpenAI
     chat = ChatOpenAI(model="test", base_url=f"{server}/v1", api_key="none", max_retries=0)

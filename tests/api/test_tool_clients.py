@@ -47,7 +47,7 @@ def test_openai_parses_calls_and_sends_them_back(url, stream):
     assert answer.choices[0].message.content == "done"
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("stream", [False, True])
 def test_langchain(url, stream):
     ChatOpenAI = pytest.importorskip("langchain_openai").ChatOpenAI
@@ -69,7 +69,7 @@ def test_langchain(url, stream):
     assert isinstance(structured.invoke("where?"), Weather)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("stream", [False, True])
 def test_pydantic_ai(url, stream):
     pydantic_ai = pytest.importorskip("pydantic_ai")
@@ -96,7 +96,7 @@ def test_pydantic_ai(url, stream):
     assert len(asked) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("stream", [False, True])
 def test_llm_calls_functions_with_and_without_arguments(url, stream, monkeypatch, tmp_path):
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
@@ -130,7 +130,7 @@ NODE_PACKAGES = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_clients_in_javascript(url, pytestconfig):
     folder = node_packages(pytestconfig, "tool-clients", NODE_PACKAGES)
     # A module looks for others beside itself.

@@ -43,7 +43,7 @@ def test_benchmark_measures_a_server(server):
     assert re.search(r"^\| given \| 4 \| [\d.]+ \| \d+\.\d{3} s \|", out, re.MULTILINE)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_benchmark_draws_a_plot(server, tmp_path):
     pytest.importorskip("matplotlib")
     drawn = tmp_path / "plot.svg"

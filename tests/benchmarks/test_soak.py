@@ -279,7 +279,7 @@ def test_an_answer_that_is_altered_in_a_siege_is_noticed(report, runner, tokeniz
 # ---- The long forms
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(
     "arguments", ["rush", "soak --minutes 3", "leaks --minutes 1", "faults", "siege"]
 )
