@@ -23,6 +23,7 @@ from serving.unknown_fields import (
     NEUTRAL,
     IgnoredFields,
     asks_for_nothing,
+    is_reported,
     printable,
     refusal_of,
 )
@@ -58,7 +59,7 @@ class LenientRequest(SamplingFields):
             raise InvalidInput(f"{name} is not supported; {cls.refused[name]}", name)
         if name in cls.inert | cls.refused.keys() or asks_for_nothing(name, value):
             return
-        if name in NEUTRAL and name not in cls.reported:
+        if name in NEUTRAL and name not in cls.reported and not is_reported(name, value):
             raise refusal_of(name, cls.names())
         if name not in cls.reported | IGNORED and not ignored.has(name):
             _check_near(name, cls.names())

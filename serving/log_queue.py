@@ -60,9 +60,14 @@ def start_log(as_json: bool = False, level: str = "info") -> None:
         from pythonjsonlogger.json import JsonFormatter
 
         writer.setFormatter(JsonFormatter(shape))
-    logging.basicConfig(
-        level=max(logging.INFO, logging.getLevelName(level.upper())), handlers=[LogQueue(writer)]
-    )
+    root = logging.getLogger()
+    # A library that says something while it is imported leaves such a handler behind, which would
+    # wait for its reader, and know nothing of JSON. Any other is an operator's, and stays alone.
+    for handler in [each for each in root.handlers if type(each) is logging.StreamHandler]:
+        root.removeHandler(handler)
+    if not root.handlers:
+        root.addHandler(LogQueue(writer))
+        root.setLevel(max(logging.INFO, logging.getLevelName(level.upper())))
     log.setLevel(level.upper())
     _settle_progress(as_json)
 

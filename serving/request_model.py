@@ -17,7 +17,7 @@ from pydantic import (
 from engine import ChatModel, InvalidInput, Prompt, SamplingParams
 from serving.fields import Biases, EndIds, StopStrings, StrictModel, Text
 from serving.kept import OwnAnswers
-from serving.unknown_fields import IgnoredFields, asks_for_nothing, refusal_of
+from serving.unknown_fields import IgnoredFields, asks_for_nothing, is_reported, refusal_of
 
 LENGTH_NAMES = ("max_length", "max_new_tokens", "max_tokens", "max_completion_tokens", "n_predict")
 
@@ -99,7 +99,9 @@ class RequestModel(StrictModel):
     @classmethod
     def check_unknown(cls, name: str, value: Any, ignored: IgnoredFields) -> None:
         """Raise InvalidInput for a field that the call does not have, if it asks for something."""
-        if not asks_for_nothing(name, value):
+        if is_reported(name, value):
+            ignored.add(name)
+        elif not asks_for_nothing(name, value):
             raise refusal_of(name, cls.names())
 
     def check(self) -> None:

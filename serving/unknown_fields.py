@@ -46,7 +46,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
-    "verbosity": ("low", "medium", "high"),  # a wish of style, which a model may not know
+    "verbosity": ("medium",),
     "truncation": ("disabled",),
     "background": (False,),
     "include": ([],),
@@ -170,6 +170,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "watermark": (False,),
 }
 
+# Wishes of style that only OpenAI's own models were trained to: the answer does without them, and
+# the client is told so.
+_REPORTED = {"verbosity": ("low", "high")}
+
 # Where the way to ask for it is another, and no misspelling.
 _REMEDIES = {
     "messages": "call /v1/chat/completions, or send prompt",
@@ -234,6 +238,11 @@ def asks_for_nothing(name: str, value: Any) -> bool:
     # True is no 1, and False no 0.
     neutral = (each for each in NEUTRAL.get(name, ()) if _is_bool(each) is _is_bool(value))
     return any(value == each for each in neutral)
+
+
+def is_reported(name: str, value: Any) -> bool:
+    """Whether a field wishes for what is left out and told, instead of being refused."""
+    return value in _REPORTED.get(name, ())
 
 
 def _is_bool(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Logging that goes on while nobody reads it."""
 
 import io
+import json
 import logging
 import os
 import re
@@ -8,12 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import closing, contextmanager
+from unittest.mock import patch
 
 import httpx
 import pytest
 from benchmark import free_port
 
-from serving.log_queue import MAX_LINES, LogQueue, still_logged
+from serving.log_queue import MAX_LINES, LogQueue, flush_log, start_log, still_logged
 from tests.conftest import ROOT, wait_for
 
 
@@ -50,6 +53,41 @@ def test_lines_beyond_the_queue_are_dropped_and_counted(monkeypatch):
     monkeypatch.setattr("serving.log_queue.FLUSH_TIMEOUT", 20)
     lines.flush()
     assert writer.written == [f"line {number}" for number in range(MAX_LINES + 1)]
+
+
+@contextmanager
+def bare_root():
+    """The root logger without any handlers, and afterwards as it was."""
+    root = logging.getLogger()
+    level = root.level
+    with patch.object(root, "handlers", []), patch("serving.log_queue.log", logging.Logger("x")):
+        yield root
+        flush_log()
+    root.setLevel(level)
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_log_is_ours_whatever_a_library_said_before(said, capsys, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with bare_root() as root:
+        if said:
+            # As libraries do that call logging.warning while they are imported.
+            logging.basicConfig()
+            assert [type(handler) for handler in root.handlers] == [logging.StreamHandler]
+        start_log(as_json=True)
+        assert [type(handler) for handler in root.handlers] == [LogQueue]
+        root.error("of %d", 7)
+    assert json.loads(capsys.readouterr().err)["message"] == "of 7"
+
+
+def test_handlers_of_an_operator_stay_alone(tmp_path):
+    """As uvicorn's --log-config sets them."""
+    with bare_root() as root, closing(logging.FileHandler(tmp_path / "log")) as handler:
+        root.addHandler(handler)
+        root.setLevel(logging.ERROR)
+        start_log()
+        assert root.handlers == [handler]
+        assert root.level == logging.ERROR
 
 
 def test_without_a_terminal_the_log_says_that_something_goes_on(monkeypatch, caplog):

@@ -1,6 +1,7 @@
 """Attention of packed tokens to the cache: each sequence's reads the rows of its own span alone."""
 
 from collections.abc import Iterator
+from itertools import repeat
 from typing import NamedTuple, Protocol, Self
 
 import torch
@@ -8,6 +9,9 @@ import torch.nn.functional as F
 
 from engine.sequence import KVSpan, ScheduledBatch
 
+# The most numbers of a mask, or of scores where torch's kernels do not keep these to themselves. A
+# chunk's of a long text would take gigabytes, which nothing has reserved.
+_MAX_SCORES = 2**24
 # On a CPU, reading so many rows for nothing costs about what a call of sdpa does.
 PADDING = 128
 
@@ -40,6 +44,22 @@ def _scaled_dot_product(
     """
     if scoring.is_plain:
         return F.scaled_dot_product_attention(query, key, value, mask, scale=scoring.scale)
+    most = max(1, _MAX_SCORES // (query[0, ..., 0].numel() * key.shape[2]))
+    if most >= len(query):
+        return _scored_product(query, key, value, mask, scoring)
+    each = zip(query.split(most), key.split(most), value.split(most), strict=True)
+    masks = repeat(mask) if mask is None or len(mask) < len(query) else mask.split(most)
+    return torch.cat([_scored_product(*x, part, scoring) for x, part in zip(each, masks)])  # noqa: B905
+
+
+def _scored_product(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """The same with scores that are held, for what torch's kernels do not do to them."""
     scale = query.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
     scores = (query @ key.mT).float() * scale
     if scoring.softcap is not None:
@@ -103,6 +123,25 @@ class ChunkAttention(NamedTuple):
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
     ) -> torch.Tensor:
+        new, num_heads = query.shape[:2]
+        sharing = num_heads // key.shape[1]
+        reach = len(key) if scoring.window is None else min(len(key), new + scoring.window - 1)
+        most = max(1, _MAX_SCORES // (reach * (sharing if scoring.is_plain else num_heads)))
+        if most >= new:
+            return self._attend(query, key, value, scoring)
+        before = len(key) - new
+        parts = []
+        for first in range(0, new, most):
+            last = min(new, first + most)
+            part = self._replace(mask=self.mask[first:last, : before + last], masks={})
+            seen = key[: before + last], value[: before + last]
+            parts.append(part._attend(query[first:last], *seen, scoring))
+        return torch.cat(parts)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
+    ) -> torch.Tensor:
+        """Attention of tokens for which there is room at once, whose mask this one has."""
         new, num_heads = query.shape[:2]
         num_groups = key.shape[1]
         if scoring.window is not None:  # none of the new tokens sees what lies before

@@ -176,7 +176,7 @@ REFUSED_UNLESS = {
     "typ_p": (0.5, 1.0),
     "typical_p": (0.5, 1.0),
     "use_beam_search": (True, False),
-    "verbosity": ("loud", "low"),
+    "verbosity": ("loud", "medium"),
     "watermark": (True, False),
     "xtc_probability": (0.5, 0.0),
 }

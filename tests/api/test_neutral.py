@@ -37,7 +37,7 @@ BODIES = {
     "id": said(id="msg_1"),
     "images": {"messages": [USER | {"images": []}]},
     "nulls": said(tool_calls=None, name=None, audio=None, whatever=None),
-    "verbosity": {"messages": [USER], "verbosity": "low"},
+    "verbosity": {"messages": [USER], "verbosity": "medium"},
     "a list of one type": {
         "messages": [USER],
         "tools": [
@@ -60,6 +60,18 @@ def test_what_asks_for_something_is_named(server, body):
     answer = httpx.post(f"{server}/v1/chat/completions", json=body)
     assert answer.status_code == 400
     assert "which is not supported here" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("value", ["low", "high"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/"])
+def test_verbosity_is_left_out_and_told(server, path, value):
+    body = ({"messages": [USER]} if "chat" in path else {"prompt": "hi"}) | {"verbosity": value}
+    answer = httpx.post(server + path, json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["X-Ignored-Fields"] == "verbosity"
+    refused = httpx.post(server + path, json=body, headers={"Prefer": "handling=strict"})
+    assert refused.status_code == 400
+    assert "verbosity is not supported" in refused.text
 
 
 WHOLE = json.dumps({"text": 'a "b" \\ é', "list": [1, {"c": None}], "d": -1.5e3})

@@ -10,12 +10,14 @@ import openai
 import pytest
 import torch
 
+import api
 from engine import ChatModel
 from engine.guided.guide import GuideCompiler
 from engine.prompt.tokenizer import ChatTokenizer
 from engine.runner.create import create_runner
 from engine.sampling_params import SamplingParams
 from serving import chat, parts
+from serving.workers import NUM_THREADS
 from tests.conftest import chat_model, ready, serve, tiny_llama, wait_for
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -369,6 +371,61 @@ def test_many_tokens_are_spelled_once_and_beside_the_event_loop(server, monkeypa
         assert httpx.get(f"{server}/health").status_code == 200
         worded.set()
         assert answer.result().status_code == 200
+
+
+def test_long_wording_leaves_the_workers_to_others(server, monkeypatch):
+    """Answers with very many logprobs are worded one by one, while short ones are tokenized."""
+    monkeypatch.setattr(api, "MANY_SCORED", 3)
+    worded = threading.Event()
+    whole = chat.ChatCompletionReply.full_response
+
+    def slowly(self, choices: list[parts.Choice]) -> dict[str, object]:
+        assert not choices[0].tokens or worded.wait(20)
+        return whole(self, choices)
+
+    monkeypatch.setattr(chat.ChatCompletionReply, "full_response", slowly)
+    url = f"{server}/v1/chat/completions"
+    number = NUM_THREADS + 2
+    with ThreadPoolExecutor(number) as pool:
+        body = {"messages": HELLO, "logprobs": True}
+        answers = [pool.submit(httpx.post, url, json=body) for _ in range(number)]
+        wait_for(lambda: httpx.get(f"{server}/health").json()["waiting"] == number)
+        assert httpx.post(url, json={"messages": HELLO}).status_code == 200
+        assert not any(answer.done() for answer in answers)
+        worded.set()
+        assert {answer.result().status_code for answer in answers} == {200}
+
+
+CUT = "a\U0001f60a!"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_bytes_of_parts_of_a_character(client, runner, stream):
+    runner.say = CUT
+    asked = {"model": "test", "messages": HELLO, "logprobs": True, "top_logprobs": 3}
+    answer = client.chat.completions.create(**asked, stream=stream)
+    told = [part.choices[0].logprobs for part in (answer if stream else [answer])]
+    tokens = [token for each in told if each for token in each.content]
+    assert [bytes(token.bytes) for token in tokens] == [bytes([x]) for x in CUT.encode()]
+    for token in tokens:
+        likeliest = [bytes(top.bytes) for top in token.top_logprobs]
+        assert len(set(likeliest)) == 3
+        assert likeliest[0] == bytes(token.bytes)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_behind_parts_of_a_character(client, runner, stream):
+    runner.say = CUT
+    answer = client.completions.create(model="test", prompt="x", logprobs=3, stream=stream)
+    choices = [part.choices[0] for part in (answer if stream else [answer])]
+    assert "".join(choice.text for choice in choices) == CUT
+    told = [choice.logprobs for choice in choices if choice.logprobs]
+    # A token begins where the character does of which it is a part.
+    wanted = [at for at, char in enumerate(CUT) for _ in char.encode()]
+    assert [at for each in told for at in each.text_offset] == wanted
+    names = [f"bytes:\\x{x:02x}" for x in CUT[1].encode()]
+    assert [name for each in told for name in each.tokens] == ["a", *names, "!"]
+    assert {len(top) for each in told for top in each.top_logprobs} == {3}
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import api
 from engine import ChatModel
 from serving import __version__
+from serving.parts import Choice
 from tests.conftest import ROOT, ScriptedRunner, byte_tokenizer, chat_model, ready, serve, wait_for
 from tests.server_process import server_process
 
@@ -175,6 +176,20 @@ def test_metrics_add_up(server, runner):
     assert (
         seen["chat_time_to_first_token_seconds_sum"] <= seen["chat_e2e_request_latency_seconds_sum"]
     )
+
+
+@pytest.mark.parametrize(
+    ("reasons", "told"),
+    [
+        (["stop"], "stop"),
+        (["stop", "length"], "length"),
+        (["tool_calls", "stop"], "tool_calls"),
+        (["tool_calls", "length", "stop"], "length"),
+    ],
+)
+def test_reason_of_several_answers_is_the_worst(reasons, told):
+    choices = [Choice(n, finish_reason=reason) for n, reason in enumerate(reasons)]
+    assert api.finish_reason_of(choices) == told
 
 
 def test_those_who_left_and_those_that_failed_are_counted(server, runner):

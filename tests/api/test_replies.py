@@ -1,6 +1,7 @@
 """What an answer looks like on its way out: thoughts, fingerprints, and OpenAI's exact shapes."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -8,6 +9,8 @@ import pytest
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from engine import Thoughts
+from serving.inner_request import InnerRequest
 from serving.openai_shared import fingerprint
 from serving.reasoning import ReasoningParser
 from tests.conftest import ScriptedRunner, byte_tokenizer, chat_model, ready, serve
@@ -45,6 +48,28 @@ def test_a_thought_is_parted_wherever_the_pieces_end(answer, inside, thought, sa
     parts = [*map(parser.push, pieces), parser.flush()]
     assert "".join(part.reasoning for part in parts) == thought
     assert "".join(part.content for part in parts) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "begun"),
+    [
+        ("", False),
+        ("hello", False),
+        ("<think>a", True),
+        ("<think>a</think>b", False),
+        ("<think>a</think>b<think>c", True),
+        ("<think>a</think><think>b</think>c", False),
+        ("a</think>", False),
+    ],
+)
+def test_answer_goes_on_in_the_thought_that_is_open(text, begun):
+    """Of several in what the answer continues, the last counts."""
+    model = SimpleNamespace(thoughts=lambda _: Thoughts(*MARKERS, begun=False))
+    turns = [*HELLO, {"role": "assistant", "content": text}]
+    request = InnerRequest(messages=turns, sampling={}, continues=True)
+    assert request._thoughts(model, None).begun is begun
+    other = InnerRequest(messages=turns, sampling={})
+    assert other._thoughts(model, None).begun is False
 
 
 def test_a_thought_is_told_as_it_comes():

@@ -181,6 +181,15 @@ def test_device_that_is_not_there_is_no_damaged_file(checkpoint, device_map, rea
     assert "damaged" not in str(refused.value)
 
 
+@pytest.mark.parametrize("cards", [0, 1, 2])
+@pytest.mark.parametrize("wish", ["cuda:{}", '{{"": "cuda:{}"}}'])
+def test_card_behind_the_last_is_not_there(checkpoint, monkeypatch, cards, wish):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr("engine.loading.check_gpus", lambda _: None)
+    with pytest.raises(StartError, match=f"names cuda:{cards}, but torch sees {cards or 'no'}"):
+        load(checkpoint, device_map=wish.format(cards))
+
+
 def test_what_computes_while_loading_ends_with_its_thread(checkpoint, monkeypatch):
     """OpenMP's threads are then the engine's alone."""
     computing = []

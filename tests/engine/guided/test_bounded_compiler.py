@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import threading
+import time
+from itertools import pairwise
 
 import pytest
 
@@ -40,6 +42,29 @@ def test_schema_that_takes_too_much_memory_is_refused(compiler, monkeypatch):
     )  # here, and not over there
     with pytest.raises(InvalidInput, match="256 MiB"):
         compiler.compile(HARD)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_definitions_that_refer_to_each_other_cost_little(compiler, deep):
+    """However often: each of them is compiled once, and nothing is put in its place."""
+    names = [f"d{n}" for n in range(60)]
+    refer = lambda name: {"$ref": f"#/$defs/{name}"}  # noqa: E731
+    alternatives = lambda name: {"anyOf": [refer(name), {"type": "array", "items": refer(name)}]}  # noqa: E731
+    definitions = {
+        name: {
+            "type": "object",
+            "properties": {f"p{j}": refer(names[(n * 7 + j) % 60]) for j in range(12)},
+        }
+        for n, name in enumerate(names)
+    }
+    if deep:
+        definitions = {name: alternatives(after) for name, after in pairwise(names)}
+        definitions[names[-1]] = {"type": "string"}
+    compiler.warm_up()
+    began = time.process_time()
+    guide = compiler.compile({"$defs": definitions, **refer("d0")})
+    assert time.process_time() - began < 1
+    assert guide.token_mask().any()
 
 
 def test_invalid_schema_is_named_and_keeps_the_process(compiler):

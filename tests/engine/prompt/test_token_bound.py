@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from engine import ContextTooLong
 from engine.checkpoint.formats.gguf import GGUFFile
 from engine.prompt.token_bound import MIN_CHARS, TokenBound
-from engine.prompt.tokenizer import ChatTokenizer
+from engine.prompt.tokenizer import INFILL_MARKERS, ChatTokenizer
 from engine.prompt.tokenizer_files import load_tokenizer
 from tests.conftest import TEMPLATE, byte_tokenizer
 from tests.engine.prompt.test_families import DATA, FIXTURES
@@ -87,6 +87,19 @@ def test_flood_is_refused_without_being_tokenized(tokenizer, monkeypatch):
         with pytest.raises(ContextTooLong, match="maximum context length is 131072 tokens"):
             refuse()
     assert tokenizer.num_tokens(flood) == float("inf")
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_flood_around_a_gap_is_refused_without_being_tokenized(monkeypatch, share):
+    backend = byte_tokenizer()
+    backend.add_tokens(list(INFILL_MARKERS[0]))
+    tokenizer = ChatTokenizer(backend)
+    tokenizer.most_tokens = 2 * MIN_CHARS
+    flood = "x" * (2 * MIN_CHARS + 100)
+    before = int(share * len(flood))
+    monkeypatch.setattr("engine.prompt.tokenizer.token_ids", None)
+    with pytest.raises(ContextTooLong):
+        tokenizer.encode_infill(flood[:before], flood[before:])
 
 
 def test_text_at_the_limit_is_tokenized(tokenizer):

@@ -233,6 +233,17 @@ def test_template_variable_that_the_template_does_not_read_or_the_server_sets_is
     assert refused.value.argument == "template_kwargs"
 
 
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "unk_token", "pad_token"])
+def test_template_is_given_the_models_own_special_tokens(name):
+    tokenizer = byte_tokenizer()
+    setattr(tokenizer, name, "<|system|>")
+    tokenizer.chat_template = f"{{{{ {name} }}}}{TEMPLATE}"
+    text = ChatTokenizer(tokenizer)
+    with pytest.raises(InvalidInput, match=f"{name}.*the server sets it"):
+        text.encode(user("x"), {name: "<|user|>"})
+    assert text.encode(user("x"))[0] == text.special["<|system|>"]
+
+
 def test_thinking_markers_are_text_and_known():
     text = thinking_tokenizer()
     assert text.thinking_markers == ("<think>", "</think>")

@@ -130,6 +130,22 @@ def test_idle_stream_gets_heartbeats(make, runner, monkeypatch):
     runner.free()
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_no_task_outlives_its_stream(make, runner, leaves):
+    model = make(runner)
+
+    async def main() -> None:
+        stream = model.engine.stream([1], GREEDY)
+        async for _ in stream:
+            if leaves:
+                break
+        await stream.aclose()
+        await asyncio.sleep(0)  # in which what is cancelled ends
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+
+
 def test_stop_string_ends_the_engines_work_at_once(make, tokenizer):
     """Of two answers one stops: its place is free while the other goes on."""
     runner = ScriptedRunner(tokenizer, "abcdefgh" * 20)

@@ -122,11 +122,17 @@ def test_rows_of_another_adapter_are_not_shared(monkeypatch):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=80), min_size=1, max_size=12)
+    prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=80), min_size=1, max_size=12),
+    left=st.lists(st.integers(0, 40), min_size=12, max_size=12),
 )
-def test_prefix_found_is_the_longest_of_at_least_a_block(prompts):
-    *cached, prompt = prompts
-    spans = [KVSpan(tokens, 100 * n, 100, len(tokens)) for n, tokens in enumerate(cached)]
+def test_prefix_found_is_the_longest_of_at_least_a_block(prompts, left):
+    """Of spans that are computed but for what is left of them, what is computed counts."""
+    *texts, prompt = prompts
+    cached = [tokens[: max(0, len(tokens) - n)] for tokens, n in zip(texts, left, strict=False)]
+    spans = [
+        KVSpan(tokens, 100 * n, 100, len(computed))
+        for n, (tokens, computed) in enumerate(zip(texts, cached, strict=True))
+    ]
     cache = cache_with(5000, *spans)
     cache.allocator.gaps = [(2000, 3000)]
 

@@ -1,7 +1,9 @@
 """From logits to tokens, as transformers' own processors would."""
 
 import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from transformers import (
 )
 
 from engine.errors import InvalidInput
-from engine.scheduling.sampler import sample_tokens
+from engine.scheduling.sampler import sample_tokens, score_prompt
 from engine.sequence import Sequence, Token
 from tests.conftest import sequence
 
@@ -130,17 +132,56 @@ def test_logits_that_are_not_finite_are_an_error(value):
         picked([sequence([1], temperature=0)], logits)
 
 
-def test_what_is_told_is_the_models_own_whatever_the_parameters():
+class OnlyZero:
+    """A guide that allows the first token alone."""
+
+    def token_mask(self):
+        return np.arange(4) == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "more", "said"),
+    [
+        ({"frequency_penalty": 2.0}, {}, 2),
+        ({"repetition_penalty": 9.0}, {}, 2),
+        ({"logit_bias": ((0, 9.0), (1, -9.0))}, {}, 0),
+        ({"suppress_tokens": (1, 2)}, {}, 0),
+        ({"min_tokens": 5}, {"end_ids": frozenset({1})}, 2),
+        ({}, {"guide": OnlyZero()}, 0),
+        ({}, {"budget": SimpleNamespace(next_id=3)}, 3),
+    ],
+    ids=["penalty", "repetition", "bias", "banned", "no end yet", "guide", "budget"],
+)
+def test_what_is_told_is_the_models_own_whatever_the_parameters(how, more, said):
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]]).repeat(2, 1)
-    how = {"temperature": 0, "frequency_penalty": 2.0}
-    seqs = [sequence([0], logprobs=2, **how), sequence([0], **how)]
+    seqs = [sequence([0], temperature=0, logprobs=n, **how) for n in (2, None)]
     for start, seq in enumerate(seqs):
         seq.start = 2 * start
         seq.tokens.append(1)
+        for name, value in more.items():
+            setattr(seq, name, value)
     told, silent = sample_tokens(seqs, logits.clone(), torch.tensor([0, 1, 0, 1]))
     own = logits[0].log_softmax(-1).tolist()
-    assert told == Token(2, own[2], ((1, own[1]), (2, own[2])))
-    assert silent == Token(2)
+    assert told == Token(said, own[said], ((1, own[1]), (2, own[2])))
+    assert silent == Token(said)
+
+
+@pytest.mark.parametrize("chunks", [(7,), (3, 4), (1, 1, 5)])
+@pytest.mark.parametrize("again", [1, 2])
+def test_scores_of_a_prompt_that_is_computed_again(chunks, again):
+    """A step that failed is tried once more; its scores are no more than those of its tokens."""
+    ids = [1, 3, 0, 2, 2, 1, 3]
+    logits = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+    seq = sequence(ids, prompt_logprobs=1)
+    for count in chunks:
+        for _ in range(again):
+            score_prompt(seq, logits[seq.num_computed_tokens :][:count])
+        seq.num_computed_tokens += count
+    own = logits.log_softmax(-1)
+    assert [token.id for token in seq.prompt_scores] == ids[1:]
+    for row, token in zip(own, seq.prompt_scores, strict=False):
+        assert token.logprob == pytest.approx(row[token.id].item())
+        assert token.top_logprobs == ((row.argmax().item(), pytest.approx(row.max().item())),)
 
 
 @pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty", "repetition_penalty"])

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import time
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -185,23 +186,36 @@ def test_prompt_waiting_for_a_prefix_blocks_nobody(make, tokenizer, monkeypatch)
     asyncio.run(main())
 
 
-def test_prompt_waiting_for_a_prefix_goes_on_when_its_leader_leaves(make, tokenizer):
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_prompt_waiting_for_a_prefix_goes_on_when_its_leader_leaves(tokenizer, steps):
     runner = ScriptedRunner(tokenizer)
-    model = make(runner, prefill_chunk=16)
+    engine = EngineByHand(runner, tokenizer.backend_tokenizer, prefill_chunk=16)
     prompt = list(range(100, 200))
+    leader = engine.ask([*prompt, 1])
+    engine.step()
+    follower = engine.ask([*prompt, 2])
+    for _ in range(steps):
+        engine.step()
+    assert follower.waiting_for is (leader if steps else None)
+    leader.done = True
+    for _ in range(20):
+        if not follower.done:
+            engine.step()
+    assert follower.finish_reason == "stop"
 
-    async def main() -> None:
-        runner.hold()
-        first = asyncio.create_task(reply(model, [*prompt, 1]))
-        await asyncio.to_thread(wait_for, lambda: model.engine.scheduler.running)
-        second = asyncio.create_task(reply(model, [*prompt, 2]))
-        await asyncio.to_thread(wait_for, lambda: model.engine.num_waiting == 1)
-        runner.permits.release()
-        first.cancel()
-        runner.free()
-        assert (await second)[0] == "hello"
 
-    asyncio.run(main())
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_time_without_work_is_no_time_of_a_step(tokenizer, is_busy):
+    """Or the first request after an idle night would find the server dead."""
+    runner = ScriptedRunner(tokenizer)
+    engine = EngineByHand(runner, tokenizer.backend_tokenizer)
+    if is_busy:
+        engine.ask([1])
+        engine.step()
+    engine.last_step -= 1000
+    engine.ask([2])
+    engine._receive()
+    assert (time.monotonic() - engine.last_step > 900) is is_busy
 
 
 def cache_of(rows: int) -> SpanCache:
@@ -292,19 +306,12 @@ def test_decode_goes_on_beside_a_long_prefill(make, tokenizer):
     assert all(max(step) <= 16 and 1 in step for step in chunked)
 
 
-def test_prompts_share_a_step_up_to_the_prefill_chunk(make, tokenizer):
+def test_prompts_share_a_step_up_to_the_prefill_chunk(tokenizer):
     runner = ScriptedRunner(tokenizer, "x")
-    runner.hold()
-    model = make(runner, prefill_chunk=12)
-
-    async def three():
-        jobs = [reply(model, [i] * 8, GREEDY) for i in (1, 2, 3)]
-        tasks = [asyncio.create_task(job) for job in jobs]
-        await asyncio.sleep(0)  # in which all of them ask
-        runner.free()
-        await asyncio.gather(*tasks)
-
-    asyncio.run(three())
+    engine = EngineByHand(runner, tokenizer.backend_tokenizer, prefill_chunk=12)
+    answers = [engine.ask([i] * 8) for i in (1, 2, 3)]
+    while not all(answer.done for answer in answers):
+        engine.step()
     chunks = [[new for new in step if new > 1] for step in runner.steps]
     assert sum(map(sum, chunks)) == 24
     assert max(map(sum, chunks)) == 12
