@@ -73,9 +73,9 @@ STATED = {
         f"{tool_fields.MAX_TOOLS}, with schemas of {grammar.MAX_SCHEMAS_CHARS:,} characters"
         " together"
     ),
-    "time of the processor to compile a schema": f"{bounded_compiler.COMPILE_TIMEOUT:g} seconds",
+    "CPU time to compile a schema": f"{bounded_compiler.COMPILE_TIMEOUT:g} seconds",
     "memory to compile a schema": f"{bounded_compiler.COMPILE_MEMORY // 2**20} MiB",
-    "time of the processor to render messages by a chat template": (
+    "CPU time to render messages by a chat template": (
         f"{template_renderer.RENDER_TIMEOUT:g} seconds"
     ),
     "memory to render messages by a chat template": (
