@@ -91,17 +91,18 @@ def test_layers_of_one_input_are_one_product_and_norms_are_fused():
     assert attention.q_proj.shared.given is None, "the last of them lets go"
 
 
-def test_a_norm_that_computes_something_else_stays():
-    class OnePlusRMSNorm(torch.nn.Module):
+@pytest.mark.parametrize(("added", "is_ours"), [(0, True), (1, True), (2, False)])
+def test_norm_that_computes_something_else_stays(added, is_ours):
+    class OtherRMSNorm(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.ones(8))
             self.eps = 1e-6
 
         def forward(self, x):
-            return torch.nn.functional.rms_norm(x, (8,), 1 + self.weight, self.eps)
+            return torch.nn.functional.rms_norm(x, (8,), added + self.weight, self.eps)
 
-    assert plain_norm(OnePlusRMSNorm()) is None
+    assert (plain_norm(OtherRMSNorm()) is not None) == is_ours
 
 
 @pytest.mark.parametrize("products", [BY_KERNELS, BY_FBGEMM], ids=["kernels", "FBGEMM"])
