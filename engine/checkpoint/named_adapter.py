@@ -66,34 +66,45 @@ def updates_of(adapter: Adapter, model: Any) -> Updates:
     Raises StartError if it is another model's, or changes what is no linear layer of this one's.
     """
     found: Updates = {}
+    mapping = deepcopy(get_model_conversion_mapping(model, None, None))
+    names = model.state_dict()  # which takes longer than a module's matrices
     for module, parts in adapter.pairs.items():
-        for layer, update in _layers_of(adapter, model, module, parts).items():
+        for layer, update in _layers_of(adapter, model, mapping, names, module, parts).items():
             _check_layer(adapter, model, module, layer, update)
             found[layer] = update
     return found
 
 
-def _layers_of(adapter: Adapter, model: Any, module: str, parts: Parts) -> dict[str, Update]:
-    """An update by the names of the model's layers, as several of which a module may be loaded."""
+def _layers_of(
+    adapter: Adapter,
+    model: Any,
+    mapping: list[Any],
+    names: Mapping[str, torch.Tensor],
+    module: str,
+    parts: Parts,
+) -> dict[str, Update]:
+    """An update by the names of the model's layers, as several of which a module may be loaded.
+
+    `mapping` is how transformers loads a checkpoint of this model, `names` are its tensors.
+    """
     down, up = (parts[name][...].to(torch.float32) for name in ("lora_A", "lora_B"))
     up = up * adapter.scale_of(module, len(down))
-    mapping = deepcopy(get_model_conversion_mapping(model, None, None))
     renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
     converters = [x for x in mapping if isinstance(x, WeightConverter)]
     name, pattern = rename_source_key(
-        f"{module}.weight", renamings, converters, model.base_model_prefix, model.state_dict()
+        f"{module}.weight", renamings, converters, model.base_model_prefix, names
     )
     converter = next((x for x in converters if pattern in x.source_patterns), None)
     if converter is None:
         return {name.removesuffix(".weight"): Update(down, up)}
     targets = converter.target_patterns
-    names = [name.replace(targets[0], target).removesuffix(".weight") for target in targets]
+    layers = [name.replace(targets[0], target).removesuffix(".weight") for target in targets]
     if not all(isinstance(x, UngroupQKV) for x in converter.operations):
         raise _not_beside(adapter.folder, module)
     # Its rows go where the matrix's do.
     (operation,) = converter.operations
     split = operation.convert({pattern: [up]}, [pattern], targets, config=model.config)
-    return {name: Update(down, split[target]) for name, target in zip(names, targets, strict=True)}
+    return {name: Update(down, split[part]) for name, part in zip(layers, targets, strict=True)}
 
 
 def _check_layer(adapter: Adapter, model: Any, module: str, name: str, update: Update) -> None:
