@@ -23,6 +23,7 @@ def answers(url: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_an_empty_folder_with_the_bundle_and_a_model_serves(tmp_path: Path):
     archive = tmp_path / "chat-api.pyz"
     bundle.write(archive)

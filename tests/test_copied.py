@@ -39,6 +39,7 @@ def checkpoint(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_copied_files_serve_a_folder(copied, checkpoint, tmp_path):
     before = {path.relative_to(copied) for path in copied.rglob("*")}
     port, log = free_port(), tmp_path / "log"

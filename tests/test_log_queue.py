@@ -130,6 +130,7 @@ api.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a pipe of one page is Linux's")
 def test_answers_go_on_while_nobody_reads_stderr():
     import fcntl

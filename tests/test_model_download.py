@@ -336,6 +336,7 @@ def test_complete_folder_without_a_record_is_not_fetched_again(download, folder,
     assert (folder / RECORD).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda shard: os.truncate(shard, 100), Path.unlink])
 def test_damaged_shard_is_named_and_fetched_again(
     download, folder, repository, hub, damage: Callable[[Path], None]
@@ -368,6 +369,7 @@ def test_partial_file_of_other_bytes_is_noticed(download, folder, repository):
     assert whole(folder, repository)
 
 
+@pytest.mark.slow
 def test_file_with_a_wrong_checksum_is_refused(download, folder, repository, hub):
     hub.damaged.add(SHARDS[0])
     said = sentence(download())
@@ -491,6 +493,7 @@ def test_source_without_the_model_is_refused(name, source):
         model_download.fetch(name, source)
 
 
+@pytest.mark.slow
 def test_server_answers_with_the_fetched_model(download, folder):
     download(check=True)
     port = str(free_port())
@@ -504,6 +507,7 @@ def test_server_answers_with_the_fetched_model(download, folder):
     assert answer.json()["usage"]["completion_tokens"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "flags", "name"),
     [
@@ -580,6 +584,7 @@ def test_index_leads_to_no_other_file(download, hub, tmp_path, name: str):
     assert set(hub.sent) <= {INDEX}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": 3}', "", "\ufeff{"])
 def test_damaged_index_is_told(download, hub, tmp_path, index: str):
     hub.folder = put(tmp_path / "damaged", **{"config.json": "{}", INDEX: index})
@@ -704,6 +709,7 @@ def test_proxy_that_is_not_there_is_named(download, environment):
     assert "check the network and the proxy that ALL_PROXY names" in sentence(download())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ['"hf_token"', "'hf_token'", "hf token", "“hf_token”"])
 def test_token_in_quotes_is_told(download, environment, source, hub, value: str):
     variable = {"modelscope": "MODELSCOPE_API_TOKEN", "huggingface": "HF_TOKEN"}[source]

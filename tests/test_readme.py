@@ -551,6 +551,7 @@ def test_example_call_is_answered_as_shown(demo):
     assert answer | {"time": ""} == json.loads(told) | {"time": ""}
 
 
+@pytest.mark.slow
 def test_python_examples_run(demo, capsys):
     names: dict[str, object] = {}
     pages = TEXTS["README.md"], PAGES["docs/tools.md"], API

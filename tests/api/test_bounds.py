@@ -227,6 +227,7 @@ def test_body_that_waits_is_taken_when_there_is_room(server, monkeypatch):
 CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % api.MAX_BODY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begin", [head(api.MAX_BODY), CHUNKED], ids=["length", "chunks"])
 def test_body_that_waits_is_not_read(server, monkeypatch, begin):
     """It takes no memory and nobody's time meanwhile, and is read once its answer is there."""
@@ -331,6 +332,7 @@ def test_turns_of_chunks_are_one_at_a_time():
     assert turns.next(100.0, 2.0) == 106.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["wrong", "sesame"])
 def test_chunks_that_wait_are_not_read(runner, tokenizer, key):
     """What has come is kept, and no more is taken, whether anybody wants the body or not."""
@@ -403,6 +405,7 @@ def test_connection_that_is_answered_does_not_wait(server, runner, monkeypatch):
     wait_for(lambda: waiting() == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reads", [False, True])
 def test_time_in_which_a_client_takes_nothing_at_its_bound(runner, tokenizer, monkeypatch, reads):
     """One that reads slowly is served to the end; of one that does not, nothing is kept."""
@@ -591,6 +594,7 @@ def test_logprobs_that_are_too_many_are_refused_by_the_call(runner, tokenizer):
 MANY = "{% set m = range(100000) %}{% for a in m %}{% for b in m %}{% endfor %}{% endfor %}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("explodes", ["{{ 'x' * size }}", MANY], ids=["memory", "time"])
 def test_a_template_that_a_request_makes_explode_costs_only_that_request(
     runner, tokenizer, monkeypatch, explodes

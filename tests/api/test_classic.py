@@ -43,6 +43,7 @@ def events(lines) -> list:
 # ---- The classic call
 
 
+@pytest.mark.slow
 def test_the_demo_model_knows_the_capital_of_france(demo_folder):
     """The README's call, on the real model, over a real socket."""
     body = {"prompt": "What is the capital of France?", "history": []}
@@ -137,6 +138,7 @@ def test_a_history_of_another_shape_is_told_the_right_ones(server, history, mess
     assert refusal(post(server, {"prompt": "x", "history": history}))["message"] == message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -194,6 +196,7 @@ def test_a_bad_field_is_a_400_that_names_it(server, runner, body, param):
     assert post(server, {"prompt": "still there?"}).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -336,6 +339,7 @@ def test_health_answers_while_the_model_computes(server, runner):
     assert answers[0].json()["response"] == "hello"
 
 
+@pytest.mark.slow
 def test_four_hundred_at_once_are_served_or_told_to_come_back(runner, tokenizer):
     """None is lost, and /health answers all the while."""
     runner.pause = 0.005

@@ -324,6 +324,7 @@ def test_rows_are_freed_after_out_of_memory(tokenizer):
         model.engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("end", [SystemExit("the end"), KeyboardInterrupt(), MemoryError()])
 def test_all_requests_get_503_when_the_engine_dies(tokenizer, end):
@@ -456,6 +457,7 @@ SCHEMAS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", SCHEMAS)
 def test_impossible_schema_is_a_400_and_holds_up_nobody(server, how):
     """It was once a 200 with an answer that ended at once."""

@@ -281,6 +281,7 @@ def fuzzed(client: httpx.Client, most: int) -> None:
     assert client.post("/", json={"prompt": "hi"}).json()["response"] == "hello"
 
 
+@pytest.mark.slow
 def test_no_body_breaks_a_call(client):
     fuzzed(client, 400)
 

@@ -353,6 +353,7 @@ def test_reason_of_the_end(url, fields, reason, string):
     assert (end.stop_reason, end.stop_sequence) == (reason, string)
 
 
+@pytest.mark.slow
 def test_context_that_ends_an_answer_is_named(url, runner):
     runner.say, before = "x" * 3000, runner.say
     try:

@@ -77,6 +77,7 @@ def test_verbosity_is_left_out_and_told(server, path, value):
 WHOLE = json.dumps({"text": 'a "b" \\ é', "list": [1, {"c": None}], "d": -1.5e3})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", range(len(WHOLE)))
 def test_call_that_was_cut_off_is_taken_back(server, length):
     function = {"name": "f", "arguments": WHOLE[:length]}

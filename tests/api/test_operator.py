@@ -282,6 +282,7 @@ def test_a_path_cannot_forge_a_line(server, caplog):
     assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
+@pytest.mark.slow
 def test_start_log_says_what_is_served_and_how_to_reach_it(demo_folder):
     port = free_port()
     with server_process(api.load_served, "--port", str(port), "--host", "0.0.0.0") as process:
@@ -301,6 +302,7 @@ def test_start_log_says_what_is_served_and_how_to_reach_it(demo_folder):
     assert len(lines) == 8
 
 
+@pytest.mark.slow
 def test_start_by_uvicorn_says_the_same_and_debug_says_more(demo_folder):
     factory = ["-m", "uvicorn", "--factory", "api:build_app", "--port", str(free_port())]
     settings = {"CHAT_CHAT_PAGE": "false", "CHAT_DTYPE": "float32", "CHAT_LOG_LEVEL": "debug"}

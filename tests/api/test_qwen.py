@@ -124,6 +124,7 @@ def user(text: str) -> dict:
     return {"role": "user", "content": text}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thinks", [True, False])
 def test_second_turns_hit(servers, thinks):
     """All of them, whatever the first one's length, though its thoughts are left out."""
@@ -138,6 +139,7 @@ def test_second_turns_hit(servers, thinks):
     assert message_of(again) == message_of(ask(servers[1], turn, **fields))
 
 
+@pytest.mark.slow
 def test_calls_from_the_cache_are_the_same(servers):
     """Through a loop of calls and results, whose thoughts are repeated, and a question more."""
     fields = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}

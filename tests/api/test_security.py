@@ -291,6 +291,7 @@ def test_a_hang_up_behind_a_pipelined_request_ends_the_first(server, runner, str
     assert not [record for record in caplog.records if record.exc_info]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
 @pytest.mark.parametrize("stream", ["true", "false"])
 def test_a_client_that_closes_its_sending_side_is_answered(server, runner, stream, version):
@@ -348,6 +349,7 @@ def test_pipelined_bytes_have_an_end(server, runner):
 # ---- What costs too much
 
 
+@pytest.mark.slow
 def test_the_most_that_one_request_may_ask_for_holds_up_nobody(tokenizer):
     """Sixteen answers, a prompt that nearly fills the context, sixteen long stop strings."""
     runner = ScriptedRunner(tokenizer, "a" * 300)

@@ -81,6 +81,7 @@ def test_unknown_flag_is_one_sentence(arguments, words, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["cp1252", "gbk", "ascii"])
 def test_check_is_written_whatever_the_encoding_of_the_console(encoding):
     """A prompt in Chinese, and a model that says anything."""
@@ -154,6 +155,7 @@ def test_version_is_that_of_the_changelog():
     assert versions[0] == __version__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -125,6 +125,7 @@ class Client(threading.Thread):
                 self.begun.set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_answers_under_way_are_finished_and_new_ones_refused(sent):
     with started(leash=(leash := Leash())) as (process, url):
@@ -144,6 +145,7 @@ def test_answers_under_way_are_finished_and_new_ones_refused(sent):
     assert json.loads(client.events[-2])["response"] == "x" * 20
 
 
+@pytest.mark.slow
 def test_those_who_wait_are_answered_too():
     with started("--max-batch", "1", leash=(leash := Leash())) as (process, url):
         leash.encoding.set()
@@ -162,6 +164,7 @@ def test_those_who_wait_are_answered_too():
     assert [client.events[-1] for client in clients] == ["[DONE]", "[DONE]"]
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_too_long_is_ended_with_an_error():
     with started("--drain-timeout", "0.5", say="x" * 300, pause=1) as (process, url):
         client = Client(url)
@@ -172,6 +175,7 @@ def test_an_answer_that_takes_too_long_is_ended_with_an_error():
     assert (error["code"], error["message"]) == ("not_serving", "the server is stopping")
 
 
+@pytest.mark.slow
 def test_a_request_that_is_still_tokenized_is_answered_too():
     """The engine does not know of it yet."""
     with started(leash=(leash := Leash())) as (process, url):
@@ -191,6 +195,7 @@ def test_a_request_that_is_still_tokenized_is_answered_too():
     assert answers[0].json()["response"] == "x" * 20
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_still_being_read_is_not_cut():
     """It is all computed, and its reader takes longer than uvicorn would wait."""
     with started(say="x" * 3000, pause=0, context=8192) as (process, url):
@@ -211,6 +216,7 @@ def test_an_answer_that_is_still_being_read_is_not_cut():
     assert len(answer) > 2**22, "less would lie in the sockets' buffers"
 
 
+@pytest.mark.slow
 def test_a_server_that_was_paused_goes_on_and_answers_who_came_meanwhile():
     """As with Ctrl-Z, a laptop's lid, or a virtual machine that is moved."""
     body = b'{"prompt": "x"}'
@@ -249,6 +255,7 @@ def test_a_server_needs_no_folder_to_write_in():
         assert process.wait(PATIENCE) == 0
 
 
+@pytest.mark.slow
 def test_a_step_that_never_ends_is_left_at_the_deadline():
     """It is told as dead, also while the server stops."""
     leash = Leash()
@@ -292,6 +299,7 @@ def test_a_second_signal_ends_at_once():
     assert client.cut_off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [0, 10 * PATIENCE])
 def test_an_idle_or_a_loading_server_stops_soon_and_without_noise(load):
     with started(load=load) as (process, _):

@@ -196,6 +196,7 @@ def test_a_client_that_leaves_before_its_turn_is_not_tokenized(server, gate):
     assert sorted(gate.begun) == [*["ahead"] * NUM_THREADS, "behind"]
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_a_schema_but_those_with_one(server, monkeypatch):
     gate, check = Gate(), BoundedCompiler._check
     monkeypatch.setattr(
@@ -227,6 +228,7 @@ def load_slow(settings: api.Settings) -> ChatModel:
     return chat_model(ScriptedRunner(byte_tokenizer()), byte_tokenizer())
 
 
+@pytest.mark.slow
 def test_a_drain_does_not_wait_for_a_thread_that_is_busy():
     url = f"http://127.0.0.1:{(port := free_port())}"
     flags = ("--port", str(port), "--drain-timeout", "0.2", "--no-chat-page")

@@ -38,6 +38,7 @@ def run(*arguments: str, script: str = "benchmarks/benchmark.py") -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_benchmark_measures_a_server(server):
     out = run("--url", server, "--clients", "1", "4", "--repeats", "2")
     assert re.search(r"^\| given \| 4 \| [\d.]+ \| \d+\.\d{3} s \|", out, re.MULTILINE)
@@ -58,6 +59,7 @@ def test_benchmark_rush_counts_served_and_lost(server, runner):
     assert "/health meanwhile" in out
 
 
+@pytest.mark.slow
 def test_host_py_measures_steps_beside_a_pretended_card():
     arguments = ["--step", "20", "--clients", "1", "3", "--tokens", "20"]
     out = run(*arguments, script="benchmarks/host.py")

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_model_that_runs_is_compared():
     assert model_types.tried("llama", 5) == "runs"
     assert model_types.tried("gemma2", 40) == "runs, a window, soft caps"

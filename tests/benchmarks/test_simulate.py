@@ -30,6 +30,7 @@ def simulated(monkeypatch, capsys) -> Simulated:
     return run
 
 
+@pytest.mark.slow
 def test_table_of_scaling_md_is_what_the_program_prints(simulated):
     shown = table((ROOT / "docs/scaling.md").read_text(encoding="utf-8"))
     assert len(shown) == 3
@@ -38,6 +39,7 @@ def test_table_of_scaling_md_is_what_the_program_prints(simulated):
         assert row == pytest.approx(other, rel=0.1)
 
 
+@pytest.mark.slow
 def test_few_users_see_a_nearly_idle_replica(simulated, monkeypatch):
     """20 users of 100 tokens at 50 a second, who think for 38 seconds: each is served 2 of 40."""
     monkeypatch.setattr(simulate, "SECONDS", 300)
@@ -49,6 +51,7 @@ def test_few_users_see_a_nearly_idle_replica(simulated, monkeypatch):
     assert busy == pytest.approx(1, abs=0.5)
 
 
+@pytest.mark.slow
 def test_more_replicas_are_needed_where_more_is_asked(simulated, monkeypatch):
     # Less exact than the program, which is asked here for no more than an order.
     monkeypatch.setattr(simulate, "SECONDS", 300)

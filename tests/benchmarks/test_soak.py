@@ -62,6 +62,7 @@ def served(runner, tokenizer, **options):
 # ---- A rush
 
 
+@pytest.mark.slow
 def test_a_rush_is_answered_or_told_to_come_back(report, runner, tokenizer):
     runner.pause = 0.005
     with served(runner, tokenizer, max_waiting=60) as url:
@@ -108,12 +109,14 @@ def soaked(report, runner, tokenizer) -> int:
             return len(asyncio.all_tasks(loop)) - before
 
 
+@pytest.mark.slow
 def test_a_soak_leaves_nothing_behind(report, runner, tokenizer):
     assert soaked(report, runner, tokenizer) <= 0
     # Two minutes of a second say nothing of memory.
     assert not [words for words in report.broken if "memory" not in words]
 
 
+@pytest.mark.slow
 def test_rows_that_are_not_given_back_are_noticed(report, runner, tokenizer, monkeypatch):
     release = SpanCache.release
 
@@ -186,6 +189,7 @@ def test_a_delta_in_the_wrong_outbox_is_noticed(report, tokenizer, monkeypatch):
     assert report.broken
 
 
+@pytest.mark.slow
 def test_a_crowd_hears_what_each_would_alone_from_a_model_that_heeds_every_token(
     report, tokenizer, tmp_path
 ):
@@ -211,6 +215,7 @@ def slow(tokenizer):
         yield ready(url)
 
 
+@pytest.mark.slow
 def test_who_hangs_up_is_forgotten_at_every_stage(report, slow):
     asyncio.run(soak.hang_ups(report, slow, batch=2))
     assert not report.broken
@@ -229,6 +234,7 @@ def test_a_server_that_serves_on_who_hung_up_is_noticed(report, slow, monkeypatc
     assert any("whole" in words for words in report.broken)
 
 
+@pytest.mark.slow
 def test_a_slow_reader_holds_nobody_up_and_leaves_nothing(report, tokenizer):
     # Of a letter that no other test's answers have: their pieces may still be about.
     with served(ScriptedRunner(tokenizer, "Q" * 4000), tokenizer) as url:

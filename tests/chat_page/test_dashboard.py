@@ -152,6 +152,7 @@ def load_that_runs(_: object) -> ChatModel:
     return chat_model(ScriptedRunner(byte_tokenizer(), "hello", 512), byte_tokenizer(), 512)
 
 
+@pytest.mark.slow
 def test_stream_ends_with_the_server():
     """An open dashboard does not hold up the exit."""
     port = free_port()
@@ -231,7 +232,7 @@ def test_figures_in_the_browser(browser: Browser, url, runner):
             assert [*lines]
         expect(page.locator("#requests tr")).to_have_count(0)
         expect(page.locator("#firstToken")).to_contain_text("median")
-        expect(page.locator("#cache polyline")).to_have_count(1)
+        expect(page.locator("#cache polyline")).to_have_count(2)
         page.get_by_role("button", name="中文").click()
         expect(page.locator("#state")).to_have_text("就绪")
         assert not failures

@@ -35,6 +35,7 @@ def exported(page: Page, title: str, how: str) -> str:
 SAID = "one\n\n## user\n\ntwo\n\n\\## assistant"
 
 
+@pytest.mark.slow
 @in_browser
 @pytest.mark.parametrize("how", ["Markdown", "JSON"])
 def test_export_is_read_again(browser, url, runner, how):
@@ -109,6 +110,7 @@ def test_other_programs_conversations_are_read(browser, url, wrapped):
         expect(bodies(page).locator("em")).to_have_text("snows")
 
 
+@pytest.mark.slow
 @in_browser
 @pytest.mark.parametrize(
     "text",

@@ -39,6 +39,7 @@ BRING = """([type, name, text]) => {
 }"""
 
 
+@pytest.mark.slow
 @in_browser
 @pytest.mark.parametrize("how", ["chosen", "paste", "drop"])
 def test_file_goes_before_its_question(browser, url, runner, how):
@@ -76,6 +77,7 @@ def test_file_alone_is_a_question(browser, url, runner):
     assert text_of(runner, 0) == "<|user|>b.txt:\n```\n二\n```<|end|><|assistant|>"
 
 
+@pytest.mark.slow
 @in_browser
 @pytest.mark.parametrize(
     ("content", "words"),

@@ -66,6 +66,7 @@ def test_input_method_s_enter_does_not_send(browser, url, runner):
     assert runner.prompts == [runner.tokenizer.encode("<|user|>你好<|end|><|assistant|>")]
 
 
+@pytest.mark.slow
 @in_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_has_enough_contrast(browser, url, runner, scheme):

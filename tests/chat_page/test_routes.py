@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
+import pytest
 from playwright.sync_api import expect
 
 import api
@@ -25,6 +26,7 @@ def test_browser_is_sent_to_the_page(url):
     assert httpx.get(f"{url}/chat", follow_redirects=True).status_code == 200
 
 
+@pytest.mark.slow
 def test_files_have_a_strict_policy_and_are_sent_once(url):
     for path in PATHS:
         elsewhere = httpx.get(f"{url}/chat/{path}", headers={"Origin": "https://elsewhere.example"})
@@ -161,6 +163,7 @@ def proxy(target: str, prefix: str) -> Iterator[str]:
         server.server_close()
 
 
+@pytest.mark.slow
 @in_browser
 def test_page_works_behind_a_prefix(browser, runner, tokenizer):
     runner.say = "*hello*"

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
+import pytest
 from playwright.sync_api import expect
 
 from chat_page import markdown
@@ -54,6 +55,7 @@ def test_corpus_is_large_and_varied():
     assert len(set(VECTORS)) == len(VECTORS) >= 200
 
 
+@pytest.mark.slow
 def test_renderer_gives_only_text_s_elements_and_safe_links(url):
     with httpx.Client(base_url=url) as client:
         for vector in VECTORS:

@@ -54,6 +54,7 @@ def test_thought_that_the_server_parts_is_folded_and_goes_on(browser, runner, to
     ]
 
 
+@pytest.mark.slow
 @in_browser
 @pytest.mark.parametrize("opening", ["<think>", ""])
 def test_thinking_is_folded_and_not_sent_back(browser, url, runner, opening):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import httpx
+import pytest
 from playwright.sync_api import expect
 
 import api
@@ -120,6 +121,7 @@ def test_blank_message_is_not_sent_and_a_broken_one_is_refused(browser, url, run
     assert len(runner.prompts) == 1
 
 
+@pytest.mark.slow
 @in_browser
 def test_full_context_offers_to_leave_out_the_oldest_turns(browser, url, runner):
     runner.say = "much " * 120
@@ -249,6 +251,7 @@ def test_stream_that_breaks_is_kept_and_marked(browser, url, runner):
         expect(bodies(page)).to_have_text("one and more")
 
 
+@pytest.mark.slow
 @in_browser
 def test_key_is_asked_for_and_kept_for_the_session(browser, runner, tokenizer):
     load = lambda _: chat_model(runner, tokenizer)  # noqa: E731

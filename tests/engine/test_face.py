@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 import engine
 from tests.conftest import ROOT
 
@@ -16,6 +18,7 @@ def shown() -> str:
     return textwrap.dedent(program)
 
 
+@pytest.mark.slow
 def test_the_program_in_the_docstring_streams_an_answer(demo_folder):
     done = subprocess.run(
         [sys.executable, "-c", shown()], cwd=ROOT, capture_output=True, text=True, check=False

@@ -111,6 +111,7 @@ def run_api(*flags: str) -> Done:
         return Done(process.wait(PATIENCE), process.said())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [[], ["--check"]])
 def test_missing_model_ends_the_process_with_one_sentence_and_code_1(check):
     done = run_api("--model", "nowhere", "--port", str(free_port()), *check)

@@ -91,6 +91,7 @@ def check(runner: Runner, wanted: list[list[int]], chunk: int) -> None:
         engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [5, 40])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_batch_with_windows_says_what_generate_says(monkeypatch, kind, window):

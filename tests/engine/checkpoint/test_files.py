@@ -84,6 +84,7 @@ def test_shard_that_only_the_index_has_is_named(folder):
         load_model(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("said", "name"),
     [

@@ -178,6 +178,7 @@ def file_of(path: Path, kinds: dict[str, str], tied: bool = False, **sizes: int)
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_gguf_stays_packed(tmp_path, kind, tied):

@@ -26,6 +26,7 @@ def compiler():
     compiler.close()
 
 
+@pytest.mark.slow
 def test_schema_that_takes_too_much_is_refused_and_the_next_is_compiled(compiler):
     compiler.compile(EASY)
     worker = compiler.trial.process
@@ -36,6 +37,7 @@ def test_schema_that_takes_too_much_is_refused_and_the_next_is_compiled(compiler
     assert compiler.compile(EASY).token_mask().any()
 
 
+@pytest.mark.slow
 def test_schema_that_takes_too_much_memory_is_refused(compiler, monkeypatch):
     monkeypatch.setattr(
         "engine.guided.bounded_compiler.COMPILE_TIMEOUT", 600
@@ -82,6 +84,7 @@ def test_process_that_died_is_started_again(compiler):
     compiler.compile(EASY)
 
 
+@pytest.mark.slow
 def test_grammar_with_a_schema_that_takes_too_much_is_refused(compiler):
     grammar = '%llguidance {}\nstart: "a" | %json '
     compiler.compile_grammar(grammar + json.dumps(EASY), ())

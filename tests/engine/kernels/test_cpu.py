@@ -85,6 +85,7 @@ def in_blocks(
     return layer, unpack_blocks(packed, scale, offset), bias
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_those_of_the_weights_and_of_each_row_alone(compiled_for, kind):
@@ -342,6 +343,7 @@ def test_compiler_that_cannot_be_read_is_a_reason(monkeypatch):
     assert missing_because() == "No closing quotation"
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("content", [b"", b"no library", None])
 def test_broken_library_is_compiled_again(monkeypatch, tmp_path, content):
@@ -366,6 +368,7 @@ def test_processor_without_wide_vectors_has_none(monkeypatch):
     assert missing_because() == "there are none for this CPU's instructions (DEFAULT)"
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_library_is_compiled_once_and_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -377,6 +380,7 @@ def test_library_is_compiled_once_and_kept(monkeypatch, tmp_path):
     assert library.stat().st_mtime_ns == when
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_change_in_any_file_names_another_library(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -388,6 +392,7 @@ def test_change_in_any_file_names_another_library(monkeypatch, tmp_path):
     assert len([*(tmp_path / "chat-api").iterdir()]) == 2
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_without_a_folder_to_keep_it_in_the_library_is_compiled_each_time(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
@@ -399,6 +404,7 @@ def mode_of(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("open_one", ["folder", "file", "above"])
 def test_library_that_others_may_have_written_is_not_loaded(
     monkeypatch, tmp_path, caplog, open_one
@@ -417,6 +423,7 @@ def test_library_that_others_may_have_written_is_not_loaded(
     assert f"others may write to {place}" in caplog.text
 
 
+@pytest.mark.slow
 def test_library_of_another_user_is_not_loaded(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cpu_kernels.library()
@@ -431,6 +438,7 @@ def test_library_of_another_user_is_not_loaded(monkeypatch, tmp_path, caplog):
     assert cpu_kernels.why_untrusted(kept) == f"{kept} belongs to another user"
 
 
+@pytest.mark.slow
 def test_user_without_a_home_compiles_them_each_time(monkeypatch):
     def no_home(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")

@@ -486,6 +486,7 @@ def dressed(kind: str, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MARKERS)
 def test_each_family_answers_over_http_alike_alone_and_in_a_batch(kind, tmp_path):
     folder = dressed(kind, tmp_path)
@@ -546,6 +547,7 @@ def test_check_option_reports_model_prompt_and_answer(tmp_path):
     assert "eight tokens" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["none", "8bit", "4bit"])
 @pytest.mark.parametrize("kind", MARKERS)
 def test_check_option_reports_each_family_in_each_width(kind, quantize, tmp_path):

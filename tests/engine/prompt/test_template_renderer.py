@@ -35,6 +35,7 @@ def short_time(monkeypatch):
     monkeypatch.setattr(template_renderer, "RENDER_TIMEOUT", 0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [LOOPS, CALLS_ITSELF_TWICE])
 def test_template_that_does_not_end_is_refused_and_the_next_is_rendered(
     short_time, monkeypatch, template

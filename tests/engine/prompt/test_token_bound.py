@@ -28,11 +28,13 @@ def special_of(tokenizer: Tokenizer) -> list[str]:
     return [token["content"] for token in added if token["special"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_bound_is_never_above_the_tokens(folder):
     check_bound(load_tokenizer(folder).backend_tokenizer)
 
 
+@pytest.mark.slow
 def test_bound_is_never_above_the_tokens_of_the_demo(demo_folder):
     check_bound(GGUFFile(demo_folder / "demo.gguf").tokenizer().backend_tokenizer)
 

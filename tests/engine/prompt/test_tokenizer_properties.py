@@ -134,6 +134,7 @@ PARTS = st.sampled_from(
 TEXTS = st.lists(PARTS, max_size=10).map("".join) | st.text(st.characters(codec="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @untimed
 @given(content=TEXTS)
@@ -144,6 +145,7 @@ def test_text_without_special_tokens_is_encoded_as_the_tokenizer_does(variant, c
     assert text.encode(messages) == own_ids(text, messages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @untimed
 @given(before=TEXTS, word=st.sampled_from(SPECIAL), after=TEXTS)
@@ -160,6 +162,7 @@ def test_quoted_special_token_changes_its_own_message_alone(variant, before, wor
     assert split(text, quoted)[-1] == split(text, plain)[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @untimed
 @given(before=PARTS, word=st.sampled_from(SPECIAL), after=PARTS)

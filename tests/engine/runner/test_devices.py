@@ -144,6 +144,7 @@ def computed(runner: Runner, work: list[tuple[KVSpan, int]]) -> torch.Tensor:
     return off_card(runner.forward(work).clone())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "deepseek_v2", *map(slow, RENAMED)])
 def test_step_stays_on_the_card_and_waits_for_nothing(card, name):
     plain = create_runner(loaded(name), "1MiB")
@@ -166,6 +167,7 @@ def test_step_stays_on_the_card_and_waits_for_nothing(card, name):
     assert card.waits == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
 def test_step_in_8_bits_stays_on_the_card_and_waits_for_nothing(card, name):
     """A mixture's experts are unpacked without asking which were chosen."""

@@ -73,6 +73,7 @@ def test_a_batch_says_what_each_says_alone(monkeypatch, name, **batch):
     check_batch(monkeypatch, name, **batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*FAMILIES} - {"llama", "deepseek_v2"}))
 @settings(max_examples=3, **fixtures_once)
 @batches
@@ -80,6 +81,7 @@ def test_a_batch_of_renamed_llama_says_what_each_says_alone(monkeypatch, name, *
     check_batch(monkeypatch, name, **batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [pytest.param("our kernels", marks=needs_kernels), "fp16 weights"])
 @pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
 @settings(max_examples=8, **fixtures_once)
@@ -89,6 +91,7 @@ def test_a_batch_says_what_each_says_alone_in_few_bits(monkeypatch, name, form, 
     check_batch(monkeypatch, name, form=form, **batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "deepseek_v2"])
 @settings(max_examples=4, **fixtures_once)
 @batches

@@ -1,5 +1,6 @@
 """Slots for states: none is lost or changed while somebody holds it, and prefixes are found."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -175,6 +176,7 @@ def test_spoilt_sequence_leaves_nothing():
     assert reused(cache, [*range(45), 1]) == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.randoms(use_true_random=False), st.sampled_from([5, 7, 12, 40]))
 def test_no_slot_is_lost(chance, slots):

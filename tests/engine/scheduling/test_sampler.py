@@ -79,6 +79,7 @@ hows = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("few", [4, 100, 1000])
 @settings(max_examples=30, deadline=None)
 @given(hows=st.lists(hows, min_size=1, max_size=4), seed=st.integers(0, 2**32))

@@ -44,6 +44,7 @@ class EngineByHand(Engine):
         self._advance()
 
 
+@pytest.mark.slow
 def test_no_rows_are_lost_whatever_becomes_of_requests(tokenizer, monkeypatch):
     """Add, step, cancel, finish, move and fail at random, 10,000 operations in all."""
     monkeypatch.setattr("engine.sequence.DECODE_RESERVE", 3)

@@ -112,6 +112,7 @@ def test_client_that_leaves_loses_no_slot(engine):
     assert asyncio.run(ask())[1][0] == said("lfm2", prompts[1:2])
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 2**32),

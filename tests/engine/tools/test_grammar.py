@@ -190,6 +190,7 @@ SCHEMAS = objects(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(sorted(FORMATS)),
