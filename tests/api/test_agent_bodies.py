@@ -144,12 +144,18 @@ TABLES: Any = {MessagesRequest: test_messages, ResponsesRequest: test_responses}
 
 
 def apart(rows: Iterable[Any]) -> list[Any]:
-    """The rows of a table, without those whose fields an earlier one has."""
+    """The rows of a table, without those whose fields an earlier one has.
+
+    An item that updates the configuration has its fields.
+    """
     kept, seen = [], set[str]()
     for row in rows:
         fields = row if isinstance(row, dict) else row[0]
-        if not seen & fields.keys():
-            seen |= fields.keys()
+        items = fields.get("input")
+        updates = [x for x in items if isinstance(x, dict)] if isinstance(items, list) else []
+        names = {*fields, *(name for item in updates for name in item.keys() & {"reasoning"})}
+        if not seen & names:
+            seen |= names
             kept.append(row)
     return kept
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import h11
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serving.request_parser import CHUNKS_AT_ONCE, MAX_HEADER_BYTES, MAX_HEADERS, RequestParser
@@ -54,6 +54,7 @@ TEXTS = st.lists(st.sampled_from([b"0\r\n", b"\r\n0\r\n\r\n", b"a: b\r\n" * 200,
     trailers=st.integers(0, 3),
     places=st.lists(st.integers(0, 10_000), max_size=12),
 )
+@example(data=[b"0\r\n" + b"a: b\r\n" * 200], extension=b"", zeros=b"0", trailers=0, places=[61])
 def test_chunks_wherever_they_are_cut(data, extension, zeros, trailers, places):
     framed = b"".join(chunk(each, extension.strip(b" ")) for each in data)
     end = zeros + b"\r\n" + b"a: b\r\n" * trailers + b"\r\n"
