@@ -103,7 +103,7 @@ class RequestParser(h11.Connection):
 
     def _check_trailers(self) -> None:
         pending = self.trailing_data[0]
-        # Behind a chunk's size, which h11 takes alone if no more has come, data looks like anything.
+        # Behind a chunk's size, which h11 may have taken alone, data looks like anything.
         begun = getattr(self._reader, "_bytes_in_chunk", 0)
         if self.at_chunk and not begun and (last := _LAST_CHUNK.match(pending)):
             self.at_chunk, self.in_trailers = False, True
