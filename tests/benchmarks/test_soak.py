@@ -221,7 +221,7 @@ def test_who_hangs_up_is_forgotten_at_every_stage(report, slow):
     assert not report.broken
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_a_server_that_serves_on_who_hung_up_is_noticed(report, slow, monkeypatch):
     async def deaf(request, work):
         return await work
