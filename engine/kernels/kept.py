@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -81,9 +82,9 @@ def _read(file: Path) -> Measured | None:
 
 def _write(file: Path, found: Measured) -> None:
     """All of it at once, or nothing: two starts may write."""
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as part:
-            json.dump(found, part)
-        Path(part.name).replace(file)
-    except OSError:  # a full disk is no reason not to start
-        Path(part.name).unlink(missing_ok=True)
+    # A full disk is no reason not to start.
+    with suppress(OSError), tempfile.TemporaryDirectory(dir=file.parent) as place:
+        part = Path(place, file.name)
+        part.write_text(json.dumps(found))
+        part.chmod(0o600)
+        part.replace(file)

@@ -1,5 +1,8 @@
 """What measuring found, kept from one start to the next."""
 
+import errno
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -77,3 +80,20 @@ def test_without_a_place_it_is_measured_each_time(folder):
 def test_nothing_found_is_not_kept(folder):
     assert kept("forms", (), dict) == {}
     assert not folder.exists()
+
+
+def test_full_disk_is_no_reason_not_to_start(folder, monkeypatch):
+    """Whether a file cannot be made there, or not be written to its end."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    machine = Machine()
+    for name in ("tempfile.mkdtemp", "pathlib.Path.write_text"):
+        with monkeypatch.context() as patched:
+            patched.setattr(name, Mock(side_effect=full))
+            assert kept("steps", name, machine.measure)
+    assert [*folder.iterdir()] == []
+
+
+def test_file_is_for_its_user_alone(folder):
+    kept("steps", (), Machine().measure)
+    (file,) = folder.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
