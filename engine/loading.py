@@ -35,7 +35,7 @@ from engine.runner.cpu_threads import cores_settled_behind
 from engine.runner.runner import Runner
 from engine.runner.self_check import start_runner
 from engine.runner.step_costs import row_costs, step_costs
-from engine.runner.summary import attention_summary, context_summary, speculation_summary
+from engine.runner.summary import attention_summary, context_summary, why_no_drafts
 from engine.scheduling.engine import Engine
 from engine.scheduling.speculation import Speculation
 
@@ -43,40 +43,32 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _measured_costs(
-    runner: Runner, prefill_chunk: int, weights: str, anew: bool
-) -> dict[int, float]:
-    """What steps cost, of as many tokens as a step may compute of prompts.
+def _measured(
+    runner: Runner, facts: dict[str, str], prefill_chunk: int, speculate: str, anew: bool
+) -> dict[str, Any]:
+    """What the engine is told of its steps' cost; adds to the facts whether there are drafts.
 
-    Where attention has masks or scores as large as chunk times context, few, for their memory.
+    Where attention has masks or scores as large as chunk times context, steps have few tokens of
+    prompts, for their memory.
     """
     most = min(prefill_chunk, context_length(runner.model.config))
     if runner.backend not in ("in place", "latents"):
         most = min(most, 512)
-    of = _identity(runner.model), weights, most, runner.rows, runner.num_adapters, runner.backend
-
-    def measure() -> dict[str, float]:
-        return {str(size): cost for size, cost in step_costs(runner, most).items()}
-
-    return {int(size): cost for size, cost in kept("steps", of, measure, anew).items()}
-
-
-def _measured(
-    runner: Runner, facts: dict[str, str], prefill_chunk: int, speculate: str, anew: bool
-) -> dict[str, Any]:
-    """What the engine is told of its steps' cost; adds to the facts whether there are drafts."""
-    weights = _form_of(facts)
-    facts["speculation"] = speculation_summary(runner, speculate)
-    costs = _measured_costs(runner, prefill_chunk, weights, anew)
-    if not facts["speculation"].startswith("on"):
+    why_off = why_no_drafts(runner, speculate)
+    facts["speculation"] = why_off or "on, with what an answer repeats as drafts"
+    of = _identity(runner.model), _form_of(facts), runner.rows, runner.num_adapters, runner.backend
+    costs = _kept_costs("steps", (of, most), partial(step_costs, runner, most), anew)
+    if why_off:
         return {"costs": costs}
-    of = _identity(runner.model), weights, runner.rows, runner.num_adapters, runner.backend
-
-    def measure() -> dict[str, float]:
-        return {str(size): cost for size, cost in row_costs(runner).items()}
-
-    rows = {int(size): cost for size, cost in kept("rows", of, measure, anew).items()}
+    rows = _kept_costs("rows", of, partial(row_costs, runner), anew)
     return {"costs": costs, "speculation": Speculation(rows)}
+
+
+def _kept_costs(
+    what: str, of: Any, measure: Callable[[], Mapping[int, float]], anew: bool
+) -> dict[int, float]:
+    """Seconds by tokens, as measured now or at an earlier start."""
+    return {int(size): cost for size, cost in kept(what, of, measure, anew).items()}
 
 
 def _identity(model: Any) -> tuple[Any, ...]:
@@ -221,7 +213,7 @@ def _chat_model(
     runner = engine.runner
     model = runner.model
     context = min(context_length(model.config), runner.rows)
-    weights = _form_of(facts)
+    weights, speculation = _form_of(facts), facts["speculation"]
     return ChatModel(
         name=named.name,
         tokenizer=text,
@@ -238,6 +230,6 @@ def _chat_model(
         summary={
             "model": f"{facts['model']}, {weights}, on {device_summary(model)}",
             "context": context_summary(runner, context),
-            **{name: facts[name] for name in ("speculation",) if facts[name] != "off"},
-        },
+        }
+        | ({} if speculation == "off" else {"speculation": speculation}),
     )

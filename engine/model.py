@@ -127,10 +127,8 @@ class ChatModel(EngineStatus):
         """
         thoughts = prompt.thoughts or self.thoughts(prompt)
         choice = ToolChoice(required, parallel, schema)
-        grammar, special_ids = (
-            self._tool_grammar.write(tools, choice, thoughts),
-            self._tool_grammar.special_ids,
-        )
+        grammar = self._tool_grammar.write(tools, choice, thoughts)
+        special_ids = self._tool_grammar.special_ids
         try:
             guide = self._guides.compile_grammar(grammar, special_ids)
         except InvalidInput as error:

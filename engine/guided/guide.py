@@ -40,13 +40,11 @@ class Guide:
         """
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         self.check()
-        token_mask = np.unpackbits(bits, bitorder="little").astype(bool)
-        token_mask[self.markers if self.matcher.is_accepting() else self.markers + self.ends] = (
-            False
-        )
-        if not token_mask.any():
+        mask = np.unpackbits(bits, bitorder="little").astype(bool)
+        mask[self.markers if self.matcher.is_accepting() else self.markers + self.ends] = False
+        if not mask.any():
             raise InvalidInput("the JSON schema allows for no answer", self.argument)
-        return token_mask
+        return mask
 
     def check(self) -> None:
         """Raise InvalidInput if the matcher has failed, as it never raises by itself."""

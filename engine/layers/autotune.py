@@ -168,7 +168,7 @@ def _measure_in_turns(
     return shortest
 
 
-def fastest_format(taken: dict[WeightFormat, list[float]]) -> WeightFormat:
+def fastest_format(taken: Timings) -> WeightFormat:
     """The first form than which none is clearly faster, and slower for no number of tokens."""
     chosen: WeightFormat = "as it is"
     for form, times in taken.items():

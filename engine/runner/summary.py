@@ -33,8 +33,8 @@ def context_summary(runner: Runner, context: int) -> str:
     return summary
 
 
-def speculation_summary(runner: Runner, speculate: str) -> str:
-    """Whether sequences get drafts, and why not.
+def why_no_drafts(runner: Runner, speculate: str) -> str | None:
+    """Why sequences get no drafts, in words; None if they do.
 
     By itself only where a row's numbers are the same to the last bit in any step: there a draft
     changes no token.
@@ -45,4 +45,4 @@ def speculation_summary(runner: Runner, speculate: str) -> str:
         return "off, as layers keep a state"
     if speculate == "auto" and not runner.same_bits:
         return "off, as a draft could change the rounding of its step"
-    return "on, with what an answer repeats as drafts"
+    return None

@@ -11,7 +11,7 @@ from itertools import accumulate
 from math import inf
 
 from engine.scheduling.draft_source import NUM_KINDS, Draft, DraftSource
-from engine.scheduling.step_budget import NEWEST, UNLIKE, line_through
+from engine.scheduling.step_budget import line_through, points_of, times_of_late
 from engine.sequence import Sequence
 
 # Most tokens of a draft, and of all drafts in a step: each has logits as wide as the vocabulary.
@@ -63,9 +63,7 @@ class RowCosts:
     """Seconds of a step by its tokens, all of whose logits are wanted, as steps take of late."""
 
     def __init__(self, costs: Mapping[int, float]):
-        sizes = sorted(costs)
-        seconds = accumulate((costs[size] for size in sizes), max)  # as StepBudget takes them
-        self.points = [(float(size), cost) for size, cost in zip(sizes, seconds, strict=True)]
+        self.points = points_of(costs)
         self._known: dict[int, float] = {}  # what was asked for of them
         # How many times as long as measured, without drafts and with them.
         self.without = self.drafted = 1.0
@@ -82,12 +80,11 @@ class RowCosts:
 
     def note(self, tokens: int, drafted: int, seconds: float) -> None:
         """Note what a step took."""
-        ratio = seconds / self._measured(tokens + drafted)
-        ratio = min(UNLIKE, max(1 / UNLIKE, ratio))
+        measured = self._measured(tokens + drafted)
         if drafted:
-            self.drafted += NEWEST * (ratio - self.drafted)
+            self.drafted = times_of_late(self.drafted, seconds, measured)
         else:
-            self.without += NEWEST * (ratio - self.without)
+            self.without = times_of_late(self.without, seconds, measured)
             self.drafted += (1 - _RESTING) * (self.without - self.drafted)
 
 

@@ -11,9 +11,9 @@ STRETCH = 2.0
 # The fewest prompt tokens of a step, so that a prompt goes on however long its steps take.
 FEWEST = 8
 # The part that the last step has in what is known of steps now.
-NEWEST = 0.3
+_NEWEST = 0.3
 # Within which a step may differ from what was measured of it: beyond, something else was the cause.
-UNLIKE = 8.0
+_UNLIKE = 8.0
 
 
 class StepBudget:
@@ -23,10 +23,7 @@ class StepBudget:
     """
 
     def __init__(self, most: int, costs: Mapping[int, float] | None = None):
-        sizes = sorted(costs or {})
-        # More tokens take no less time, whatever disturbed a measurement.
-        seconds = accumulate((costs[size] for size in sizes), max) if costs else []
-        self.costs = [(float(size), cost) for size, cost in zip(sizes, seconds, strict=True)]
+        self.costs = points_of(costs or {})
         self.most = min(most, efficient_size(costs)) if costs else most
         self._overhead = _overhead(self.costs[1:])
         # How many times as long as measured steps take now, with prompts and without: what they
@@ -53,12 +50,11 @@ class StepBudget:
         """Note how long a step took."""
         if not self.costs or not decoding + prompt_tokens:
             return
-        ratio = seconds / self._seconds(decoding + prompt_tokens)
-        ratio = min(UNLIKE, max(1 / UNLIKE, ratio))
+        measured = self._seconds(decoding + prompt_tokens)
         if prompt_tokens:
-            self._with_prompts += NEWEST * (ratio - self._with_prompts)
+            self._with_prompts = times_of_late(self._with_prompts, seconds, measured)
         else:
-            self._without += NEWEST * (ratio - self._without)
+            self._without = times_of_late(self._without, seconds, measured)
 
     def _seconds(self, tokens: float) -> float:
         """What a step of so many tokens cost at the start, between and beyond those measured."""
@@ -72,6 +68,19 @@ class StepBudget:
 def _overhead(costs: list[tuple[float, float]]) -> float:
     """What a step with prompts costs however few they are: on a card, more than a recorded one."""
     return max(0.0, line_through(costs, 0.0)) if len(costs) > 1 else 0.0
+
+
+def points_of(costs: Mapping[int, float]) -> list[tuple[float, float]]:
+    """Tokens and seconds in order; more tokens take no less, whatever disturbed a measurement."""
+    sizes = sorted(costs)
+    seconds = accumulate((costs[size] for size in sizes), max)
+    return [(float(size), cost) for size, cost in zip(sizes, seconds, strict=True)]
+
+
+def times_of_late(times: float, seconds: float, measured: float) -> float:
+    """How many times as long as measured steps take, after one more."""
+    ratio = min(_UNLIKE, max(1 / _UNLIKE, seconds / measured))
+    return times + _NEWEST * (ratio - times)
 
 
 def line_through(points: list[tuple[float, float]], x: float) -> float:

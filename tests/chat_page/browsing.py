@@ -8,7 +8,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.conftest import PATIENCE
+from tests.conftest import PATIENCE, ScriptedRunner
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -36,6 +36,13 @@ def opened(browser: Browser, url: str, **options: object) -> Iterator[Page]:
 def ask(page: Page, text: str) -> None:
     page.locator("#message").fill(text)
     page.locator("#message").press("Enter")
+
+
+def begin_answer(page: Page, runner: ScriptedRunner) -> None:
+    """Ask while the runner is held, and see the answer come as far as "one"."""
+    ask(page, "count")
+    runner.permits.release(3)
+    expect(bodies(page)).to_have_text("one")
 
 
 def answers(page: Page) -> Locator:

@@ -11,6 +11,7 @@ from engine import ChatModel
 from tests.chat_page.browsing import (
     answers,
     ask,
+    begin_answer,
     bodies,
     expect_answered,
     in_browser,
@@ -56,9 +57,7 @@ def test_answer_is_seen_while_it_comes(browser, url, runner):
     runner.say = "one two three"
     runner.hold()
     with opened(browser, url) as page:
-        ask(page, "count")
-        runner.permits.release(3)
-        expect(bodies(page)).to_have_text("one")
+        begin_answer(page, runner)
         runner.free()
         expect(bodies(page)).to_have_text("one two three")
         expect(page.get_by_text(re.compile(r"^14 tokens · [\d.]+ tokens/s$"))).to_be_visible()
@@ -164,9 +163,7 @@ def test_answer_goes_on_while_another_conversation_is_open(browser, url, runner)
     runner.say = "one two three"
     runner.hold()
     with opened(browser, url) as page:
-        ask(page, "count")
-        runner.permits.release(3)
-        expect(bodies(page)).to_have_text("one")
+        begin_answer(page, runner)
         page.get_by_role("button", name="New chat").click()
         expect(answers(page)).to_have_count(0)
         runner.free()

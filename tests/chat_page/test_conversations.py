@@ -9,6 +9,7 @@ from tests.chat_page.browsing import (
     act,
     answers,
     ask,
+    begin_answer,
     bodies,
     expect_answered,
     in_browser,
@@ -57,9 +58,7 @@ def test_conversation_deleted_while_it_is_answered_stays_deleted(browser, url, r
     runner.say = "one two"
     runner.hold()
     with opened(browser, url) as page:
-        ask(page, "count")
-        runner.permits.release(3)
-        expect(bodies(page)).to_have_text("one")
+        begin_answer(page, runner)
         page.on("dialog", lambda dialog: dialog.accept())
         act(page, "count", "Delete")
         runner.free()  # a model ends its step before it sees that nobody listens
@@ -75,9 +74,7 @@ def test_open_menu_and_a_name_half_typed_outlive_what_an_answer_saves(browser, u
     runner.hold()
     with opened(browser, url) as page:
         page.clock.install()
-        ask(page, "count")
-        runner.permits.release(3)
-        expect(bodies(page)).to_have_text("one")
+        begin_answer(page, runner)
         item = page.locator("#list li")
         item.hover()
         item.locator("summary").click()
@@ -101,9 +98,7 @@ def test_other_tab_follows_an_answer_and_leaves_the_focus_where_it_is(browser, u
     runner.hold()
     with opened(browser, url) as one:
         one.clock.install()
-        ask(one, "count")
-        runner.permits.release(3)
-        expect(bodies(one)).to_have_text("one")
+        begin_answer(one, runner)
         other = one.context.new_page()
         other.goto(f"{url}/chat/")
         other.get_by_label("Search").focus()

@@ -15,6 +15,7 @@ from engine import ChatModel
 from tests.chat_page.browsing import (
     answers,
     ask,
+    begin_answer,
     bodies,
     enter_key,
     expect_answered,
@@ -237,9 +238,7 @@ def test_stream_that_breaks_is_kept_and_marked(browser, url, runner):
     runner.say = "one two three"
     runner.hold()
     with cable(url) as line, opened(browser, f"http://127.0.0.1:{line.port}") as page:
-        ask(page, "count")
-        runner.permits.release(3)
-        expect(bodies(page)).to_have_text("one")
+        begin_answer(page, runner)
         line.cut()
         expect(answers(page).get_by_text("Connection lost")).to_be_visible()
         expect(bodies(page)).to_have_text("one")
