@@ -132,16 +132,15 @@ def _check_layer(adapter: Adapter, model: Any, module: str, name: str, update: U
         )
 
 
-def _text_of(adapter: Adapter, text: ChatTokenizer, model_type: str) -> ChatTokenizer:
-    """What an adapter is prompted by: its model's own, unless its folder has another template.
+def _text_of(folder: Path, own: Any, text: ChatTokenizer, model_type: str) -> ChatTokenizer:
+    """What an adapter is prompted by: its model's own, unless `own` has another template.
 
-    Raises StartError if its tokenizer is another than the model's.
+    Raises StartError if this is another tokenizer than the model's.
     """
-    own = load_tokenizer(adapter.folder)
     if own is None:
         return text
     if own.get_vocab() != text.tokenizer.get_vocab():
-        raise _not_beside(adapter.folder, "the tokenizer")
+        raise _not_beside(folder, "the tokenizer")
     if own.chat_template in (None, text.tokenizer.chat_template):
         return text
     prompted = copy(text.tokenizer)
@@ -149,15 +148,14 @@ def _text_of(adapter: Adapter, text: ChatTokenizer, model_type: str) -> ChatToke
     return ChatTokenizer(prompted, format_of(model_type, prompted))
 
 
-def _ends_of(adapter: Adapter, text: ChatTokenizer, vocabulary: int) -> frozenset[int]:
+def _ends_of(folder: Path, own: Any, text: ChatTokenizer, vocabulary: int) -> frozenset[int]:
     """The ids that end an answer by an adapter's own tokenizer, template and generation config.
 
     A tutorial often trains a chat's end of turn into a model that had only the end of a text.
     """
     config = GenerationConfig()
-    if (adapter.folder / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(adapter.folder, local_files_only=True)
-    own = load_tokenizer(adapter.folder)
+    if (folder / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     ends = text.end_ids(config) | ({own.eos_token_id} if own else set())
     return frozenset(known_ends((i for i in ends if i is not None), vocabulary))
 
@@ -189,10 +187,12 @@ class NamedAdapters:
 
     def fit(self, model: Any, text: ChatTokenizer, own_templates: bool) -> None:
         """Find their layers in a loaded model. Raises StartError if one is another model's."""
+        kind, vocabulary = model.config.model_type, len(model.get_input_embeddings().weight)
         for name, adapter in self.adapters.items():
-            with as_start_error(adapter.folder):
+            folder = adapter.folder
+            with as_start_error(folder):
                 self.updates.append(updates_of(adapter, model))
-                kind = model.config.model_type
-                self.texts[name] = _text_of(adapter, text, kind) if own_templates else text
-                vocabulary = len(model.get_input_embeddings().weight)
-                self.ends[name] = _ends_of(adapter, self.texts[name], vocabulary)
+                own = load_tokenizer(folder)
+                prompted = _text_of(folder, own, text, kind) if own_templates else text
+                self.texts[name] = prompted
+                self.ends[name] = _ends_of(folder, own, prompted, vocabulary)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from engine.layers.block_packing import GROUP, unpack_blocks
-from engine.layers.quantized import QuantizedExperts, QuantizedLinear, shapes_of
+from engine.layers.protocols import ExpertStack
+from engine.layers.quantized import Bits, QuantizedExperts, QuantizedLinear, shapes_of
 
 # What belongs to a packed matrix beside its numbers, where it has them.
 _FACTORS = ("weight_scale", "weight_offset")
@@ -74,16 +75,15 @@ class PackedLinear(BlockLinear):
 class BlockExperts(QuantizedExperts):
     """A mixture's experts, packed likewise."""
 
-    def __init__(self, experts: Any):
-        torch.nn.Module.__init__(self)
-        self.num_experts = len(experts.gate_up_proj)
-        self.act_fn = experts.act_fn
+    def __init__(self, experts: ExpertStack):
+        super().__init__(experts, 4)
+
+    def _add_stacks(self, experts: ExpertStack, bits: Bits) -> None:
         for name in ("gate_up_proj", "down_proj"):
             parts = empty_parts(getattr(experts, name))
             setattr(self, name, torch.nn.Parameter(parts["weight"], requires_grad=False))
             self.register_buffer(f"{name}_scale", parts["weight_scale"])
             self.register_buffer(f"{name}_offset", parts["weight_offset"])
-        self.shapes = shapes_of(self)
 
     def unpacked(self, name: str, dtype: torch.dtype, chosen: Any = slice(None)) -> torch.Tensor:
         parts = (getattr(self, f"{name}{part}")[chosen] for part in ("", "_scale", "_offset"))

@@ -147,9 +147,12 @@ class QuantizedExperts(torch.nn.Module):
         super().__init__()
         self.num_experts = len(experts.gate_up_proj)
         self.act_fn = experts.act_fn
+        self._add_stacks(experts, bits)
+        self.shapes = shapes_of(self)
+
+    def _add_stacks(self, experts: ExpertStack, bits: Bits) -> None:
         self.gate_up_proj, self.gate_up_proj_scale = _empty_pair(experts.gate_up_proj, bits)
         self.down_proj, self.down_proj_scale = _empty_pair(experts.down_proj, bits)
-        self.shapes = shapes_of(self)
 
     def unpacked(self, name: str, dtype: torch.dtype, chosen: Any = slice(None)) -> torch.Tensor:
         """A stack, [experts, out, in], or the chosen ones of it."""
